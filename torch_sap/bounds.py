@@ -1,0 +1,236 @@
+"""How many entries the PQ Index allows to prune: the paper's Theorem 2 and the count c of Algorithm 1.
+
+Source: Diao et al., "Pruning Deep Neural Networks from a Sparsity Perspective", ICLR 2023 (arXiv 2302.05601).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from numbers import Real
+from typing import Any, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {name}={value}")
+
+
+def check_norms(p: float, q: float) -> None:
+    """Raise unless ``0 < p < q`` and both are finite numbers."""
+    _check_number("p", p)
+    _check_number("q", q)
+    if p <= 0:
+        raise ValueError(f"p must be positive, got p={p}")
+    if p >= q:
+        raise ValueError(f"p must be smaller than q, got p={p}, q={q}")
+
+
+def check_eta_r(eta_r: float) -> None:
+    """Raise unless ``eta_r >= 0``."""
+    _check_number("eta_r", eta_r)
+    if eta_r < 0:
+        raise ValueError(f"eta_r must not be negative, got eta_r={eta_r}")
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The five numbers of SAP, checked once.
+
+    Attributes:
+        p: The smaller norm, ``0 < p < q``.
+        q: The larger norm.
+        eta_r: Share of the p-th power mass that may be lost, relative to what is kept; ``eta_r >= 0``. Larger prunes
+            more.
+        gamma: Factor on the prunable share ``d - r``; ``gamma >= 0``. Larger prunes more.
+        beta: The largest share of a group that one round may prune, in ``[0, 1]``.
+    """
+
+    p: float = 0.5
+    q: float = 1.0
+    eta_r: float = 0.0
+    gamma: float = 1.0
+    beta: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_norms(self.p, self.q)
+        check_eta_r(self.eta_r)
+        _check_number("gamma", self.gamma)
+        if self.gamma < 0:
+            raise ValueError(f"gamma must not be negative, got gamma={self.gamma}")
+        _check_number("beta", self.beta)
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must lie in [0, 1], got beta={self.beta}")
+        for name in ("p", "q", "eta_r", "gamma", "beta"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    def to_dict(self) -> dict[str, float]:
+        """The numbers by name."""
+        return asdict(self)
+
+    def retain(self, index: NDArray[np.float64], d: NDArray[np.int64]) -> NDArray[np.float64]:
+        """r of groups with these PQ Indices and sizes."""
+        return np.asarray(retention_bound(index, d, p=self.p, q=self.q, eta_r=self.eta_r))
+
+    def count(self, index: NDArray[np.float64], d: NDArray[np.int64]) -> NDArray[np.int64]:
+        """c of groups with these PQ Indices and sizes."""
+        return np.asarray(prune_count(index, d, p=self.p, q=self.q, eta_r=self.eta_r, gamma=self.gamma, beta=self.beta))
+
+
+@dataclass(frozen=True)
+class FixedRatio(Hyperparameters):
+    """A fixed share of every group, however sparse it is: what Lottery Ticket and One Shot prune.
+
+    Attributes:
+        ratio: Share P of the unpruned entries that one round prunes, in [0, 1].
+    """
+
+    ratio: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number("ratio", self.ratio)
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio must lie in [0, 1], got ratio={self.ratio}")
+
+    def count(self, index: NDArray[np.float64], d: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``round(ratio * d)``, as torch.nn.utils.prune rounds an amount; 0 for groups of zeros, as in SAP."""
+        return np.where(np.isnan(index), 0, np.rint(self.ratio * d)).astype(np.int64)
+
+
+@overload
+def retention_bound(
+    index: Tensor, d: Tensor | int, *, p: float = ..., q: float = ..., eta_r: float = ...
+) -> Tensor: ...
+@overload
+def retention_bound(
+    index: NDArray[Any], d: NDArray[Any] | int, *, p: float = ..., q: float = ..., eta_r: float = ...
+) -> NDArray[np.float64]: ...
+@overload
+def retention_bound(index: float, d: int, *, p: float = ..., q: float = ..., eta_r: float = ...) -> float: ...
+def retention_bound(index: Any, d: Any, *, p: float = 0.5, q: float = 1.0, eta_r: float = 0.0) -> Any:
+    r"""Lower bound r on the number of entries to retain in a group with a given PQ Index.
+
+    .. math:: r = d\,(1+\eta_r)^{-q/(q-p)}\,(1-I)^{pq/(q-p)}
+
+    Args:
+        index: PQ Index I of the group: a number, or an array or tensor with one value a group.
+        d: Number of unpruned entries of the group, of the same shape.
+        p: The smaller norm that ``index`` was computed with.
+        q: The larger norm.
+        eta_r: Share of the p-th power mass that may be lost; 0 or more.
+
+    Returns:
+        r as a real number (not rounded): float for numbers, float64 array or tensor of the inputs' shape otherwise.
+        NaN where the index is NaN.
+
+    Raises:
+        ValueError: if not ``0 < p < q``, or if ``eta_r`` is negative.
+        TypeError: if one of them is no number.
+
+    Example:
+        >>> retention_bound(0.0, 100)  # all entries equal: keep all
+        100.0
+        >>> retention_bound(0.5, 100)
+        50.0
+
+    Source: Theorem 2 of the paper.
+    """
+    check_norms(p, q)
+    check_eta_r(eta_r)
+    if isinstance(index, Tensor) or isinstance(d, Tensor):
+        device = index.device if isinstance(index, Tensor) else d.device
+        index = torch.as_tensor(index, dtype=torch.float64, device=device)
+        d = torch.as_tensor(d, device=device).to(torch.float64)
+        return d * (1 + eta_r) ** (-q / (q - p)) * (1 - index) ** (p * q / (q - p))
+    r = (
+        np.asarray(d, np.float64)
+        * (1 + eta_r) ** (-q / (q - p))
+        * (1 - np.asarray(index, np.float64)) ** (p * q / (q - p))
+    )
+    return r if r.ndim else float(r)
+
+
+@overload
+def prune_count(
+    index: Tensor,
+    d: Tensor | int,
+    *,
+    p: float = ...,
+    q: float = ...,
+    eta_r: float = ...,
+    gamma: float = ...,
+    beta: float = ...,
+) -> Tensor: ...
+@overload
+def prune_count(
+    index: NDArray[Any],
+    d: NDArray[Any] | int,
+    *,
+    p: float = ...,
+    q: float = ...,
+    eta_r: float = ...,
+    gamma: float = ...,
+    beta: float = ...,
+) -> NDArray[np.int64]: ...
+@overload
+def prune_count(
+    index: float, d: int, *, p: float = ..., q: float = ..., eta_r: float = ..., gamma: float = ..., beta: float = ...
+) -> int: ...
+def prune_count(
+    index: Any,
+    d: Any,
+    *,
+    p: float = 0.5,
+    q: float = 1.0,
+    eta_r: float = 0.0,
+    gamma: float = 1.0,
+    beta: float = 0.9,
+) -> Any:
+    r"""Number c of entries of a group that SAP prunes in one round.
+
+    .. math:: c = \lfloor \min(\gamma (d - r),\; \beta d) \rfloor
+
+    with r from :func:`retention_bound`.
+
+    Args:
+        index: PQ Index I of the group: a number, or an array or tensor with one value a group.
+        d: Number of unpruned entries of the group, of the same shape.
+        p: The smaller norm that ``index`` was computed with.
+        q: The larger norm.
+        eta_r: Share of the p-th power mass that may be lost; 0 or more.
+        gamma: Factor on the prunable number ``d - r``; 0 or more.
+        beta: The largest share of the group that may be pruned, in [0, 1].
+
+    Returns:
+        c, ``0 <= c <= d``: int for numbers, int64 array or tensor of the inputs' shape otherwise. 0 where the index
+        is NaN (a group of zeros, or an empty one).
+
+    Raises:
+        ValueError: if an argument is out of its range.
+        TypeError: if one of them is no number.
+
+    Example:
+        >>> prune_count(0.5, 100)
+        50
+        >>> prune_count(0.5, 100, gamma=10.0)  # beta limits a round to 90 %
+        90
+
+    Source: Algorithm 1 of the paper; the floor is taken of the whole minimum, so that no entry is lost to rounding.
+    """
+    Hyperparameters(p, q, eta_r, gamma, beta)
+    r = retention_bound(index, d, p=p, q=q, eta_r=eta_r)
+    if isinstance(r, Tensor):
+        d = torch.as_tensor(d, device=r.device).to(torch.float64)
+        return torch.floor(torch.minimum(gamma * (d - r), beta * d)).nan_to_num(0.0).clamp_min(0).to(torch.int64)
+    d = np.asarray(d, np.float64)
+    c = np.floor(np.minimum(gamma * (d - r), beta * d))
+    c = np.maximum(np.where(np.isnan(c), 0.0, c), 0.0).astype(np.int64)
+    return c if c.ndim else int(c)

@@ -1,0 +1,176 @@
+"""Scope: how the entries of tensors are split into the groups that one I, r and c are computed over.
+
+Only :func:`split` knows the scopes. Behind it there are two kinds of groups, whole tensors pooled and the rows of one
+tensor, that can do the same two things: give their power sums, and give masks without their smallest entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_sap.keys import chunk_size, common_dtype, flatten, keys_of, sort_rows
+from torch_sap.selection import keep_largest, keep_largest_in_rows
+from torch_sap.sums import flat_sums, row_sums
+
+Scope = Literal["global", "layer", "neuron"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to measure and prune.
+
+    Attributes:
+        name: Dotted path of the parameter.
+        scores: What ranks the entries by magnitude (the weights, unless the user gave scores), any shape, no gradient.
+        mask: Bool tensor of the scores' shape, False where pruned; None if nothing is.
+        channel_dim: Dimension of the output channels, the rows of the neuron scope.
+        channel_groups: Parts that dimension 0 is cut into, each with output channels of its own (transposed
+            convolutions).
+    """
+
+    name: str
+    scores: Tensor
+    mask: Tensor | None = None
+    channel_dim: int = 0
+    channel_groups: int = 1
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the entries are on the CPU, where numpy works on them."""
+        return self.scores.is_cpu
+
+    def unpruned(self) -> Any:
+        """d: int, or int64 scalar tensor on the device."""
+        return self.scores.numel() if self.mask is None else self.mask.sum()
+
+    def rows(self, tensor: Tensor) -> list[Tensor]:
+        """Views of a tensor of the scores' shape that have the output channels in dimension 0."""
+        return [part.movedim(self.channel_dim, 0) for part in tensor.chunk(self.channel_groups)]
+
+
+class Pool:
+    """One group of all entries of one or more tensors."""
+
+    def __init__(self, name: str, entries: Sequence[Entry]) -> None:
+        self.name, self.entries = name, entries
+        self.dtype = common_dtype(entry.scores for entry in entries)
+        self.on_host = all(entry.on_host for entry in entries)
+
+    def sums(self, exponents: Sequence[float], scale: float) -> list[Any]:
+        """For each tensor a float64 table of shape (1 + exponents, 1): d, then the power sums."""
+        return [self._sums_of(entry, exponents, scale) for entry in self.entries]
+
+    def _sums_of(self, entry: Entry, exponents: Sequence[float], scale: float) -> Any:
+        scores = flatten(entry.scores, entry.scores)
+        mask = None if entry.mask is None else flatten(entry.mask, entry.scores)
+        sums = flat_sums(scores, mask, self.dtype, exponents, on_host=self.on_host, scale=scale)
+        return _with_count(entry.unpruned(), sums)
+
+    def ordered(self) -> Iterator[Any]:
+        """All keys in ascending order, pruned ones (0) first, shape (1, entries)."""
+        keys = [keys_of(e.scores, e.mask, self.dtype, on_host=self.on_host).reshape(-1) for e in self.entries]
+        yield sort_rows(np.concatenate(keys)[None] if self.on_host else torch.cat(keys)[None])
+
+    def masks(self, counts: NDArray[np.int64], unpruned: NDArray[np.int64]) -> list[Tensor | None]:
+        """New masks without the ``counts[0]`` smallest entries, one a tensor; None where nothing is pruned."""
+        if counts[0] == 0:
+            return [entry.mask for entry in self.entries]
+        total = sum(entry.scores.numel() for entry in self.entries)
+        tensors = [(entry.scores, entry.mask) for entry in self.entries]
+        return list(keep_largest(tensors, int(counts[0]), total - int(unpruned[0]), on_host=self.on_host))
+
+
+class Rows:
+    """The rows (output channels) of one tensor, each a group of its own."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.name, self.entries = entry.name, [entry]
+        self.entry, self.dtype, self.on_host = entry, entry.scores.dtype, entry.on_host
+
+    def _blocks(self, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+        """Some rows of each tensor at a time, as views with the rows in dimension 0."""
+        parts = zip(
+            *([None] * self.entry.channel_groups if t is None else self.entry.rows(t) for t in tensors),
+            strict=True,
+        )
+        for part in parts:
+            first = next(t for t in part if t is not None)
+            length = max(1, first[:1].numel())
+            for start in range(0, len(first), size := max(1, chunk_size(self.on_host) // length)):
+                yield tuple(None if t is None else t[start : start + size] for t in part)
+
+    def sums(self, exponents: Sequence[float], scale: float) -> list[Any]:
+        """A float64 table of shape (1 + exponents, rows): d of each row, then its power sums."""
+        tables = []
+        for scores, mask in self._blocks(self.entry.scores, self.entry.mask):
+            assert scores is not None
+            rows = scores.flatten(1)
+            row_mask = None if mask is None else mask.flatten(1)
+            sums = row_sums(rows, row_mask, self.dtype, exponents, on_host=self.on_host, scale=scale)
+            d = torch.full((len(rows),), rows.shape[1], device=rows.device) if row_mask is None else row_mask.sum(1)
+            tables.append(_with_count(d, sums))
+        if not tables:
+            return [np.zeros((1 + len(exponents), 0))]
+        return [np.concatenate(tables, 1) if self.on_host else torch.cat(tables, 1)]
+
+    def ordered(self) -> Iterator[Any]:
+        """The keys of each row in ascending order, pruned ones (0) first, some rows at a time."""
+        for scores, mask in self._blocks(self.entry.scores, self.entry.mask):
+            assert scores is not None
+            keys = keys_of(scores, mask, self.dtype, on_host=self.on_host)
+            yield sort_rows(keys.reshape(len(scores), -1))
+
+    def masks(self, counts: NDArray[np.int64], unpruned: NDArray[np.int64]) -> list[Tensor | None]:
+        """New mask without the ``counts[i]`` smallest entries of row i; None if nothing is pruned."""
+        if not counts.any():
+            return [self.entry.mask]
+        keep = torch.empty_like(self.entry.scores, dtype=torch.bool)
+        left = torch.from_numpy(counts).to(keep.device)
+        for out, scores, mask in self._blocks(keep, self.entry.scores, self.entry.mask):
+            assert out is not None and scores is not None
+            row_mask = None if mask is None else mask.flatten(1)
+            counts_here, left = left[: len(out)], left[len(out) :]
+            kept = keep_largest_in_rows(scores.flatten(1), row_mask, counts_here, self.dtype, on_host=self.on_host)
+            out.copy_(kept.view(out.shape))
+        return [keep]
+
+
+Group = Pool | Rows
+
+
+def _with_count(d: Any, sums: Any) -> Any:
+    """d as the first row of a table of sums."""
+    if isinstance(sums, Tensor):
+        d = torch.as_tensor(d, dtype=torch.float64, device=sums.device).reshape(1, -1)
+        return torch.cat([d, sums])
+    return np.concatenate([np.asarray(d, np.float64).reshape(1, -1), sums])
+
+
+def split(entries: Sequence[Entry], scope: Scope) -> list[Group]:
+    """The groups of a scope.
+
+    Args:
+        entries: Tensors in order of position, at least one.
+        scope: "global": one group of all; "layer": one a tensor; "neuron": one an output channel.
+
+    Returns:
+        Groups whose entries, taken together, are the given ones in their order.
+
+    Raises:
+        ValueError: if there is no such scope.
+    """
+    if scope == "global":
+        return [Pool("global", entries)]
+    if scope == "layer":
+        return [Pool(entry.name, [entry]) for entry in entries]
+    if scope == "neuron":
+        return [Rows(entry) for entry in entries]
+    scopes = ", ".join(repr(known) for known in get_args(Scope))
+    raise ValueError(f"scope must be one of {scopes}, got scope={scope!r}")

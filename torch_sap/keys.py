@@ -1,0 +1,95 @@
+"""Magnitudes as integers: non-negative IEEE floats are ordered like their bit patterns.
+
+A *key* is the bit pattern of |w|, an integer of the weight's own width; the key of a pruned entry is 0. On the host
+keys are numpy arrays (whose loops are several times faster than torch's on cache-sized chunks), elsewhere they are
+torch tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HOST_CHUNK = 2**17
+"""Entries that are worked on at once on the host: float64 copies of them stay in the cache."""
+
+DEVICE_CHUNK = 2**22
+"""The same on a device, where a chunk has to be large enough to hide the launches."""
+
+INTEGER_OF = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+"""The floating-point types that can be pruned, and the integers of their width."""
+
+
+def check_dtype(tensor: Tensor, name: str) -> None:
+    """Raise a TypeError that names the tensor unless its type is one of those that can be ordered by keys."""
+    if tensor.dtype not in INTEGER_OF:
+        types = ", ".join(str(dtype).removeprefix("torch.") for dtype in INTEGER_OF)
+        raise TypeError(f"{name} must be a real floating-point tensor ({types}), got {tensor.dtype}")
+
+
+def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The narrowest type that holds all the tensors' values exactly, so that keys of all of them compare."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def key_end(dtype: torch.dtype) -> int:
+    """One more than the largest key of a type, which belongs to a NaN."""
+    return int(2 ** (8 * dtype.itemsize - 1))
+
+
+def flatten(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor as one dimension, in the order in which ``like`` lies in memory.
+
+    A view for ``like`` itself and for tensors with its strides (channels_last too), unless ``like`` has gaps or
+    overlaps.
+    """
+    order = sorted(range(like.dim()), key=lambda dim: like.stride()[dim], reverse=True)
+    return tensor.permute(order).reshape(-1)
+
+
+def chunk_size(on_host: bool) -> int:
+    """Entries that are worked on at once."""
+    return HOST_CHUNK if on_host else DEVICE_CHUNK
+
+
+def chunks(*flats: Tensor | None, on_host: bool) -> Iterator[tuple[Any, ...]]:
+    """Cut one-dimensional tensors of one length into pieces, together. None stays None."""
+    size = chunk_size(on_host)
+    length = next(flat.numel() for flat in flats if flat is not None)
+    for start in range(0, length, size):
+        yield tuple(None if flat is None else flat[start : start + size] for flat in flats)
+
+
+def keys_of(scores: Tensor, mask: Tensor | None, dtype: torch.dtype, *, on_host: bool) -> Any:
+    """Keys of |scores| in ``dtype``, 0 where the mask is False, in new memory of the scores' shape."""
+    bits = scores.to(dtype).view(INTEGER_OF[dtype])
+    largest = key_end(dtype) - 1
+    if not on_host:
+        keys = bits & largest
+        return keys if mask is None else keys.mul_(mask)
+    array = np.bitwise_and(bits.numpy(), largest)
+    return array if mask is None else np.multiply(array, mask.numpy().view(np.int8), out=array)
+
+
+def magnitudes(keys: Any, dtype: torch.dtype) -> Any:
+    """The float64 magnitudes that keys of a type stand for, array for array and tensor for tensor."""
+    if isinstance(keys, Tensor):
+        return keys.view(dtype).double()
+    if dtype is torch.bfloat16:
+        keys, dtype = keys.astype(np.int32) << 16, torch.float32
+    return keys.view(f"f{dtype.itemsize}").astype(np.float64)
+
+
+def sort_rows(keys: Any) -> Any:
+    """Each row of two-dimensional keys in ascending order; numpy sorts integers several times faster than torch."""
+    return keys.sort(dim=1).values if isinstance(keys, Tensor) else np.sort(keys, axis=1)

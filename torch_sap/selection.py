@@ -1,0 +1,208 @@
+"""The smallest magnitudes of many tensors, exactly: c of them, ties by position, nothing concatenated.
+
+The k-th smallest key is found by counting: an interval of keys that holds it is cut into bins, the entries in each
+bin are counted, and the bin that holds the k-th entry becomes the next interval, until that is a single key. Counts
+add up over chunks, tensors and devices. On the host a sample gives a first, short interval; a wrong guess costs one
+pass. On a device the intervals stay tensors, and nothing is read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_sap.keys import HOST_CHUNK, chunks, common_dtype, flatten, key_end, keys_of, sort_rows
+
+BIN_BITS = 16
+"""An interval is cut into at most 2 ** BIN_BITS bins."""
+
+SAMPLE = 2**16
+"""Entries of a group that the first guess on the host looks at."""
+
+Tensors = Sequence[tuple[Tensor, Tensor | None]]
+"""Scores and bool mask (None: nothing pruned) of each tensor of a group, in order of position."""
+
+
+def keep_largest(tensors: Tensors, count: int, pruned: int, *, on_host: bool) -> list[Tensor]:
+    """Masks of a group after its ``count`` smallest unpruned magnitudes are taken away.
+
+    Args:
+        tensors: The group; scores of any shape and strides, masks of the same shapes.
+        count: Entries to take away, at least 1 and at most as many as are unpruned.
+        pruned: Entries that the masks exclude already.
+        on_host: Whether to work with numpy. All tensors must be on the CPU then.
+
+    Returns:
+        New bool masks, one a tensor. Of equal magnitudes those that come first (order of tensors, then flat index) go.
+    """
+    dtype = common_dtype(scores for scores, _ in tensors)
+    tensors = [(scores if _is_dense(scores) else scores.contiguous(), mask) for scores, mask in tensors]
+    flats = [(flatten(scores, scores), mask if mask is None else flatten(mask, scores)) for scores, mask in tensors]
+    find: Any = _find_on_host if on_host else _find_on_device
+    # A pruned entry has the key 0: it is smaller than all that may go, and equal only to unpruned zeros.
+    key, below = find(flats, count + pruned, dtype)
+    left = count + pruned * (key != 0) - below  # entries with just this key that have to go
+    masks = []
+    for (scores, mask), flat in zip(tensors, flats, strict=True):
+        keep = torch.empty_like(scores, dtype=torch.bool)
+        key, left = (x if on_host else x.to(scores.device) for x in (key, left))
+        ties = _keep_larger(flatten(keep, scores), flat, key, dtype, on_host)
+        if not on_host or ties > left:
+            ties = _keep_late_ties(keep, scores, mask, key, left, dtype, on_host)
+        left = (left - ties) * (left > ties)
+        masks.append(keep)
+    return masks
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills its memory, so that an empty_like() has its strides."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def _keep_larger(out: Tensor, flat: tuple[Tensor, Tensor | None], key: Any, dtype: torch.dtype, on_host: bool) -> int:
+    """Write ``keys > key``; on the host return how many unpruned keys equal it."""
+    ties = 0
+    for keep, scores, mask in chunks(out, *flat, on_host=on_host):
+        keys = keys_of(scores, mask, dtype, on_host=on_host)
+        if on_host:
+            np.greater(keys, key, out=keep.numpy())
+            equal = keys == key
+            if key == 0 and mask is not None:  # pruned entries have this key too
+                equal &= mask.numpy()
+            ties += int(np.count_nonzero(equal))
+        else:
+            torch.gt(keys, key, out=keep)
+    return ties
+
+
+def _keep_late_ties(
+    keep: Tensor, scores: Tensor, mask: Tensor | None, key: Any, left: Any, dtype: torch.dtype, on_host: bool
+) -> Any:
+    """Keep the unpruned entries that equal the key, but for the first ``left``; return how many there are."""
+    late = torch.empty(keep.numel(), dtype=torch.bool, device=keep.device)
+    ties: Any = 0
+    flat_mask = None if mask is None else mask.reshape(-1)
+    for out, piece, piece_mask in chunks(late, scores.reshape(-1), flat_mask, on_host=on_host):
+        keys = keys_of(piece, piece_mask, dtype, on_host=on_host)
+        equal = torch.as_tensor(keys == key)
+        if piece_mask is not None:
+            equal &= piece_mask
+        rank = ties + equal.cumsum(0)
+        torch.logical_and(equal, rank > left, out=out)
+        ties = rank[-1].item() if on_host else rank[-1]
+    keep |= late.view(keep.shape)
+    return ties
+
+
+def _find_on_host(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[int, int]:
+    """The rank-th smallest key (from 1) and how many keys are smaller."""
+    everything = (0, key_end(dtype))
+    low, high = _guess(flats, rank, dtype)
+    while True:
+        shift = max(0, (high - low - 1).bit_length() - BIN_BITS)
+        below, bins = _count(flats, low, high, shift, dtype)
+        cumulative = below + np.cumsum(bins)
+        if not below < rank <= cumulative[-1]:  # the guess was wrong
+            low, high = everything
+            continue
+        chosen = int(np.searchsorted(cumulative, rank))
+        low, high = low + (chosen << shift), min(high, low + ((chosen + 1) << shift))
+        if high - low == 1:
+            return low, int(cumulative[chosen] - bins[chosen])
+
+
+def _guess(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[int, int]:
+    """An interval of keys that should hold the rank-th, from a sample at regular distances."""
+    total = sum(scores.numel() for scores, _ in flats)
+    stride = -(-total // SAMPLE)
+    sample = np.sort(
+        np.concatenate(
+            [
+                keys_of(scores[::stride], mask if mask is None else mask[::stride], dtype, on_host=True)
+                for scores, mask in flats
+            ]
+        )
+    )
+    if stride == 1:
+        return int(sample[rank - 1]), int(sample[rank - 1]) + 1
+    middle, margin = rank * len(sample) // total, 3 * int(len(sample) ** 0.5)
+    return int(sample[max(0, middle - margin)]), int(sample[min(len(sample) - 1, middle + margin)]) + 1
+
+
+def _count(flats: Tensors, low: int, high: int, shift: int, dtype: torch.dtype) -> tuple[int, NDArray[np.int64]]:
+    """How many keys are below ``low``, and how many lie in each bin of ``2 ** shift`` keys from there to ``high``."""
+    bins = np.zeros(((high - low - 1) >> shift) + 1, np.int64)
+    below, waiting, size = 0, [], 0
+    for flat in flats:
+        for scores, mask in chunks(*flat, on_host=True):
+            keys = keys_of(scores, mask, dtype, on_host=True)
+            smaller = keys < low
+            below += int(np.count_nonzero(smaller))
+            inside = keys[(keys < high) ^ smaller]
+            waiting.append(inside)
+            size += len(inside)
+            if size >= HOST_CHUNK:
+                bins += _bin(waiting, low, shift, len(bins))
+                waiting, size = [], 0
+    return below, bins + _bin(waiting, low, shift, len(bins))
+
+
+def _bin(keys: list[NDArray[Any]], low: int, shift: int, bins: int) -> NDArray[np.int64]:
+    together = np.concatenate(keys) if keys else np.zeros(0, np.int64)
+    return np.bincount((together - low) >> shift, minlength=bins)
+
+
+def _find_on_device(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As :func:`_find_on_host`, without reading anything back: fixed steps of BIN_BITS bits from the highest."""
+    home = flats[0][0].device
+    low = torch.zeros((), dtype=torch.int64, device=home)
+    below = low.clone()
+    bits = key_end(dtype).bit_length() - 1
+    for shift in range((bits - 1) // BIN_BITS * BIN_BITS, -1, -BIN_BITS):
+        bins = torch.zeros(2**BIN_BITS + 1, dtype=torch.int64, device=home)
+        for flat in flats:
+            for scores, mask in chunks(*flat, on_host=False):
+                keys = keys_of(scores, mask, dtype, on_host=False).long()
+                bin_of = (keys - low.to(keys.device)) >> shift
+                bin_of.masked_fill_(bin_of >> BIN_BITS != 0, 2**BIN_BITS)  # the last bin takes what lies outside
+                counts = torch.zeros_like(bins, device=keys.device)
+                bins += counts.scatter_add_(0, bin_of, torch.ones_like(bin_of)).to(home)
+        cumulative = below + bins[:-1].cumsum(0)
+        chosen = torch.searchsorted(cumulative, torch.full_like(low, rank)).clamp_max(2**BIN_BITS - 1)
+        low = low + (chosen << shift)
+        below = cumulative.gather(0, chosen) - bins.gather(0, chosen)
+    return low, below
+
+
+def keep_largest_in_rows(
+    rows: Tensor, mask: Tensor | None, counts: Tensor, dtype: torch.dtype, *, on_host: bool
+) -> Tensor:
+    """Mask of a block of rows after the ``counts`` smallest unpruned magnitudes of each row are taken away.
+
+    Args:
+        rows: Scores, shape (rows, entries).
+        mask: Bool mask of the same shape, or None.
+        counts: int64, shape (rows,): entries to take away, from 0 to the number of unpruned ones.
+        dtype: Type that the keys are made in.
+        on_host: Whether to work with numpy. The tensors must be on the CPU then.
+
+    Returns:
+        New bool mask of the rows' shape. Of equal magnitudes in a row the first go.
+    """
+    keys = torch.as_tensor(keys_of(rows, None, dtype, on_host=on_host))
+    if mask is not None:
+        keys.masked_fill_(~mask, key_end(dtype) - 1)  # behind everything that may go
+    ordered = torch.as_tensor(sort_rows(keys.numpy() if on_host else keys))
+    last = ordered.gather(1, (counts - 1).clamp_min(0).unsqueeze(1))
+    last = torch.where(counts.unsqueeze(1) > 0, last, -1)  # the largest key of each row that goes
+    keep = keys > last
+    equal = keys == last
+    left = counts - (keys < last).sum(1)
+    if not on_host or bool((equal.sum(1) > left).any()):
+        keep |= equal & (equal.cumsum(1) > left.unsqueeze(1))
+    return keep if mask is None else keep & mask
