@@ -1,0 +1,235 @@
+"""Masks held in place, in PyTorch's form (``weight_orig``, ``weight_mask``, a hook) but without a second tensor.
+
+``module.weight`` is the Parameter ``weight_orig`` itself, and its pruned entries are zeros. They stay so because
+
+- the gradient is masked when it has been accumulated, before anybody clips it or steps with it;
+- the zeros are restored after every step of an optimizer, which may carry momentum from before the pruning;
+- the zeros are restored when a state has been loaded, and before every forward, whoever wrote into the weight.
+
+A hook is found by PyTorch's own functions (``prune.is_pruned``, ``prune.remove``, a foreign method on top), holds no
+mask, and looks the weight and the mask up in its module each time: they may be replaced
+(``load_state_dict(assign=True)``, ``to_empty``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from torch_sap.keys import INTEGER_OF
+
+_live: weakref.WeakValueDictionary[int, InPlaceMask] = weakref.WeakValueDictionary()
+
+
+def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
+    """Set the entries where a bool mask is False to +0.0, in place, whatever is there (NaN too).
+
+    The bits are multiplied as integers, which is several times faster on a CPU than masked_fill_. Autograd does not
+    see it: the version counter stays, so a forward may do this between another forward and its backward.
+    """
+    tensor.data.view(INTEGER_OF[tensor.dtype]).mul_(mask.view(torch.uint8))
+
+
+class InPlaceMask(prune.BasePruningMethod):
+    """The hook of one tensor of one module that torch_sap prunes.
+
+    Args:
+        module: Module that has the tensor as ``{name}_orig`` and the mask as ``{name}_mask``.
+        name: Name of the tensor before it was pruned.
+    """
+
+    PRUNING_TYPE = "unstructured"
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._bind(module, name)
+
+    def _bind(self, module: nn.Module, name: str) -> None:
+        self._tensor_name = name
+        self._module = weakref.ref(module)  # a strong one would be a cycle, and memory that waits for the collector
+        self._gradient_of: weakref.ref[Tensor] | None = None
+        self._gradient_handle: Any = None
+        self.called = False  # whether the module's own forward runs; some weights are read without it
+        _live[id(self)] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self._module(), "name": self._tensor_name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._bind(**state)
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        """The mask as it is: what to prune is decided elsewhere, for all tensors together."""
+        return default_mask
+
+    def _find(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Weight and mask, or None if they are gone or another pruning method has taken the tensor over."""
+        weight = module._parameters.get(self._tensor_name + "_orig")
+        mask = module._buffers.get(self._tensor_name + "_mask")
+        if weight is None or mask is None or any(hook is not self for hook in hooks_of(module, self._tensor_name)):
+            return None
+        return weight, mask
+
+    def hold(self, module: nn.Module) -> None:
+        """Make the module compute with the masked weight, now and until somebody writes into it."""
+        found = self._find(module)
+        if found is None:
+            return
+        weight, mask = found
+        if not isinstance(weight, nn.Parameter):  # put there for one call, by torch.func.functional_call
+            _link(module, self._tensor_name, weight * mask)
+            return
+        _link(module, self._tensor_name, weight)
+        if weight.requires_grad and (self._gradient_of is None or self._gradient_of() is not weight):
+            self._release_gradient()
+            self._gradient_of = weakref.ref(weight)
+            register: Any = weight.register_post_accumulate_grad_hook
+            self._gradient_handle = register(self._mask_gradient)
+        restore_zeros_(weight, mask)
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Forward pre-hook."""
+        if torch.compiler.is_compiling():  # part of the graph, where .data is not allowed
+            weight, mask = (
+                module.get_parameter(self._tensor_name + "_orig"),
+                module.get_buffer(self._tensor_name + "_mask"),
+            )
+            with torch.no_grad():
+                weight.mul_(mask)
+            return
+        self.called = True
+        self.hold(module)
+
+    def _mask_gradient(self, weight: Tensor) -> None:
+        module = self._module()
+        found = None if module is None else self._find(module)
+        if found is None or weight.grad is None:
+            return
+        if weight.grad.is_sparse:
+            weight.grad = weight.grad * found[1].to(weight.grad.dtype)
+        else:
+            restore_zeros_(weight.grad, found[1])
+
+    def after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+        """load_state_dict post-hook. ``assign=True`` may have brought a mask of another type, and another Parameter."""
+        mask = module._buffers.get(self._tensor_name + "_mask")
+        if mask is not None and mask.dtype is not torch.bool and self._find(module):
+            module._buffers[self._tensor_name + "_mask"] = mask != 0
+        self.hold(module)
+
+    def after_step(self, stepped: set[int]) -> None:
+        """Restore the zeros if an optimizer stepped with the weight."""
+        module = self._module()
+        weight = None if module is None else module._parameters.get(self._tensor_name + "_orig")
+        if module is not None and id(weight) in stepped:
+            self.hold(module)
+
+    def remove(self, module: nn.Module) -> None:
+        """Make the pruning permanent, for PyTorch's prune.remove: the same Parameter, its old name, its old place."""
+        self.hold(module)
+        self.release(module)
+        del module._buffers[self._tensor_name + "_mask"]
+        module.__dict__.pop(self._tensor_name, None)
+        _rename_parameter(module, self._tensor_name + "_orig", self._tensor_name)
+
+    def release(self, module: nn.Module) -> None:
+        """Take away all that holds the mask, but for the forward pre-hook."""
+        self._release_gradient()
+        _live.pop(id(self), None)
+        hooks = module._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+            del hooks[key]
+
+    def _release_gradient(self) -> None:
+        if self._gradient_handle is not None:
+            self._gradient_handle.remove()
+        self._gradient_of = self._gradient_handle = None
+
+
+class ModelGuard:
+    """Forward pre-hook of a whole model: holds the masks of modules whose weight is read without calling them."""
+
+    def __call__(self, model: nn.Module, inputs: Any) -> None:
+        """Forward pre-hook."""
+        if torch.compiler.is_compiling():
+            return
+        for module in model.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, InPlaceMask) and not hook.called:
+                    hook.hold(module)
+
+
+def hooks_of(module: nn.Module, name: str) -> list[prune.BasePruningMethod]:
+    """The pruning hooks of a tensor of a module, ours and foreign ones."""
+    hooks = module._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name]
+
+
+def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Prune a tensor of a module in place with a mask, from whatever form it is in.
+
+    Args:
+        module: Module that has the tensor, unpruned, pruned in place, or pruned by one of PyTorch's methods.
+        name: Name of the tensor before it was pruned.
+        mask: Bool tensor of its shape on its device; it becomes the buffer, unless there is a bool one, which gets
+            its values.
+    """
+    hooks = hooks_of(module, name)
+    ours = [hook for hook in hooks if isinstance(hook, InPlaceMask)]
+    if ours and len(hooks) == 1:
+        module._buffers[name + "_mask"].copy_(mask)  # type: ignore[union-attr]
+        ours[0].hold(module)
+        return
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook in hooks]:
+        del module._forward_pre_hooks[key]
+    if name in module._parameters:
+        _rename_parameter(module, name, name + "_orig")
+    hook = InPlaceMask(module, name)
+    module.__dict__.pop(name, None)
+    module.register_buffer(name + "_mask", mask)
+    module.register_forward_pre_hook(hook)
+    register: Any = module.register_load_state_dict_post_hook
+    register(hook.after_load)
+    hook.hold(module)
+
+
+def guard(model: nn.Module) -> None:
+    """Give a model its guard, unless it has one."""
+    if not any(isinstance(hook, ModelGuard) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(ModelGuard())
+
+
+def unguard(model: nn.Module) -> None:
+    """Take the guards of a model and its parts away."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, ModelGuard)]:
+            del module._forward_pre_hooks[key]
+
+
+def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
+    """Rename a parameter and keep its place, so that optimizers and averages that go by order fit."""
+    parameters = [(new if key == old else key, value) for key, value in module._parameters.items()]
+    module._parameters.clear()
+    module._parameters.update(parameters)
+
+
+def _link(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let ``module.name`` be the tensor."""
+    module.__dict__[name] = tensor
+    if name in (flat_names := module.__dict__.get("_flat_weights_names", ())):  # recurrent modules read this list
+        module.__dict__["_flat_weights"][flat_names.index(name)] = tensor
+
+
+def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _live:
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for reference in _live.valuerefs():
+            if (hook := reference()) is not None:
+                hook.after_step(stepped)
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
