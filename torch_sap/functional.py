@@ -1,0 +1,202 @@
+"""Prune a whole model in place, with one call; make it permanent with another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from torch_sap.bounds import Hyperparameters
+from torch_sap.groups import Scope
+from torch_sap.masking import guard, hold_mask, unguard
+from torch_sap.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
+from torch_sap.records import PruningReport, TensorRecord
+from torch_sap.step import StepResult, prune_step
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def global_unstructured(
+    model: nn.Module | Iterable[Pair],
+    p: float = 0.5,
+    q: float = 1.0,
+    *,
+    eta_r: float = 0.0,
+    gamma: float = 1.0,
+    beta: float = 0.9,
+    exclude: str | Iterable[str] = (),
+    importance_scores: ImportanceScores | None = None,
+) -> PruningReport:
+    """Prune the weights of a model in place by SAP, all of them as one group.
+
+    How many go follows from their PQ Index: ``c = floor(min(gamma * (d - r), beta * d))``. Those with the smallest
+    magnitudes go, exactly c; of equal ones those that come first. Weights that are pruned already stay so and do not
+    count. The model keeps PyTorch's form: ``weight_orig``, ``weight_mask``, a pruning hook.
+
+    Args:
+        model: A module, or an iterable of (module, name) pairs as torch.nn.utils.prune takes it. Of a module the
+            parameters that :func:`prunable_parameters` names are pruned.
+        p: The smaller norm, ``0 < p < q``.
+        q: The larger norm.
+        eta_r: Share of the p-th power mass that may be lost; 0 or more. Larger prunes more.
+        gamma: Factor on the prunable number ``d - r``; 0 or more. Larger prunes more.
+        beta: The largest share of a group that is pruned at once, in [0, 1].
+        exclude: Patterns of what not to prune, see :func:`prunable_parameters`. Only with a module.
+        importance_scores: From (module, name) to a tensor of the parameter's shape whose magnitudes take the place of
+            the weights', in the PQ Index and in the order. As in torch.nn.utils.prune.global_unstructured.
+
+    Returns:
+        What was found and done: d, I, r, c of each group, remaining weights of each tensor.
+
+    Raises:
+        ValueError: if an argument is out of its range, weights are NaN or infinite, or there is nothing to prune.
+        TypeError: if an argument or a weight is of a wrong type.
+        The model is as before if anything is raised.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> report = global_unstructured(model, p=0.5, q=1.0)
+        >>> report.remaining == model[0].weight_mask.sum() + model[2].weight_mask.sum()
+        tensor(True)
+
+    Source: Algorithm 1 of the paper, scope "global".
+    """
+    rule = Hyperparameters(p, q, eta_r, gamma, beta)
+    return _prune(model, "global", rule, exclude, importance_scores)
+
+
+def layer_unstructured(
+    model: nn.Module | Iterable[Pair],
+    p: float = 0.5,
+    q: float = 1.0,
+    *,
+    eta_r: float = 0.0,
+    gamma: float = 1.0,
+    beta: float = 0.9,
+    exclude: str | Iterable[str] = (),
+    importance_scores: ImportanceScores | None = None,
+) -> PruningReport:
+    """Prune the weights of a model in place by SAP, each tensor as a group of its own.
+
+    Arguments, result and errors are those of :func:`global_unstructured`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> report = layer_unstructured(model, exclude="2")
+        >>> list(report.groups)
+        ['0.weight']
+
+    Source: Algorithm 1 of the paper, scope "layer".
+    """
+    rule = Hyperparameters(p, q, eta_r, gamma, beta)
+    return _prune(model, "layer", rule, exclude, importance_scores)
+
+
+def neuron_unstructured(
+    model: nn.Module | Iterable[Pair],
+    p: float = 0.5,
+    q: float = 1.0,
+    *,
+    eta_r: float = 0.0,
+    gamma: float = 1.0,
+    beta: float = 0.9,
+    exclude: str | Iterable[str] = (),
+    importance_scores: ImportanceScores | None = None,
+) -> PruningReport:
+    """Prune the weights of a model in place by SAP, each output channel of a tensor as a group of its own.
+
+    Output channels are dimension 0, and dimension 1 within each group for transposed convolutions. Arguments, result
+    and errors are those of :func:`global_unstructured`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> report = neuron_unstructured(model)
+        >>> report.groups["2.weight"].c.shape
+        (10,)
+
+    Source: Algorithm 1 of the paper, scope "neuron".
+    """
+    rule = Hyperparameters(p, q, eta_r, gamma, beta)
+    return _prune(model, "neuron", rule, exclude, importance_scores)
+
+
+def remove(model: Model) -> Model:
+    """Make the pruning of a model permanent, in place: plain parameters again, with zeros where weights were pruned.
+
+    The same Parameters under their old names and at their old places, so the keys are those of the model before
+    pruning, and optimizers go on working. Tensors pruned by PyTorch's methods are made permanent too. A model without
+    pruning stays as it is.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: if it is no module.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> _ = global_unstructured(model)
+        >>> list(remove(model).state_dict())
+        ['0.weight', '0.bias']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    with torch.no_grad():
+        for module in model.modules():
+            hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)]
+            for hook in hooks:
+                prune.remove(module, hook._tensor_name)
+        unguard(model)
+    return model
+
+
+def _prune(
+    model: nn.Module | Iterable[Pair],
+    scope: Scope,
+    rule: Hyperparameters,
+    exclude: str | Iterable[str],
+    importance_scores: ImportanceScores | None,
+) -> PruningReport:
+    prunables = resolve(model, exclude)
+    with torch.no_grad():
+        result = prune_step(entries_of(prunables, importance_scores), scope, rule)
+        hold_masks(prunables, result.masks)
+    if isinstance(model, nn.Module):
+        guard(model)
+    return report_of(prunables, scope, rule, result)
+
+
+def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
+    """Prune tensors in place with masks, wherever they are used. None stands for nothing pruned."""
+    complete = [
+        torch.ones_like(prunable.weight, dtype=torch.bool, requires_grad=False) if mask is None else mask
+        for prunable, mask in zip(prunables, masks, strict=True)
+    ]
+    for prunable, mask in zip(prunables, complete, strict=True):
+        for module, name in prunable.holders:
+            hold_mask(module, name, mask)
+
+
+def report_of(prunables: Sequence[Prunable], scope: Scope, rule: Hyperparameters, result: StepResult) -> PruningReport:
+    """The record of a step that was taken."""
+    counts = count_remaining(prunables)
+    return PruningReport(scope, rule.to_dict(), result.groups, counts)
+
+
+def count_remaining(prunables: Sequence[Prunable]) -> tuple[TensorRecord, ...]:
+    """Counts of tensors by their masks, read from the device at once."""
+    remaining = [
+        torch.as_tensor(p.weight.numel(), device=p.weight.device) if p.mask is None else p.mask.sum() for p in prunables
+    ]
+    home = remaining[0].device
+    counts = torch.stack([count.to(home) for count in remaining]).tolist()
+    return tuple(
+        TensorRecord(p.name, tuple(p.weight.shape), count, p.weight.numel())
+        for p, count in zip(prunables, counts, strict=True)
+    )
