@@ -1,0 +1,39 @@
+"""Pruning that decides how much: the PQ Index and Sparsity-informed Adaptive Pruning for PyTorch.
+
+Source: Diao et al., "Pruning Deep Neural Networks from a Sparsity Perspective", ICLR 2023 (arXiv 2302.05601).
+"""
+
+from torch_sap.baselines import LotteryTicket, OneShot
+from torch_sap.bounds import prune_count, retention_bound
+from torch_sap.functional import global_unstructured, layer_unstructured, neuron_unstructured, remove
+from torch_sap.history import History, Round
+from torch_sap.iterative import SAP, iterative_sap, sap_rounds
+from torch_sap.measures import gini_index, pq_index
+from torch_sap.methods import PQIGlobal, PQILayer, PQINeuron
+from torch_sap.parameters import prunable_parameters
+from torch_sap.records import PruningReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SAP",
+    "History",
+    "LotteryTicket",
+    "OneShot",
+    "PQIGlobal",
+    "PQILayer",
+    "PQINeuron",
+    "PruningReport",
+    "Round",
+    "gini_index",
+    "global_unstructured",
+    "iterative_sap",
+    "layer_unstructured",
+    "neuron_unstructured",
+    "pq_index",
+    "prunable_parameters",
+    "prune_count",
+    "remove",
+    "retention_bound",
+    "sap_rounds",
+]

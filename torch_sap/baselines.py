@@ -1,0 +1,53 @@
+"""The paper's baselines on the engine of SAP, so that only the count differs: a fixed share of every group a round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_sap.bounds import FixedRatio
+from torch_sap.groups import Entry, Scope
+from torch_sap.iterative import Rewind, Stepper
+
+
+class LotteryTicket(Stepper):
+    """Iterative magnitude pruning with rewinding: each round prunes the share ``ratio`` of what is left.
+
+    Arguments but ``ratio`` are those of :class:`SAP`; p and q only say which PQ Index is recorded.
+
+    Args:
+        ratio: Share P of the unpruned entries of each group that a round prunes, rounded to whole entries; in [0, 1].
+
+    Source: Frankle and Carbin, "The lottery ticket hypothesis", ICLR 2019; P = 0.2 in the SAP paper.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ratio: float = 0.2,
+        scope: Scope = "global",
+        p: float = 0.5,
+        q: float = 1.0,
+        rewind: Rewind = "init",
+        exclude: str | Iterable[str] = (),
+        optimizer: Optimizer | None = None,
+        gini: bool = False,
+    ) -> None:
+        rule = FixedRatio(p, q, ratio=ratio)
+        super().__init__(model, rule, scope=scope, rewind=rewind, exclude=exclude, optimizer=optimizer, gini=gini)
+
+
+class OneShot(LotteryTicket):
+    """One Shot as the paper's authors run it: a :class:`LotteryTicket` always ranked by the first trained weights."""
+
+    _first: dict[str, Tensor] | None = None
+
+    def _entries(self) -> list[Entry]:
+        entries = super()._entries()
+        if self._first is None:
+            self._first = {entry.name: entry.scores.clone() for entry in entries}
+        return [replace(entry, scores=self._first[entry.name]) for entry in entries]
