@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_sap.bounds import FixedRatio
 from torch_sap.groups import Entry, Scope
-from torch_sap.iterative import Rewind, Stepper
+from torch_sap.stepper import Rewind, Stepper
 
 
 class LotteryTicket(Stepper):
@@ -51,3 +52,12 @@ class OneShot(LotteryTicket):
         if self._first is None:
             self._first = {entry.name: entry.scores.clone() for entry in entries}
         return [replace(entry, scores=self._first[entry.name]) for entry in entries]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of :class:`SAP`, with the first trained weights."""
+        return {**super().state_dict(), "first": None if self._first is None else dict(self._first)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As of :class:`SAP`."""
+        super().load_state_dict(state)
+        self._first = None if state["first"] is None else dict(state["first"])

@@ -138,11 +138,18 @@ class Rows:
             row_mask = None if mask is None else mask.flatten(1)
             counts_here, left = left[: len(out)], left[len(out) :]
             kept = keep_largest_in_rows(scores.flatten(1), row_mask, counts_here, self.dtype, on_host=self.on_host)
-            out.copy_(kept.view(out.shape))
+            _write(out, kept, self.on_host)
         return [keep]
 
 
 Group = Pool | Rows
+
+
+def _write(out: Tensor, values: Tensor, on_host: bool) -> None:
+    if on_host:  # one thread: torch's threads stall on small copies when others use the cores
+        out.numpy()[...] = values.numpy().reshape(out.shape)
+    else:
+        out.copy_(values.view(out.shape))
 
 
 def _with_count(d: Any, sums: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.keys import HOST_CHUNK, chunks, common_dtype, flatten, key_end, keys_of, sort_rows
+from torch_sap.keys import HOST_CHUNK, chunks, common_dtype, flatten, key_end, keys_of
 
 BIN_BITS = 16
 """An interval is cut into at most 2 ** BIN_BITS bins."""
@@ -194,15 +194,32 @@ def keep_largest_in_rows(
     Returns:
         New bool mask of the rows' shape. Of equal magnitudes in a row the first go.
     """
-    keys = torch.as_tensor(keys_of(rows, None, dtype, on_host=on_host))
+    keys: Any = keys_of(rows, None, dtype, on_host=on_host)
+    if on_host:
+        return torch.from_numpy(_keep_rows_on_host(keys, None if mask is None else mask.numpy(), counts.numpy(), dtype))
     if mask is not None:
         keys.masked_fill_(~mask, key_end(dtype) - 1)  # behind everything that may go
-    ordered = torch.as_tensor(sort_rows(keys.numpy() if on_host else keys))
-    last = ordered.gather(1, (counts - 1).clamp_min(0).unsqueeze(1))
-    last = torch.where(counts.unsqueeze(1) > 0, last, -1)  # the largest key of each row that goes
-    keep = keys > last
+    counts = counts.unsqueeze(1)
+    last = keys.sort(dim=1).values.gather(1, (counts - 1).clamp_min(0))
+    last = torch.where(counts > 0, last, -1)  # the largest key of each row that goes
     equal = keys == last
-    left = counts - (keys < last).sum(1)
-    if not on_host or bool((equal.sum(1) > left).any()):
-        keep |= equal & (equal.cumsum(1) > left.unsqueeze(1))
+    left = counts - (keys < last).sum(1, keepdim=True)
+    keep: Tensor = (keys > last) | (equal & (equal.cumsum(1) > left))
+    return keep if mask is None else keep & mask
+
+
+def _keep_rows_on_host(
+    keys: NDArray[Any], mask: NDArray[np.bool_] | None, counts: NDArray[np.int64], dtype: torch.dtype
+) -> NDArray[np.bool_]:
+    if mask is not None:
+        keys[~mask] = key_end(dtype) - 1  # behind everything that may go
+    ordered = np.sort(keys, axis=1)
+    counts = counts[:, None]
+    last = np.where(counts > 0, np.take_along_axis(ordered, np.maximum(counts - 1, 0), 1), -1)
+    keep = keys > last
+    following = np.take_along_axis(ordered, np.minimum(counts, keys.shape[1] - 1), 1)
+    (tied,) = np.nonzero((following == last)[:, 0])  # rows where not all that equal the last key go
+    equal = keys[tied] == last[tied]
+    left = counts[tied] - (keys[tied] < last[tied]).sum(1, keepdims=True)
+    keep[tied] |= equal & (equal.cumsum(1) > left)
     return keep if mask is None else keep & mask

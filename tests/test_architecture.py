@@ -1,0 +1,57 @@
+import ast
+from pathlib import Path
+
+import pytest
+
+import torch_sap
+
+PACKAGE = Path(torch_sap.__file__).parent
+
+# From the bottom to the top: a module imports from those before it only.
+ORDER = [
+    "bounds",
+    "keys",
+    "sums",
+    "selection",
+    "groups",
+    "measures",
+    "step",
+    "parameters",
+    "masking",
+    "records",
+    "methods",
+    "functional",
+    "rewinding",
+    "plots",
+    "history",
+    "stepper",
+    "iterative",
+    "baselines",
+    "__init__",
+]
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch_sap"):
+            yield node.module.removeprefix("torch_sap.")
+
+
+def test_every_module_has_a_place():
+    assert sorted(ORDER) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_go_downwards(name):
+    below = ORDER[: ORDER.index(name)]
+    assert set(imports_of(PACKAGE / f"{name}.py")) <= set(below)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_modules_are_short(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_public_names_are_documented():
+    for name in torch_sap.__all__:
+        assert getattr(torch_sap, name).__doc__, name

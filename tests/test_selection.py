@@ -1,0 +1,102 @@
+"""The exact selection against sorting, for every chunk size and both ways of computing."""
+
+import pytest
+import torch
+
+from torch_sap import keys, selection
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(params=[7, 64, 2**17], ids="chunk{}".format)
+def chunk(request, monkeypatch):
+    """Work in small pieces, and let the first guess on the host see few entries so that it is wrong at times."""
+    monkeypatch.setattr(keys, "HOST_CHUNK", request.param)
+    monkeypatch.setattr(keys, "DEVICE_CHUNK", request.param)
+    monkeypatch.setattr(selection, "HOST_CHUNK", request.param)
+    monkeypatch.setattr(selection, "SAMPLE", 50 if request.param < 100 else 2**16)
+
+
+def expected_masks(scores, masks, count):
+    """Literal: sort (magnitude, tensor, flat index) of the unpruned entries and drop the first ones."""
+    ranked = sorted(
+        (magnitude, tensor, index)
+        for tensor, (score, mask) in enumerate(zip(scores, masks, strict=True))
+        for index, (magnitude, keep) in enumerate(
+            zip(score.double().abs().reshape(-1).tolist(), mask.reshape(-1).tolist(), strict=True)
+        )
+        if keep
+    )
+    kept = [mask.reshape(-1).clone() for mask in masks]
+    for _, tensor, index in ranked[:count]:
+        kept[tensor][index] = False
+    return [mask.view(score.shape) for mask, score in zip(kept, scores, strict=True)]
+
+
+def random_group(seed):
+    """Some 4-d tensors of mixed types, with equal values, zeros, masks and channels_last memory in some of them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high, size=()):
+        return torch.randint(1, high, size, generator=generator)
+
+    scores, masks = [], []
+    for _ in range(int(draw(4))):
+        score = torch.randn(draw(6, (4,)).tolist(), generator=generator)
+        if seed % 3 == 0:
+            score = (2 * score).round() / 2
+        if seed % 7 == 0:
+            score = torch.ones_like(score)
+        score = score.to(DTYPES[int(draw(5)) - 1])
+        if seed % 2:
+            score = score.contiguous(memory_format=torch.channels_last)
+        scores.append(score)
+        masks.append(torch.rand(score.shape, generator=generator) >= 0.3 * (seed % 4))
+    return scores, masks
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("seed", range(24))
+def test_keep_largest_is_sorting(seed, on_host):
+    scores, masks = random_group(seed)
+    unpruned = int(sum(mask.sum() for mask in masks))
+    total = sum(score.numel() for score in scores)
+    for count in sorted({1, unpruned // 3, unpruned // 2, unpruned} - {0}):
+        if unpruned == 0:
+            continue
+        tensors = list(zip(scores, masks, strict=True))
+        kept = selection.keep_largest(tensors, count, total - unpruned, on_host=on_host)
+        for mask, expected in zip(kept, expected_masks(scores, masks, count), strict=True):
+            torch.testing.assert_close(mask, expected)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [True, False])
+def test_rows_are_sorting(dtype, on_host, masked):
+    for levels in (1, 3, 1000):
+        rows = (torch.randn(9, 17) * levels).round().to(dtype)
+        mask = torch.rand(9, 17) > 0.3 if masked else torch.ones(9, 17, dtype=torch.bool)
+        unpruned = mask.sum(1)
+        counts = (torch.rand(9) * (unpruned + 1)).long().clamp_max(unpruned)
+        kept = selection.keep_largest_in_rows(rows, mask if masked else None, counts, dtype, on_host=on_host)
+        for row, row_mask, count, found in zip(rows, mask, counts.tolist(), kept, strict=True):
+            torch.testing.assert_close(found, expected_masks([row], [row_mask], count)[0])
+
+
+def test_a_wrong_guess_is_mended(monkeypatch):
+    scores = torch.randn(5000)
+    monkeypatch.setattr(selection, "_guess", lambda *args: (3, 4))
+    (mask,) = selection.keep_largest([(scores, None)], 1234, 0, on_host=True)
+    threshold = scores.abs().sort().values[1234]
+    torch.testing.assert_close(mask, scores.abs() >= threshold)
+
+
+def test_scores_with_gaps_or_overlaps():
+    scores = torch.randn(6, 10)[:, ::2]
+    expanded = torch.randn(1, 5).expand(6, 5)
+    masks = [torch.ones(6, 5, dtype=torch.bool)] * 2
+    kept = selection.keep_largest([(scores, None), (expanded, None)], 20, 0, on_host=True)
+    for mask, expected in zip(kept, expected_masks([scores, expanded], masks, 20), strict=True):
+        torch.testing.assert_close(mask, expected)
