@@ -30,6 +30,7 @@ class Entry:
         name: Dotted path of the parameter.
         scores: What ranks the entries by magnitude (the weights, unless the user gave scores), any shape, no gradient.
         mask: Bool tensor of the scores' shape, False where pruned; None if nothing is.
+        source: What the scores are, for messages.
         channel_dim: Dimension of the output channels, the rows of the neuron scope.
         channel_groups: Parts that dimension 0 is cut into, each with output channels of its own (transposed
             convolutions).
@@ -38,6 +39,7 @@ class Entry:
     name: str
     scores: Tensor
     mask: Tensor | None = None
+    source: str = "weights"
     channel_dim: int = 0
     channel_groups: int = 1
 

@@ -115,6 +115,8 @@ def iterative_sap(
     Source: Algorithm 1 of the paper.
     """
     _check_functions(train_fn, eval_fn, iterations)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable or None, got {callback!r}")
     sap = SAP(model, **settings)
     try:
         for found in sap_rounds(sap, train_fn, iterations=iterations, eval_fn=eval_fn):
@@ -157,9 +159,9 @@ def sap_rounds(
 
 def _check_functions(train_fn: object, eval_fn: object, iterations: object) -> None:
     if not callable(train_fn):
-        raise TypeError(f"train_fn must be callable, got {type(train_fn).__name__}")
+        raise TypeError(f"train_fn must be callable, got {train_fn!r}")
     if eval_fn is not None and not callable(eval_fn):
-        raise TypeError(f"eval_fn must be callable or None, got {type(eval_fn).__name__}")
+        raise TypeError(f"eval_fn must be callable or None, got {eval_fn!r}")
     if not isinstance(iterations, int) or isinstance(iterations, bool):
         raise TypeError(f"iterations must be an int, got {iterations!r}")
     if iterations < 0:

@@ -80,8 +80,7 @@ class InPlaceMask(prune.BasePruningMethod):
         if found is None:
             return
         weight, mask = found
-        if not isinstance(weight, nn.Parameter):  # put there for one call, by torch.func.functional_call
-            _link(module, self._tensor_name, weight * mask)
+        if not isinstance(weight, nn.Parameter):
             return
         _link(module, self._tensor_name, weight)
         if weight.requires_grad and (self._gradient_of is None or self._gradient_of() is not weight):
@@ -102,7 +101,24 @@ class InPlaceMask(prune.BasePruningMethod):
                 weight.mul_(mask)
             return
         self.called = True
-        self.hold(module)
+        if isinstance(module._parameters.get(self._tensor_name + "_orig"), nn.Parameter):
+            self.hold(module)
+        else:
+            self._lend(module)
+
+    def _lend(self, module: nn.Module) -> None:
+        """Compute one call with a tensor that torch.func.functional_call has put in the place of the Parameter."""
+        name, found, before = self._tensor_name, self._find(module), module.__dict__.get(self._tensor_name)
+        if found is None or before is None:
+            return
+        weight, mask = found
+        _link(module, name, weight * mask)
+
+        def give_back(*_: Any) -> None:
+            _link(module, name, before)
+            handle.remove()
+
+        handle = module.register_forward_hook(give_back, always_call=True)
 
     def _mask_gradient(self, weight: Tensor) -> None:
         module = self._module()

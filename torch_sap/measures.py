@@ -182,7 +182,7 @@ def _safe_scale(group: Group) -> float:
         if not math.isfinite(top):
             kind = "NaN" if math.isnan(top) else "infinite"
             raise ValueError(
-                f"weights must be finite, but {entry.name} of shape {tuple(scores.shape)} has {kind} entries"
+                f"{entry.source} must be finite, but {entry.name} of shape {tuple(scores.shape)} has {kind} entries"
             )
         largest = max(largest, top)
     return 2.0 ** -math.frexp(largest)[1] if largest else 1.0

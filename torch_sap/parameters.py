@@ -55,6 +55,7 @@ class Prunable:
             self.name,
             weight if scores is None else scores.detach().to(weight.device),
             self.mask,
+            source="weights" if scores is None else "importance_scores",
             channel_dim=1 if isinstance(module, _ConvTransposeNd) else 0,
             channel_groups=module.groups if isinstance(module, _ConvTransposeNd) else 1,
         )
@@ -173,7 +174,9 @@ def _in_model(model: nn.Module, exclude: str | Iterable[str]) -> list[Prunable]:
 
 
 def _excluded(paths: Mapping[int, Sequence[str]], exclude: str | Iterable[str]) -> set[int]:
-    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    if not isinstance(exclude, Iterable):
+        raise TypeError(f"exclude must be a pattern or an iterable of patterns, got {exclude!r}")
+    patterns = [exclude] if isinstance(exclude, str) else exclude
     excluded: set[int] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):

@@ -42,7 +42,8 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
         ValueError: if tensors are missing, unknown or of another shape.
     """
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise TypeError(f'rewind must be "init", "none" or a state_dict of tensors, got {type(state).__name__}')
+        found = type(state).__name__ if isinstance(state, Mapping) else repr(state)
+        raise TypeError(f'rewind must be "init", "none" or a state_dict of tensors, got {found}')
     masks = {
         key.removesuffix("_mask")
         for key in state
