@@ -1,0 +1,269 @@
+"""The data sets of the benchmarks: digits, FashionMNIST, CIFAR-10 and folders of images.
+
+`load` gives a `Dataset` of two splits. A split yields batches of normalised images and labels on its device.
+Small data sets lie in memory and are shuffled, resized and augmented there, a batch at a time; folders of
+images are read by a DataLoader.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import fashion_mnist
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
+
+Batch = tuple[Tensor, Tensor]
+Augment = Callable[[Tensor], Tensor]
+
+NAMES = ("digits", "fashion-mnist", "cifar10", "imagefolder")
+DEFAULT_DATA_DIR = Path("data")
+
+# The usual normalisation of colour photographs (torchvision, timm).
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Split(Protocol):
+    """The training or the test half of a data set."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def to(self, device: torch.device) -> Split:
+        """Return this split with its batches on `device`."""
+        ...
+
+    def resized(self, image_size: int) -> Split:
+        """Return this split with square images of `image_size` pixels."""
+        ...
+
+    def batches(self, batch_size: int, *, shuffle: bool = False) -> Iterator[Batch]:
+        """Yield every image once; with `shuffle` in random order, augmented, and whole batches only."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemorySplit:
+    """Images and labels that lie in memory.
+
+    Args:
+        images: normalised images, float32, shape (count, channels, height, width).
+        labels: class numbers, int64, shape (count,).
+        image_size: batches are resized to this many pixels a side; None leaves them as they are.
+        augment: what is done to a shuffled batch.
+    """
+
+    images: Tensor
+    labels: Tensor
+    image_size: int | None = None
+    augment: Augment | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> MemorySplit:
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def resized(self, image_size: int) -> MemorySplit:
+        return replace(self, image_size=image_size)
+
+    def batches(self, batch_size: int, *, shuffle: bool = False) -> Iterator[Batch]:
+        # The order is drawn on the CPU, so that a seed gives the same one on every device.
+        order = torch.randperm(len(self)) if shuffle else torch.arange(len(self))
+        if shuffle and len(self) > batch_size:
+            order = order[: len(self) - len(self) % batch_size]
+        for chosen in order.to(self.labels.device).split(batch_size):
+            images = self.images[chosen]
+            if shuffle and self.augment is not None:
+                images = self.augment(images)
+            yield _resize(images, self.image_size), self.labels[chosen]
+
+
+@dataclass(frozen=True)
+class FolderSplit:
+    """Images that are read from a folder, a batch at a time.
+
+    Args:
+        folder: a torchvision ImageFolder.
+        image_size: pixels a side.
+        device: where the batches go.
+        workers: processes that read images; 0 reads them in this one.
+    """
+
+    folder: ImageFolder
+    image_size: int
+    device: torch.device | str = "cpu"
+    workers: int = 2
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def to(self, device: torch.device) -> FolderSplit:
+        return replace(self, device=device)
+
+    def resized(self, image_size: int) -> FolderSplit:
+        return replace(self, image_size=image_size)
+
+    def batches(self, batch_size: int, *, shuffle: bool = False) -> Iterator[Batch]:
+        from torch.utils.data import DataLoader
+
+        folder = copy.copy(self.folder)
+        folder.transform = _photograph_transform(self.image_size, augment=shuffle)
+        on_gpu = torch.device(self.device).type == "cuda"
+        drop = shuffle and len(folder) > batch_size
+        loader = DataLoader(folder, batch_size, shuffle, num_workers=self.workers, drop_last=drop, pin_memory=on_gpu)
+        for images, labels in loader:
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A classification problem: two splits, and what a model has to know of them."""
+
+    name: str
+    train: Split
+    test: Split
+    in_chans: int
+    image_size: int
+    num_classes: int
+
+    def to(self, device: torch.device) -> Dataset:
+        """Return the data set with its batches on `device`."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def resized(self, image_size: int) -> Dataset:
+        """Return the data set with square images of `image_size` pixels."""
+        train, test = self.train.resized(image_size), self.test.resized(image_size)
+        return replace(self, train=train, test=test, image_size=image_size)
+
+
+def load(name: str, data_dir: Path | str | None = None) -> Dataset:
+    """Load a data set by its name.
+
+    Args:
+        name: "digits", "fashion-mnist", "cifar10" or "imagefolder".
+        data_dir: where the data lie, or are downloaded to (default: `data`); "imagefolder" needs it.
+
+    Raises:
+        ValueError: there is no such data set, or "imagefolder" was asked for without `data_dir`.
+        FileNotFoundError: the data are nowhere, and cannot be downloaded; the message says what to do.
+    """
+    if name == "digits":
+        return _digits()
+    if name == "fashion-mnist":
+        return _fashion_mnist(Path(data_dir or DEFAULT_DATA_DIR))
+    if name == "cifar10":
+        return _cifar10(Path(data_dir or DEFAULT_DATA_DIR))
+    if name == "imagefolder":
+        if data_dir is None:
+            raise ValueError("imagefolder needs a data_dir with the folders train and val (or test) in it")
+        return _imagefolder(Path(data_dir))
+    raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
+
+
+def random_crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
+    """Shift every image by up to `padding` pixels and mirror half of them: the usual augmentation of CIFAR.
+
+    Args:
+        images: shape (count, channels, height, width).
+        padding: pixels of zeros around each image, out of which a window of the old size is cut.
+    """
+    count, _, height, width = images.shape
+    top, left = torch.randint(0, 2 * padding + 1, (2, count, 1))
+    columns = torch.arange(width).expand(count, width)
+    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns) + left
+    rows = torch.arange(height).expand(count, height) + top
+    padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)
+    index = (torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :])
+    return padded[tuple(part.to(images.device) for part in index)].permute(0, 3, 1, 2)
+
+
+def _digits() -> Dataset:
+    """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; a fixed fifth of each class is the test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)
+    targets = torch.as_tensor(labels, dtype=torch.int64)
+    # Eight pixels are too few for the strides of most networks.
+    return _in_memory("digits", (images[train], targets[train]), (images[test], targets[test])).resized(24)
+
+
+def _fashion_mnist(data_dir: Path) -> Dataset:
+    return _in_memory("fashion-mnist", *fashion_mnist.load(data_dir))
+
+
+def _cifar10(data_dir: Path) -> Dataset:
+    from torchvision.datasets import CIFAR10
+
+    def read(train: bool) -> Batch:
+        found = CIFAR10(str(data_dir), train=train, download=True)
+        return torch.as_tensor(found.data).permute(0, 3, 1, 2), torch.as_tensor(found.targets)
+
+    try:
+        train, test = read(True), read(False)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}). Unpack "
+            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz, and name the folder that holds "
+            "cifar-10-batches-py with --data-dir"
+        ) from error
+    return _in_memory("cifar10", train, test, augment=random_crop_and_flip)
+
+
+def _imagefolder(data_dir: Path) -> Dataset:
+    from torchvision.datasets import ImageFolder
+
+    held_out = next((data_dir / name for name in ("val", "test") if (data_dir / name).is_dir()), None)
+    if held_out is None or not (data_dir / "train").is_dir():
+        raise FileNotFoundError(
+            f"{data_dir} must hold a folder train, and a folder val or test, with one folder a class in each"
+        )
+    train, test = ImageFolder(str(data_dir / "train")), ImageFolder(str(held_out))
+    if train.classes != test.classes:
+        raise ValueError(f"{data_dir}: the classes of train and {held_out.name} differ")
+    splits = FolderSplit(train, 224), FolderSplit(test, 224)
+    return Dataset("imagefolder", *splits, in_chans=3, image_size=224, num_classes=len(train.classes))
+
+
+def _in_memory(name: str, train: Batch, test: Batch, augment: Augment | None = None) -> Dataset:
+    """Make a data set of raw pixels; each channel gets mean 0 and deviation 1 over the training images."""
+    pixels = train[0].float()
+    mean, std = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
+    return Dataset(
+        name,
+        MemorySplit((pixels - mean) / std, train[1], augment=augment),
+        MemorySplit((test[0].float() - mean) / std, test[1]),
+        in_chans=pixels.shape[1],
+        image_size=pixels.shape[-1],
+        num_classes=int(train[1].max()) + 1,
+    )
+
+
+def _photograph_transform(image_size: int, *, augment: bool) -> Any:
+    from torchvision import transforms
+
+    if augment:
+        crop = [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip()]
+    else:
+        crop = [transforms.Resize(round(image_size / 0.875)), transforms.CenterCrop(image_size)]
+    finish = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    return transforms.Compose([*crop, *finish])
+
+
+def _resize(images: Tensor, image_size: int | None) -> Tensor:
+    if image_size is None or images.shape[-2:] == (image_size, image_size):
+        return images
+    return F.interpolate(images, size=(image_size, image_size), mode="bilinear", antialias=True)
