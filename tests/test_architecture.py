@@ -18,6 +18,7 @@ ORDER = [
     "step",
     "parameters",
     "masking",
+    "guarding",
     "records",
     "methods",
     "functional",

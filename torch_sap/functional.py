@@ -11,7 +11,8 @@ from torch.nn.utils import prune
 
 from torch_sap.bounds import Hyperparameters
 from torch_sap.groups import Scope
-from torch_sap.masking import guard, hold_mask, unguard
+from torch_sap.guarding import guard, unguard
+from torch_sap.masking import hold_mask
 from torch_sap.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
 from torch_sap.records import PruningReport, TensorRecord
 from torch_sap.step import StepResult, prune_step

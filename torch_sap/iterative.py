@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch_sap.bounds import Hyperparameters
 from torch_sap.groups import Scope
 from torch_sap.history import History, Round
-from torch_sap.stepper import Metrics, Rewind, Stepper, as_metrics, evaluate
+from torch_sap.stepper import Metrics, Rewind, Stepper, as_metrics, check_callable, evaluate
 
 
 class SAP(Stepper):
@@ -115,8 +115,7 @@ def iterative_sap(
     Source: Algorithm 1 of the paper.
     """
     _check_functions(train_fn, eval_fn, iterations)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable or None, got {callback!r}")
+    check_callable("callback", callback)
     sap = SAP(model, **settings)
     try:
         for found in sap_rounds(sap, train_fn, iterations=iterations, eval_fn=eval_fn):
@@ -160,8 +159,7 @@ def sap_rounds(
 def _check_functions(train_fn: object, eval_fn: object, iterations: object) -> None:
     if not callable(train_fn):
         raise TypeError(f"train_fn must be callable, got {train_fn!r}")
-    if eval_fn is not None and not callable(eval_fn):
-        raise TypeError(f"eval_fn must be callable or None, got {eval_fn!r}")
+    check_callable("eval_fn", eval_fn)
     if not isinstance(iterations, int) or isinstance(iterations, bool):
         raise TypeError(f"iterations must be an int, got {iterations!r}")
     if iterations < 0:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
@@ -52,8 +53,8 @@ class InPlaceMask(prune.BasePruningMethod):
         self._tensor_name = name
         self._module = weakref.ref(module)  # a strong one would be a cycle, and memory that waits for the collector
         self._gradient_of: weakref.ref[Tensor] | None = None
-        self._gradient_handle: Any = None
-        self.called = False  # whether the module's own forward runs; some weights are read without it
+        self._gradient_handles: list[Any] = []
+        self.guarded_by: object = None  # the guard of the running forward, which has restored the zeros already
         _live[id(self)] = self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,35 +77,39 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def hold(self, module: nn.Module) -> None:
         """Make the module compute with the masked weight, now and until somebody writes into it."""
+        name = self._tensor_name
+        if (
+            name in module._parameters and name + "_orig" in module._parameters
+        ):  # assigned by the user: it takes the place
+            module._parameters[name + "_orig"] = module._parameters.pop(name)
         found = self._find(module)
-        if found is None:
+        if found is None or not isinstance(found[0], nn.Parameter):
             return
         weight, mask = found
-        if not isinstance(weight, nn.Parameter):
-            return
-        _link(module, self._tensor_name, weight)
+        _link(module, name, weight)
         if weight.requires_grad and (self._gradient_of is None or self._gradient_of() is not weight):
-            self._release_gradient()
-            self._gradient_of = weakref.ref(weight)
-            register: Any = weight.register_post_accumulate_grad_hook
-            self._gradient_handle = register(self._mask_gradient)
+            self._mask_gradients_of(weight)
         restore_zeros_(weight, mask)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
-        if torch.compiler.is_compiling():  # part of the graph, where .data is not allowed
-            weight, mask = (
-                module.get_parameter(self._tensor_name + "_orig"),
-                module.get_buffer(self._tensor_name + "_mask"),
-            )
-            with torch.no_grad():
-                weight.mul_(mask)
-            return
-        self.called = True
-        if isinstance(module._parameters.get(self._tensor_name + "_orig"), nn.Parameter):
-            self.hold(module)
-        else:
+        weight = module._parameters.get(self._tensor_name + "_orig")
+        if torch.compiler.is_compiling():
+            if self.guarded_by is None:
+                self.restore_in_graph(module)
+        elif not isinstance(weight, nn.Parameter):
             self._lend(module)
+        elif self.guarded_by is None:
+            self.hold(module)
+        elif module.__dict__.get(self._tensor_name) is not weight:
+            _link(module, self._tensor_name, weight)
+
+    def restore_in_graph(self, module: nn.Module) -> None:
+        """Restore the zeros as a part of a graph that is compiled, where ``.data`` is not allowed."""
+        weight, mask = module._parameters[self._tensor_name + "_orig"], module._buffers[self._tensor_name + "_mask"]
+        assert weight is not None and mask is not None
+        with torch.no_grad():
+            weight.mul_(mask)
 
     def _lend(self, module: nn.Module) -> None:
         """Compute one call with a tensor that torch.func.functional_call has put in the place of the Parameter."""
@@ -120,7 +125,15 @@ class InPlaceMask(prune.BasePruningMethod):
 
         handle = module.register_forward_hook(give_back, always_call=True)
 
-    def _mask_gradient(self, weight: Tensor) -> None:
+    def _mask_gradients_of(self, weight: Tensor) -> None:
+        """Mask what backward accumulates in place, and what torch.autograd.grad returns in new memory."""
+        self._release_gradient()
+        self._gradient_of = weakref.ref(weight)
+        accumulated: Any = weight.register_post_accumulate_grad_hook
+        asked_for: Any = weight.register_hook
+        self._gradient_handles = [accumulated(self._mask_accumulated), asked_for(self._mask_asked_for)]
+
+    def _mask_accumulated(self, weight: Tensor) -> None:
         module = self._module()
         found = None if module is None else self._find(module)
         if found is None or weight.grad is None:
@@ -129,6 +142,13 @@ class InPlaceMask(prune.BasePruningMethod):
             weight.grad = weight.grad * found[1].to(weight.grad.dtype)
         else:
             restore_zeros_(weight.grad, found[1])
+
+    def _mask_asked_for(self, gradient: Tensor) -> Tensor | None:
+        module = self._module()
+        found = None if module is None else self._find(module)
+        if found is None or _will_accumulate(found[0]):
+            return None
+        return gradient * found[1].to(gradient.dtype)
 
     def after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         """load_state_dict post-hook. ``assign=True`` may have brought a mask of another type, and another Parameter."""
@@ -161,22 +181,9 @@ class InPlaceMask(prune.BasePruningMethod):
             del hooks[key]
 
     def _release_gradient(self) -> None:
-        if self._gradient_handle is not None:
-            self._gradient_handle.remove()
-        self._gradient_of = self._gradient_handle = None
-
-
-class ModelGuard:
-    """Forward pre-hook of a whole model: holds the masks of modules whose weight is read without calling them."""
-
-    def __call__(self, model: nn.Module, inputs: Any) -> None:
-        """Forward pre-hook."""
-        if torch.compiler.is_compiling():
-            return
-        for module in model.modules():
-            for hook in module._forward_pre_hooks.values():
-                if isinstance(hook, InPlaceMask) and not hook.called:
-                    hook.hold(module)
+        for handle in self._gradient_handles:
+            handle.remove()
+        self._gradient_of, self._gradient_handles = None, []
 
 
 def hooks_of(module: nn.Module, name: str) -> list[prune.BasePruningMethod]:
@@ -213,19 +220,6 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     hook.hold(module)
 
 
-def guard(model: nn.Module) -> None:
-    """Give a model its guard, unless it has one."""
-    if not any(isinstance(hook, ModelGuard) for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(ModelGuard())
-
-
-def unguard(model: nn.Module) -> None:
-    """Take the guards of a model and its parts away."""
-    for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, ModelGuard)]:
-            del module._forward_pre_hooks[key]
-
-
 def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
     """Rename a parameter and keep its place, so that optimizers and averages that go by order fit."""
     parameters = [(new if key == old else key, value) for key, value in module._parameters.items()]
@@ -238,6 +232,14 @@ def _link(module: nn.Module, name: str, tensor: Tensor) -> None:
     module.__dict__[name] = tensor
     if name in (flat_names := module.__dict__.get("_flat_weights_names", ())):  # recurrent modules read this list
         module.__dict__["_flat_weights"][flat_names.index(name)] = tensor
+
+
+def _will_accumulate(weight: Tensor) -> bool:
+    """Whether the backward pass that runs now adds to the weight's ``grad``; torch.autograd.grad does not."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(weight).node))
+    except RuntimeError:  # how it says that the engine runs torch.autograd.grad for this very tensor
+        return False
 
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch_sap.bounds import FixedRatio, Hyperparameters
 from torch_sap.functional import count_remaining, hold_masks
 from torch_sap.groups import Entry, Scope
+from torch_sap.guarding import guard, unguard
 from torch_sap.history import History, Round, Sparsity
-from torch_sap.masking import guard, unguard
 from torch_sap.measures import measure, measure_gini
 from torch_sap.parameters import entries_of, resolve
 from torch_sap.records import TensorRecord
@@ -86,6 +86,7 @@ class Stepper:
             Whatever eval_fn raises; the round is complete then and in the history, without its ``pruned_metrics``.
         """
         recorded = as_metrics(metrics, "metrics")
+        check_callable("eval_fn", eval_fn)
         entries = self._entries()
         retrained, before = self._sparsity(), count_remaining(self._prunables)
         with torch.no_grad():
@@ -229,6 +230,12 @@ class Stepper:
                 prune.remove(module, name)
         if len(self._new) == len(self._prunables):
             unguard(self.model)
+
+
+def check_callable(name: str, function: object) -> None:
+    """Raise a TypeError that names a function argument unless it is callable or None."""
+    if function is not None and not callable(function):
+        raise TypeError(f"{name} must be callable or None, got {function!r}")
 
 
 def evaluate(model: nn.Module, eval_fn: Callable[[nn.Module], Metrics]) -> dict[str, float]:

@@ -1,0 +1,178 @@
+"""Small models, training by hand, and exact comparison of model states: shared by the tests."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import torch_sap
+
+FUNCTIONS = {
+    "global": torch_sap.global_unstructured,
+    "layer": torch_sap.layer_unstructured,
+    "neuron": torch_sap.neuron_unstructured,
+}
+SCOPES = list(FUNCTIONS)
+
+
+def mlp(dtype=torch.float32):
+    """A trainable model with batch-norm buffers."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 4)).to(dtype)
+
+
+def convnet():
+    """A trainable convolutional model for inputs (N, 2, 6, 6)."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 4)
+    )
+
+
+def zoo(dtype=torch.float32):
+    """Every kind of weight with a channel rule; not meant to be called."""
+    torch.manual_seed(2)
+    return nn.ModuleDict(
+        {
+            "linear": nn.Linear(7, 5),
+            "conv": nn.Conv2d(3, 4, 3),
+            "grouped": nn.Conv2d(6, 4, 2, groups=2),
+            "transposed": nn.ConvTranspose2d(6, 4, 2, groups=2),
+            "plain_transposed": nn.ConvTranspose1d(3, 5, 2),
+            "embedding": nn.Embedding(6, 4),
+            "norm": nn.BatchNorm2d(4),
+        }
+    ).to(dtype)
+
+
+ZOO_TRANSPOSED = {"transposed.weight": 2, "plain_transposed.weight": 1}
+
+
+def weight_names(model):
+    """Dotted names, as before pruning, by the paper's rule; shared weights once."""
+    names = []
+    for path, parameter in model.named_parameters():
+        own = path.rpartition(".")[2]
+        if "weight" in own and parameter.dim() > 1:
+            names.append(path.removesuffix("_orig"))
+    return names
+
+
+def lookup(model, name):
+    """The module and the attribute name of a dotted parameter name."""
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
+
+
+def value_of(model, name):
+    """The stored tensor, whether pruned or not."""
+    module, own = lookup(model, name)
+    parameters = dict(module.named_parameters(recurse=False))
+    return parameters.get(own + "_orig", parameters.get(own)).detach()
+
+
+def mask_of(model, name):
+    """The mask as bool; ones where there is none."""
+    module, own = lookup(model, name)
+    mask = dict(module.named_buffers(recurse=False)).get(own + "_mask")
+    return torch.ones_like(value_of(model, name), dtype=torch.bool) if mask is None else mask.bool()
+
+
+def masks_of(model):
+    return {name: mask_of(model, name).clone() for name in weight_names(model)}
+
+
+def arrays(model):
+    """Weights as float64 arrays and masks as bool arrays, for the reference."""
+    names = weight_names(model)
+    weights = {name: value_of(model, name).double().numpy().copy() for name in names}
+    return weights, {name: mask_of(model, name).numpy().copy() for name in names}
+
+
+def bits(tensor):
+    """The bytes of a tensor, so that NaN equals itself and -0.0 differs from 0.0."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).clone()
+
+
+def hooks(model):
+    """Every hook of the model by identity, with the length of containers."""
+    kinds = (
+        "_forward_pre_hooks",
+        "_forward_hooks",
+        "_backward_hooks",
+        "_state_dict_hooks",
+        "_load_state_dict_pre_hooks",
+    )
+    return [
+        (path, kind, key, id(hook), len(hook) if isinstance(hook, prune.PruningContainer) else 1)
+        for path, module in model.named_modules()
+        for kind in kinds
+        for key, hook in getattr(module, kind, {}).items()
+    ]
+
+
+def snapshot(model):
+    """All that must be as before after a refused call."""
+    return {
+        "keys": list(model.state_dict()),
+        "values": {key: bits(value) for key, value in model.state_dict().items()},
+        "parameters": [(name, id(parameter)) for name, parameter in model.named_parameters()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "hooks": hooks(model),
+        "training": [module.training for module in model.modules()],
+    }
+
+
+def assert_unchanged(model, before):
+    after = snapshot(model)
+    for part in ("keys", "parameters", "requires_grad", "hooks", "training"):
+        assert after[part] == before[part], part
+    for key, value in before["values"].items():
+        assert torch.equal(after["values"][key], value), key
+
+
+def assert_held(model, pruned=True):
+    """The form of the contract: live reference, zeros at pruned entries, and something is pruned."""
+    count = 0
+    for name in weight_names(model):
+        module, own = lookup(model, name)
+        assert getattr(module, own) is getattr(module, own + "_orig"), name
+        mask = mask_of(model, name)
+        assert torch.count_nonzero(value_of(model, name)[~mask]) == 0, name
+        count += int((~mask).sum())
+    assert bool(count) == pruned
+
+
+def fit(model, optimizer, shape, steps=4, masks=None, seed=3):
+    """Train on random batches; with masks, by hand on a dense model. Returns the losses."""
+    generator = torch.Generator().manual_seed(seed)
+    named = {name: value for name, value in model.named_parameters() if name in (masks or {})}
+    losses = []
+    for _ in range(steps):
+        dtype = next(model.parameters()).dtype
+        inputs = torch.randn(shape, generator=generator).to(dtype)
+        output = model(inputs)
+        loss = ((output[0] if isinstance(output, tuple) else output) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for name, parameter in named.items():
+            parameter.grad.mul_(masks[name])
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.mul_(masks[name])
+        losses.append(loss.item())
+    return losses
+
+
+def masked_by_hand(dense, masks):
+    """The model as it is with its weights multiplied by the masks; its parameters stay the same objects."""
+    with torch.no_grad():
+        for name, mask in masks.items():
+            value_of(dense, name).mul_(mask)
+    return dense
+
+
+def clone(model):
+    return copy.deepcopy(model)

@@ -1,0 +1,190 @@
+"""Which weights the whole-model functions take, what they return, and remove."""
+
+import json
+
+import pytest
+import torch
+from helpers import FUNCTIONS, SCOPES, assert_held, clone, masks_of, mlp, snapshot, weight_names, zoo
+from torch import nn
+from torch.nn.utils import prune
+
+import torch_sap
+from torch_sap import layer_unstructured, prunable_parameters, remove
+
+each_scope = pytest.mark.parametrize("scope", SCOPES)
+
+
+class Mixed(nn.Module):
+    """Weights by the paper's rule beside parameters that stay dense."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.recurrent = nn.LSTM(8, 4)
+        self.norm = nn.LayerNorm((2, 8))
+        self.bilinear = nn.Bilinear(3, 4, 5)
+        self.position = nn.Parameter(torch.randn(1, 4, 8))
+        self.class_token = nn.Parameter(torch.randn(1, 1, 8))
+        self.scale = nn.LayerNorm(8)
+        self.custom_weights = nn.Parameter(torch.randn(2, 3))
+
+
+def test_prunable_parameters_by_the_papers_rule():
+    model = Mixed()
+    expected = weight_names(model)
+    assert {"attention.in_proj_weight", "recurrent.weight_hh_l0", "bilinear.weight", "custom_weights"} <= set(expected)
+    names = {module: path for path, module in model.named_modules()}
+
+    def found():
+        return [f"{names[module]}.{name}".removeprefix(".") for module, name in prunable_parameters(model)]
+
+    assert found() == expected
+    layer_unstructured(model, eta_r=0.5)
+    assert sorted(found()) == sorted(expected), "the names are those before pruning"
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        ("linear", {"linear.weight"}),
+        ("linear.weight", {"linear.weight"}),
+        (["*transposed*", "embedding"], {"transposed.weight", "plain_transposed.weight", "embedding.weight"}),
+        ("*ed", {"grouped.weight", "transposed.weight", "plain_transposed.weight"}),
+    ],
+)
+@each_scope
+def test_exclude(scope, exclude, left):
+    model = zoo()
+    report = FUNCTIONS[scope](model, eta_r=0.5, exclude=exclude)
+    kept = set(weight_names(model)) - left
+    assert {tensor.name for tensor in report.tensors} == kept
+    assert len(prunable_parameters(model, exclude=exclude)) == len(kept)
+    for name, mask in masks_of(model).items():
+        assert name not in left or mask.all()
+        assert (f"{name}_orig" in model.state_dict()) == (name not in left)
+
+
+@each_scope
+@pytest.mark.parametrize("form", ["list", "generator", "tuple"])
+def test_a_model_or_any_iterable_of_pairs(scope, form):
+    model, by_pairs = zoo(), zoo()
+    pairs = prunable_parameters(by_pairs)
+    given = {"list": pairs, "generator": (pair for pair in pairs), "tuple": tuple(pairs)}[form]
+    report, other = FUNCTIONS[scope](model, eta_r=0.5), FUNCTIONS[scope](by_pairs, eta_r=0.5)
+    assert report.remaining == other.remaining
+    report = FUNCTIONS[scope](given, eta_r=0.5)
+    assert report.remaining == FUNCTIONS[scope](model, eta_r=0.5).remaining
+    for name, mask in masks_of(model).items():
+        assert torch.equal(mask, masks_of(by_pairs)[name])
+
+
+def test_a_pair_may_name_a_bias_or_a_norm_scale():
+    model = mlp()
+    report = layer_unstructured([(model[0], "weight"), (model[0], "bias")], eta_r=0.5)
+    assert report.pruned > 0
+    assert "bias_mask" in dict(model[0].named_buffers())
+    assert [tensor.total for tensor in report.tensors] == [54, 9]
+
+
+@each_scope
+def test_report(scope):
+    model = zoo()
+    report = FUNCTIONS[scope](model, p=0.3, q=0.9, eta_r=0.2, gamma=0.8, beta=0.7)
+    assert report.scope == scope
+    assert report.hyperparameters == {"p": 0.3, "q": 0.9, "eta_r": 0.2, "gamma": 0.8, "beta": 0.7}
+    assert report.total == sum(mask.numel() for mask in masks_of(model).values())
+    assert report.remaining == sum(int(mask.sum()) for mask in masks_of(model).values())
+    assert report.density == pytest.approx(report.remaining / report.total)
+    assert report.sparsity == pytest.approx(1 - report.density)
+    assert report.compression_ratio == pytest.approx(report.total / report.remaining)
+    assert report.pruned == sum(int(group.c.sum()) for group in report.groups.values()) > 0
+    for tensor in report.tensors:
+        mask = masks_of(model)[tensor.name]
+        assert (tuple(tensor.shape), tensor.total, tensor.remaining) == (mask.shape, mask.numel(), int(mask.sum()))
+    rows = {"global": None, "layer": 1, "neuron": 5}[scope]
+    if rows:
+        assert len(report.groups["linear.weight"].d) == rows
+    else:
+        assert list(report.groups) == ["global"]
+    json.dumps(report.to_dict())
+    assert "linear.weight" in str(report)
+    with pytest.raises(AttributeError):
+        report.scope = "other"
+
+
+@each_scope
+def test_remove_gives_the_original_keys_order_and_exact_zeros(scope):
+    model = nn.Sequential(zoo(), Mixed())
+    dense, before = clone(model), snapshot(model)
+    for _ in range(2):
+        FUNCTIONS[scope](model, eta_r=0.5)
+    masks = masks_of(model)
+    assert remove(model) is model
+    after = snapshot(model)
+    assert after["keys"] == before["keys"]
+    assert after["parameters"] == before["parameters"]
+    assert after["hooks"] == before["hooks"]
+    assert not prune.is_pruned(model)
+    originals = dict(dense.named_parameters())
+    for name, parameter in model.named_parameters():
+        mask = masks.get(name, torch.ones((), dtype=torch.bool))
+        assert torch.equal(parameter, torch.where(mask, originals[name], 0)), name
+        assert isinstance(parameter, nn.Parameter)
+    dense.load_state_dict(model.state_dict())
+
+
+def test_remove_takes_foreign_methods_off_too():
+    model = mlp()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    layer_unstructured([(model[3], "weight")], eta_r=0.5)
+    zeros = [int((model[place].weight == 0).sum()) for place in (0, 3)]
+    assert min(zeros) > 0
+    remove(model)
+    assert set(model.state_dict()) == set(mlp().state_dict())
+    assert [int((model[place].weight == 0).sum()) for place in (0, 3)] == zeros
+
+
+def test_weights_written_after_pruning_are_zero_after_remove():
+    model = mlp()
+    layer_unstructured(model, eta_r=0.5)
+    masks = masks_of(model)
+    with torch.no_grad():
+        model[0].weight_orig.fill_(7.0)
+    remove(model)
+    assert torch.equal(model[0].weight, 7.0 * masks["0.weight"])
+
+
+def test_a_weight_without_elements_and_a_dense_model_are_fine():
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.weight_of_nothing = nn.Parameter(torch.empty(0, 4))
+    report = layer_unstructured(model, eta_r=1.0)
+    assert report.pruned > 0
+    assert {tensor.total for tensor in report.tensors} <= {12, 0}
+    assert_held(nn.Sequential(model[0]))
+    keys = list(mlp().state_dict())
+    assert list(remove(mlp()).state_dict()) == keys
+
+
+@each_scope
+def test_random_numbers_are_left_alone(scope):
+    model = zoo()
+    state = torch.get_rng_state()
+    FUNCTIONS[scope](model, eta_r=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@each_scope
+def test_a_step_from_the_same_weights_is_the_same(scope):
+    first, second = zoo(), zoo()
+    for model in (first, second):
+        FUNCTIONS[scope](model, eta_r=0.3)
+    for name, mask in masks_of(first).items():
+        assert torch.equal(mask, masks_of(second)[name])
+
+
+def test_public_names():
+    names = (
+        "pq_index gini_index retention_bound prune_count PQIGlobal PQILayer PQINeuron global_unstructured "
+        "layer_unstructured neuron_unstructured remove prunable_parameters SAP iterative_sap sap_rounds Round History"
+    )
+    assert set(names.split()) <= set(torch_sap.__all__)

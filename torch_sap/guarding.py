@@ -1,0 +1,78 @@
+"""Guards: masks held for weights that are read without calling their module.
+
+timm's BEiT, EVA and Swin v2 compute ``F.linear(x, self.qkv.weight)``, nn.MultiheadAttention reads ``out_proj.weight``.
+The forward pre-hook of such a module never runs, so the modules around it restore the zeros before their own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_sap.masking import InPlaceMask
+
+
+class Guard:
+    """Holds the masks of all modules inside one module, once a forward.
+
+    Args:
+        held: The hooks, each with its module.
+    """
+
+    def __init__(self, held: Sequence[tuple[InPlaceMask, nn.Module]]) -> None:
+        self.held = list(held)
+
+    def before(self, module: nn.Module, inputs: Any) -> None:
+        """Forward pre-hook. An outer guard that has done it already is trusted."""
+        for hook, inner in self.held:
+            if hook.guarded_by is None or hook.guarded_by is self:
+                if torch.compiler.is_compiling():
+                    hook.restore_in_graph(inner)
+                else:
+                    hook.hold(inner)
+                hook.guarded_by = self
+
+    def after(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Forward hook."""
+        for hook, _ in self.held:
+            if hook.guarded_by is self:
+                hook.guarded_by = None
+
+
+def guard(model: nn.Module) -> None:
+    """Give every module of a model that has pruned modules inside a guard for them, or leave it the one it has."""
+    for module in model.modules():
+        held = [(hook, inner) for inner in module.modules() if inner is not module for hook in _in_place(inner)]
+        known = _guards(module)
+        if known and known[0].held == held:
+            continue
+        _release(module)
+        if held:
+            new = Guard(held)
+            module.register_forward_pre_hook(new.before)
+            module.register_forward_hook(new.after, always_call=True)
+
+
+def unguard(model: nn.Module) -> None:
+    """Take all guards of a model away."""
+    for module in model.modules():
+        _release(module)
+
+
+def _in_place(module: nn.Module) -> list[InPlaceMask]:
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, InPlaceMask)]
+
+
+def _guards(module: nn.Module) -> list[Guard]:
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, Guard)]
+
+
+def _release(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Guard)]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
