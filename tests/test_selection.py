@@ -13,8 +13,8 @@ def chunk(request, monkeypatch):
     """Work in small pieces, and let the first guess on the host see few entries so that it is wrong at times."""
     monkeypatch.setattr(keys, "HOST_CHUNK", request.param)
     monkeypatch.setattr(keys, "DEVICE_CHUNK", request.param)
-    monkeypatch.setattr(selection, "HOST_CHUNK", request.param)
     monkeypatch.setattr(selection, "SAMPLE", 50 if request.param < 100 else 2**16)
+    monkeypatch.setattr(selection, "MOST_COLLECTED", request.param // 3)
 
 
 def expected_masks(scores, masks, count):

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.keys import chunk_size, common_dtype, flatten, keys_of, sort_rows
+from torch_sap.keys import chunk_size, common_dtype, count_true, flatten, keys_of, map_pieces, sort_rows
 from torch_sap.selection import keep_largest, keep_largest_in_rows
 from torch_sap.sums import flat_sums, row_sums
 
@@ -50,7 +50,7 @@ class Entry:
 
     def unpruned(self) -> Any:
         """d: int, or int64 scalar tensor on the device."""
-        return self.scores.numel() if self.mask is None else self.mask.sum()
+        return self.scores.numel() if self.mask is None else count_true(self.mask)
 
     def rows(self, tensor: Tensor) -> list[Tensor]:
         """Views of a tensor of the scores' shape that have the output channels in dimension 0."""
@@ -96,7 +96,7 @@ class Rows:
         self.name, self.entries = entry.name, [entry]
         self.entry, self.dtype, self.on_host = entry, entry.scores.dtype, entry.on_host
 
-    def _blocks(self, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    def _blocks(self, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
         """Some rows of each tensor at a time, as views with the rows in dimension 0."""
         parts = zip(
             *([None] * self.entry.channel_groups if t is None else self.entry.rows(t) for t in tensors),
@@ -110,14 +110,14 @@ class Rows:
 
     def sums(self, exponents: Sequence[float], scale: float) -> list[Any]:
         """A float64 table of shape (1 + exponents, rows): d of each row, then its power sums."""
-        tables = []
-        for scores, mask in self._blocks(self.entry.scores, self.entry.mask):
-            assert scores is not None
-            rows = scores.flatten(1)
-            row_mask = None if mask is None else mask.flatten(1)
+
+        def table(scores: Tensor, mask: Tensor | None) -> Any:
+            rows, row_mask = scores.flatten(1), None if mask is None else mask.flatten(1)
             sums = row_sums(rows, row_mask, self.dtype, exponents, on_host=self.on_host, scale=scale)
-            d = torch.full((len(rows),), rows.shape[1], device=rows.device) if row_mask is None else row_mask.sum(1)
-            tables.append(_with_count(d, sums))
+            return _with_count(_unpruned_in_rows(rows, row_mask), sums)
+
+        blocks = list(self._blocks(self.entry.scores, self.entry.mask))
+        tables = map_pieces(table, blocks, on_host=self.on_host)
         if not tables:
             return [np.zeros((1 + len(exponents), 0))]
         return [np.concatenate(tables, 1) if self.on_host else torch.cat(tables, 1)]
@@ -134,24 +134,34 @@ class Rows:
         if not counts.any():
             return [self.entry.mask]
         keep = torch.empty_like(self.entry.scores, dtype=torch.bool)
-        left = torch.from_numpy(counts).to(keep.device)
-        for out, scores, mask in self._blocks(keep, self.entry.scores, self.entry.mask):
-            assert out is not None and scores is not None
+        blocks = list(self._blocks(keep, self.entry.scores, self.entry.mask))
+        ends = np.cumsum([len(block[0]) for block in blocks])[:-1].tolist()
+        counts_of = torch.from_numpy(counts).to(keep.device).tensor_split(ends)
+
+        def write(out: Tensor, scores: Tensor, mask: Tensor | None, counts_here: Tensor) -> None:
             row_mask = None if mask is None else mask.flatten(1)
-            counts_here, left = left[: len(out)], left[len(out) :]
             kept = keep_largest_in_rows(scores.flatten(1), row_mask, counts_here, self.dtype, on_host=self.on_host)
-            _write(out, kept, self.on_host)
+            if self.on_host:  # one thread: torch's threads stall on small copies when others use the cores
+                out.numpy()[...] = kept.numpy().reshape(out.shape)
+            else:
+                out.copy_(kept.view(out.shape))
+
+        pieces = [(*block, here) for block, here in zip(blocks, counts_of, strict=True)]
+        map_pieces(write, pieces, on_host=self.on_host)
         return [keep]
 
 
 Group = Pool | Rows
 
 
-def _write(out: Tensor, values: Tensor, on_host: bool) -> None:
-    if on_host:  # one thread: torch's threads stall on small copies when others use the cores
-        out.numpy()[...] = values.numpy().reshape(out.shape)
-    else:
-        out.copy_(values.view(out.shape))
+def _unpruned_in_rows(rows: Tensor, mask: Tensor | None) -> Any:
+    if mask is None:
+        return (
+            np.full(len(rows), rows.shape[1])
+            if rows.is_cpu
+            else torch.full((len(rows),), rows.shape[1], device=rows.device)
+        )
+    return np.count_nonzero(mask.numpy(), axis=1) if rows.is_cpu else mask.sum(1)
 
 
 def _with_count(d: Any, sums: Any) -> Any:

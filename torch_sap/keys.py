@@ -7,13 +7,17 @@ torch tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
-from typing import Any
+from itertools import starmap
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 HOST_CHUNK = 2**17
 """Entries that are worked on at once on the host: float64 copies of them stay in the cache."""
@@ -68,6 +72,24 @@ def chunks(*flats: Tensor | None, on_host: bool) -> Iterator[tuple[Any, ...]]:
     length = next(flat.numel() for flat in flats if flat is not None)
     for start in range(0, length, size):
         yield tuple(None if flat is None else flat[start : start + size] for flat in flats)
+
+
+def map_pieces(work: Callable[..., Result], pieces: Sequence[tuple[Any, ...]], *, on_host: bool) -> list[Result]:
+    """What work gives for each piece, in order. On the host the pieces share torch's number of threads.
+
+    numpy lets go of the interpreter in its loops. One thread a piece is faster than torch's many threads for one small
+    operation, which wait for each other when others use the cores.
+    """
+    threads = min(torch.get_num_threads(), len(pieces) // 4)
+    if not on_host or threads < 2:
+        return list(starmap(work, pieces))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda piece: work(*piece), pieces))
+
+
+def count_true(mask: Tensor) -> Any:
+    """How many entries of a bool mask are True: int on the CPU, int64 scalar tensor on a device."""
+    return int(np.count_nonzero(mask.numpy())) if mask.is_cpu else mask.sum()
 
 
 def keys_of(scores: Tensor, mask: Tensor | None, dtype: torch.dtype, *, on_host: bool) -> Any:

@@ -143,16 +143,21 @@ def measure_groups(groups: Sequence[Group], p: float, q: float) -> list[tuple[ND
     return [(table[0].astype(np.int64), index_from_sums(table[1], table[2], table[0], p=p, q=q)) for table in tables]
 
 
+def read(tensor: Tensor) -> Float64:
+    """A float64 tensor's values on the host. Here, once a step, the host waits for the device."""
+    return np.asarray(tensor.cpu().numpy())
+
+
 def _to_host(tables: list[list[Any]]) -> list[Float64]:
     """The tables of each group's tensors, read from each device at once, and added up for each group."""
     on_device = [t for group in tables for t in group if isinstance(t, Tensor)]
-    read: dict[int, Float64] = {}
+    found: dict[int, Float64] = {}
     for device in {t.device for t in on_device}:
         here = [t for t in on_device if t.device == device]
-        flat = torch.cat([t.reshape(-1) for t in here]).cpu().numpy()
+        flat = read(torch.cat([t.reshape(-1) for t in here]))
         for t, values in zip(here, np.split(flat, np.cumsum([t.numel() for t in here])[:-1]), strict=True):
-            read[id(t)] = values.reshape(tuple(t.shape))
-    on_host = [[read[id(t)] if isinstance(t, Tensor) else t for t in group] for group in tables]
+            found[id(t)] = values.reshape(tuple(t.shape))
+    on_host = [[found[id(t)] if isinstance(t, Tensor) else t for t in group] for group in tables]
     return [group[0] if len(group) == 1 else _add_exactly(group) for group in on_host]
 
 

@@ -9,6 +9,7 @@ pass. On a device the intervals stay tensors, and nothing is read back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.keys import HOST_CHUNK, chunks, common_dtype, flatten, key_end, keys_of
+from torch_sap.keys import chunks, common_dtype, flatten, key_end, keys_of, map_pieces
 
 BIN_BITS = 16
 """An interval is cut into at most 2 ** BIN_BITS bins."""
 
 SAMPLE = 2**16
 """Entries of a group that the first guess on the host looks at."""
+
+MOST_COLLECTED = 2**14
+"""Entries of a chunk that are kept to find the key among them; if there are more, bins are counted."""
 
 Tensors = Sequence[tuple[Tensor, Tensor | None]]
 """Scores and bool mask (None: nothing pruned) of each tensor of a group, in order of position."""
@@ -45,14 +49,16 @@ def keep_largest(tensors: Tensors, count: int, pruned: int, *, on_host: bool) ->
     flats = [(flatten(scores, scores), mask if mask is None else flatten(mask, scores)) for scores, mask in tensors]
     find: Any = _find_on_host if on_host else _find_on_device
     # A pruned entry has the key 0: it is smaller than all that may go, and equal only to unpruned zeros.
-    key, below = find(flats, count + pruned, dtype)
+    key, below, equal = find(flats, count + pruned, dtype)
     left = count + pruned * (key != 0) - below  # entries with just this key that have to go
+    all_go = on_host and left == (equal if key else equal - pruned)
     masks = []
     for (scores, mask), flat in zip(tensors, flats, strict=True):
         keep = torch.empty_like(scores, dtype=torch.bool)
         key, left = (x if on_host else x.to(scores.device) for x in (key, left))
-        ties = _keep_larger(flatten(keep, scores), flat, key, dtype, on_host)
-        if not on_host or ties > left:
+        ties: Any = 0
+        _keep_larger(flatten(keep, scores), flat, key, dtype, on_host)
+        if not (on_host and all_go):
             ties = _keep_late_ties(keep, scores, mask, key, left, dtype, on_host)
         left = (left - ties) * (left > ties)
         masks.append(keep)
@@ -64,56 +70,58 @@ def _is_dense(tensor: Tensor) -> bool:
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
-def _keep_larger(out: Tensor, flat: tuple[Tensor, Tensor | None], key: Any, dtype: torch.dtype, on_host: bool) -> int:
-    """Write ``keys > key``; on the host return how many unpruned keys equal it."""
-    ties = 0
-    for keep, scores, mask in chunks(out, *flat, on_host=on_host):
+def _keep_larger(out: Tensor, flat: tuple[Tensor, Tensor | None], key: Any, dtype: torch.dtype, on_host: bool) -> None:
+    """Write ``keys > key``."""
+
+    def write(keep: Tensor, scores: Tensor, mask: Tensor | None) -> None:
         keys = keys_of(scores, mask, dtype, on_host=on_host)
         if on_host:
             np.greater(keys, key, out=keep.numpy())
-            equal = keys == key
-            if key == 0 and mask is not None:  # pruned entries have this key too
-                equal &= mask.numpy()
-            ties += int(np.count_nonzero(equal))
         else:
             torch.gt(keys, key, out=keep)
-    return ties
+
+    map_pieces(write, list(chunks(out, *flat, on_host=on_host)), on_host=on_host)
 
 
 def _keep_late_ties(
     keep: Tensor, scores: Tensor, mask: Tensor | None, key: Any, left: Any, dtype: torch.dtype, on_host: bool
 ) -> Any:
     """Keep the unpruned entries that equal the key, but for the first ``left``; return how many there are."""
-    late = torch.empty(keep.numel(), dtype=torch.bool, device=keep.device)
+    late = torch.zeros(keep.numel(), dtype=torch.bool, device=keep.device)
     ties: Any = 0
     flat_mask = None if mask is None else mask.reshape(-1)
     for out, piece, piece_mask in chunks(late, scores.reshape(-1), flat_mask, on_host=on_host):
-        keys = keys_of(piece, piece_mask, dtype, on_host=on_host)
-        equal = torch.as_tensor(keys == key)
-        if piece_mask is not None:
-            equal &= piece_mask
-        rank = ties + equal.cumsum(0)
-        torch.logical_and(equal, rank > left, out=out)
-        ties = rank[-1].item() if on_host else rank[-1]
+        equal = keys_of(piece, piece_mask, dtype, on_host=on_host) == key
+        if on_host:
+            equal = equal if piece_mask is None else equal & piece_mask.numpy()
+            places = np.flatnonzero(equal)
+            out.numpy()[places[max(0, left - ties) :]] = True
+            ties += len(places)
+        else:
+            equal = equal if piece_mask is None else equal & piece_mask
+            rank = ties + equal.cumsum(0)
+            torch.logical_and(equal, rank > left, out=out)
+            ties = rank[-1]
     keep |= late.view(keep.shape)
     return ties
 
 
-def _find_on_host(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[int, int]:
-    """The rank-th smallest key (from 1) and how many keys are smaller."""
-    everything = (0, key_end(dtype))
+def _find_on_host(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """The rank-th smallest key (from 1), how many keys are smaller, and how many equal it."""
     low, high = _guess(flats, rank, dtype)
+    below, inside = _collect(flats, low, high, dtype)
+    if inside is not None and below < rank <= below + len(inside):
+        key = int(np.partition(inside, rank - below - 1)[rank - below - 1])
+        return key, below + int(np.count_nonzero(inside < key)), int(np.count_nonzero(inside == key))
+    low, high = 0, key_end(dtype)
     while True:
         shift = max(0, (high - low - 1).bit_length() - BIN_BITS)
         below, bins = _count(flats, low, high, shift, dtype)
         cumulative = below + np.cumsum(bins)
-        if not below < rank <= cumulative[-1]:  # the guess was wrong
-            low, high = everything
-            continue
         chosen = int(np.searchsorted(cumulative, rank))
         low, high = low + (chosen << shift), min(high, low + ((chosen + 1) << shift))
         if high - low == 1:
-            return low, int(cumulative[chosen] - bins[chosen])
+            return low, int(cumulative[chosen] - bins[chosen]), int(bins[chosen])
 
 
 def _guess(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -134,30 +142,40 @@ def _guess(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[int, int]:
     return int(sample[max(0, middle - margin)]), int(sample[min(len(sample) - 1, middle + margin)]) + 1
 
 
+def _collect(flats: Tensors, low: int, high: int, dtype: torch.dtype) -> tuple[int, NDArray[Any] | None]:
+    """How many keys are below ``low``, and those from there to ``high``; None if they are too many to keep."""
+
+    def collect(scores: Tensor, mask: Tensor | None) -> tuple[int, NDArray[Any] | None]:
+        keys = keys_of(scores, mask, dtype, on_host=True)
+        smaller = keys < low
+        inside = (keys < high) ^ smaller
+        few = np.count_nonzero(inside) <= MOST_COLLECTED
+        return int(np.count_nonzero(smaller)), keys[inside] if few else None
+
+    pieces = [piece for flat in flats for piece in chunks(*flat, on_host=True)]
+    belows, found = zip(*map_pieces(collect, pieces, on_host=True), strict=True)
+    few = [keys for keys in found if keys is not None]
+    return sum(belows), np.concatenate(few) if len(few) == len(found) else None
+
+
 def _count(flats: Tensors, low: int, high: int, shift: int, dtype: torch.dtype) -> tuple[int, NDArray[np.int64]]:
     """How many keys are below ``low``, and how many lie in each bin of ``2 ** shift`` keys from there to ``high``."""
     bins = np.zeros(((high - low - 1) >> shift) + 1, np.int64)
-    below, waiting, size = 0, [], 0
-    for flat in flats:
-        for scores, mask in chunks(*flat, on_host=True):
-            keys = keys_of(scores, mask, dtype, on_host=True)
-            smaller = keys < low
-            below += int(np.count_nonzero(smaller))
-            inside = keys[(keys < high) ^ smaller]
-            waiting.append(inside)
-            size += len(inside)
-            if size >= HOST_CHUNK:
-                bins += _bin(waiting, low, shift, len(bins))
-                waiting, size = [], 0
-    return below, bins + _bin(waiting, low, shift, len(bins))
+    adding = Lock()
+
+    def count(scores: Tensor, mask: Tensor | None) -> int:
+        keys = keys_of(scores, mask, dtype, on_host=True)
+        smaller = keys < low
+        counts = np.bincount((keys[(keys < high) ^ smaller] - low) >> shift, minlength=len(bins))
+        with adding:
+            np.add(bins, counts, out=bins)
+        return int(np.count_nonzero(smaller))
+
+    pieces = [piece for flat in flats for piece in chunks(*flat, on_host=True)]
+    return sum(map_pieces(count, pieces, on_host=True)), bins
 
 
-def _bin(keys: list[NDArray[Any]], low: int, shift: int, bins: int) -> NDArray[np.int64]:
-    together = np.concatenate(keys) if keys else np.zeros(0, np.int64)
-    return np.bincount((together - low) >> shift, minlength=bins)
-
-
-def _find_on_device(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _find_on_device(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`_find_on_host`, without reading anything back: fixed steps of BIN_BITS bits from the highest."""
     home = flats[0][0].device
     low = torch.zeros((), dtype=torch.int64, device=home)
@@ -176,7 +194,7 @@ def _find_on_device(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[Tens
         chosen = torch.searchsorted(cumulative, torch.full_like(low, rank)).clamp_max(2**BIN_BITS - 1)
         low = low + (chosen << shift)
         below = cumulative.gather(0, chosen) - bins.gather(0, chosen)
-    return low, below
+    return low, below, bins.gather(0, chosen)
 
 
 def keep_largest_in_rows(

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.keys import chunks, keys_of, magnitudes
+from torch_sap.keys import chunks, keys_of, magnitudes, map_pieces
 
 BLOCK = 2**12
 """Entries that are summed in one go. A chunk is a whole number of blocks and the sums of blocks are added exactly, so
@@ -30,6 +30,15 @@ def _power(x: Any, exponent: float) -> Any:
     if exponent == 0.5:  # sqrt is correctly rounded everywhere, a power is not
         return np.sqrt(x) if isinstance(x, np.ndarray) else x.sqrt()
     return x**exponent
+
+
+def _magnitudes(scores: Tensor, mask: Tensor | None, dtype: torch.dtype, scale: Any, on_host: bool) -> Any:
+    """float64 magnitudes of the scores, times the scale, 0 where pruned."""
+    if on_host and mask is None and scores.dtype is not torch.bfloat16:
+        values = np.abs(scores.numpy(), dtype=np.float64)
+    else:
+        values = magnitudes(keys_of(scores, mask, dtype, on_host=on_host), dtype)
+    return values if isinstance(scale, float) and scale == 1 else values * scale
 
 
 def _block_sums(x: Any) -> list[Any]:
@@ -66,13 +75,14 @@ def flat_sums(
     Returns:
         float64, shape (exponents, 1), array or tensor; not finite if a score is not finite or a sum overflows.
     """
-    parts: list[list[Any]] = [[] for _ in exponents]
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        for piece, piece_mask in chunks(scores, mask, on_host=on_host):
-            values = magnitudes(keys_of(piece, piece_mask, dtype, on_host=on_host), dtype)
-            values *= scale
-            for sums, exponent in zip(parts, exponents, strict=True):
-                sums.extend(_block_sums(_power(values, exponent)))
+
+    def sums_of(piece: Tensor, piece_mask: Tensor | None) -> list[list[Any]]:
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            values = _magnitudes(piece, piece_mask, dtype, scale, on_host)
+            return [_block_sums(_power(values, exponent)) for exponent in exponents]
+
+    found = map_pieces(sums_of, list(chunks(scores, mask, on_host=on_host)), on_host=on_host)
+    parts = [[block for piece in found for block in piece[i]] for i in range(len(exponents))]
     if on_host:
         return np.array([[_exact_sum(sums)] for sums in parts])
     empty = [scores.new_zeros(1, dtype=torch.float64)]
@@ -90,8 +100,7 @@ def row_sums(
 ) -> Any:
     """As :func:`flat_sums`, for each row of a two-dimensional block: float64, shape (exponents, rows)."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        values = magnitudes(keys_of(rows, mask, dtype, on_host=on_host), dtype)
-        values *= scale
+        values = _magnitudes(rows, mask, dtype, scale, on_host)
         sums = [_power(values, exponent).sum(1) for exponent in exponents]
     return np.stack(sums) if on_host else torch.stack(sums)
 

@@ -1,0 +1,138 @@
+"""What masks cost while training: a training step of a pruned model beside the dense one's.
+
+    python benchmarks/overhead.py --quick                        # a few steps
+    python benchmarks/overhead.py --out docs/results/overhead    # as committed
+    python benchmarks/overhead.py --device cuda
+
+Three copies of a model take a step (forward, backward, SGD with momentum) in turn, in one process: dense, pruned by
+torch_sap, and pruned at the same counts by PyTorch's hooks. Reported are medians, and the median over the turns of the
+ratio to the dense step just before. After every step of the pruned model its zeros are checked, outside the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from speed import machine, synchronize
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import torch_sap
+
+CASES = {"resnet18": (16, 64), "vit_tiny_patch16_224": (8, 224)}
+"""Images a batch and their side, by model."""
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+}
+
+
+def contestants(name: str, device: str) -> dict[str, nn.Module]:
+    """The same model dense, pruned in place by torch_sap, and pruned at the same counts by PyTorch."""
+    torch.manual_seed(0)
+    dense = timm.create_model(name, num_classes=10).to(device).train()
+    ours, theirs = copy.deepcopy(dense), copy.deepcopy(dense)
+    torch_sap.layer_unstructured(ours, gamma=3.0)
+    for (module, attribute), mask in zip(torch_sap.prunable_parameters(theirs), masks_of(ours), strict=True):
+        prune.custom_from_mask(module, attribute, mask.to(torch.float32))
+    return {"dense": dense, "torch_sap": ours, "torch": theirs}
+
+
+def masks_of(model: nn.Module) -> list[Tensor]:
+    """The masks of a pruned model, in the order of its prunable parameters."""
+    return [getattr(module, name + "_mask") for module, name in torch_sap.prunable_parameters(model)]
+
+
+def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """One training step."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+    return step
+
+
+def assert_zeros(model: nn.Module) -> None:
+    """Every pruned entry is exactly zero."""
+    for module, name in torch_sap.prunable_parameters(model):
+        pruned = getattr(module, name)[~getattr(module, name + "_mask")]
+        if torch.count_nonzero(pruned):
+            raise AssertionError(f"{name} of {module} has pruned entries that are not zero")
+
+
+def measure(name: str, optimizer: str, device: str, turns: int) -> list[dict[str, Any]]:
+    """Time the contestants in turn; a row of results each."""
+    batch_size, side = CASES[name]
+    images = torch.randn(batch_size, 3, side, side, device=device)
+    batch = images, torch.arange(batch_size, device=device) % 10
+    models = contestants(name, device)
+    steps = {key: stepper(model, OPTIMIZERS[optimizer](model.parameters()), batch) for key, model in models.items()}
+    times: dict[str, list[float]] = {key: [] for key in models}
+    for turn in range(turns + 2):
+        for key, step in steps.items():
+            synchronize(device)
+            started = time.perf_counter()
+            step()
+            synchronize(device)
+            if turn > 1:  # the first turns warm up
+                times[key].append(time.perf_counter() - started)
+        assert_zeros(models["torch_sap"])
+    return [
+        {
+            "model": name,
+            "optimizer": optimizer,
+            "batch": batch_size,
+            "side": side,
+            "contestant": key,
+            "milliseconds": 1000 * statistics.median(times[key]),
+            "ratio_to_dense": statistics.median(a / b for a, b in zip(times[key], times["dense"], strict=True)),
+        }
+        for key in models
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
+    parser.add_argument("--turns", type=int, default=40, help="steps that count")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="write OUT.csv")
+    parser.add_argument("--quick", action="store_true", help="resnet18 and SGD, ten turns")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.models, arguments.optimizers, arguments.turns = ["resnet18"], ["sgd"], 10
+    print(machine(arguments.device))
+    rows = []
+    for name in arguments.models:
+        for optimizer in arguments.optimizers:
+            for row in measure(name, optimizer, arguments.device, arguments.turns):
+                rows.append(row)
+                print(
+                    f"{name:22} {optimizer:6} {row['contestant']:10} {row['milliseconds']:8.1f} ms "
+                    f"{row['ratio_to_dense']:6.3f} x dense",
+                    flush=True,
+                )
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(arguments.out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*rows[0], "machine"])
+            writer.writeheader()
+            writer.writerows({**row, "machine": machine(arguments.device)} for row in rows)
+
+
+if __name__ == "__main__":
+    main()

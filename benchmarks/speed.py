@@ -1,0 +1,298 @@
+"""How long a pruning step takes, and how much memory, beside PyTorch's and a literal implementation of the paper.
+
+    python benchmarks/speed.py --quick                  # resnet50, a few repetitions: under a minute
+    python benchmarks/speed.py --out docs/results/speed # all models, as committed
+    python benchmarks/speed.py --device cuda
+
+All contestants prune the same number of entries of fresh copies of the same model, in turn, in one process; what is
+reported are medians over the rounds of turns, and medians of each round's ratio to torch_sap. Extra memory is the peak
+of resident memory (of allocated memory on a GPU) above what the model took, in a process of its own for each.
+
+- global: `torch.nn.utils.prune.global_unstructured` with L1Unstructured and the count that torch_sap found;
+- layer: `torch.nn.utils.prune.l1_unstructured`, tensor by tensor, with the counts that torch_sap found;
+- neuron: each tensor's rows ranked by `torch.sort`, with the counts that torch_sap found;
+- literal: the paper's formula in float32 as one would write it down: mask, norms, sort, for each group;
+- floor: every weight read once and a mask of its shape written once, which no method can do without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import torch_sap
+
+FUNCTIONS = {
+    "global": torch_sap.global_unstructured,
+    "layer": torch_sap.layer_unstructured,
+    "neuron": torch_sap.neuron_unstructured,
+}
+MODELS = ["resnet50", "vit_base_patch16_224", "convnext_base", "vit_large_patch16_224"]
+Contestant = Callable[[nn.Module], Any]
+
+
+def build(name: str, sparsity: float, device: str) -> nn.Module:
+    """An untrained timm model; its smallest weights are pruned already if a sparsity is given."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).to(device)
+    if sparsity:
+        parameters = torch_sap.prunable_parameters(model)
+        with torch.no_grad():
+            for module, attribute in parameters:
+                weight = getattr(module, attribute)
+                order = weight.abs().flatten().kthvalue(max(1, int(sparsity * weight.numel()))).values
+                prune.custom_from_mask(module, attribute, weight.abs() > order)
+    return model
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    """The model with its masks held as torch_sap does, without pruning anything: gamma = 0."""
+    torch_sap.global_unstructured(model, gamma=0.0)
+    return model
+
+
+def contestants(scope: str, report: torch_sap.PruningReport) -> dict[str, Contestant]:
+    """What is timed in a scope, by name; torch_sap first."""
+    counts = {name: group.c for name, group in report.groups.items()}
+    ours: dict[str, Contestant] = {"torch_sap": FUNCTIONS[scope]}
+    if scope == "global":
+        ours["torch"] = lambda model: prune.global_unstructured(
+            torch_sap.prunable_parameters(model), prune.L1Unstructured, amount=int(counts["global"][0])
+        )
+    elif scope == "layer":
+        ours["torch"] = lambda model: l1_each(model, [int(c[0]) for c in counts.values()])
+    else:
+        ours["torch"] = lambda model: sort_rows(model, list(counts.values()))
+    ours["literal"] = lambda model: literal(model, scope)
+    if scope == "global":
+        ours["floor"] = floor
+    return ours
+
+
+def l1_each(model: nn.Module, counts: list[int]) -> None:
+    """PyTorch's own method, one tensor after the other."""
+    for (module, name), count in zip(torch_sap.prunable_parameters(model), counts, strict=True):
+        prune.l1_unstructured(module, name, amount=count)
+
+
+def current(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """A weight and its mask, as PyTorch's methods see them."""
+    weight = getattr(module, name).detach()
+    return weight, getattr(module, name + "_mask", torch.ones_like(weight))
+
+
+def sort_rows(model: nn.Module, counts: list[np.ndarray]) -> None:
+    """Prune the given number of smallest entries of each row, ranked by torch.sort."""
+    for (module, name), count in zip(torch_sap.prunable_parameters(model), counts, strict=True):
+        weight, mask = current(module, name)
+        rows = weight.flatten(1).abs().masked_fill(mask.flatten(1) == 0, torch.inf)
+        order = rows.sort(dim=1, stable=True).indices
+        places = torch.arange(rows.shape[1], device=rows.device)
+        drop = places < torch.as_tensor(count, device=rows.device)[:, None]
+        new = mask.flatten(1).scatter(1, order, (~drop).to(mask.dtype)) * mask.flatten(1)
+        prune.custom_from_mask(module, name, new.view_as(weight))
+
+
+def literal(model: nn.Module, scope: str, p: float = 0.5, q: float = 1.0, beta: float = 0.9) -> int:
+    """The paper's formulas in the weights' own type, group by group; returns how many entries it prunes."""
+    pairs = torch_sap.prunable_parameters(model)
+    found = [current(*pair) for pair in pairs]
+    if scope == "global":
+        flat = torch.cat([weight.flatten() for weight, _ in found])
+        masks = [torch.cat([mask.flatten() for _, mask in found])]
+        groups = [flat]
+    elif scope == "layer":
+        groups, masks = [w.flatten() for w, _ in found], [m.flatten() for _, m in found]
+    else:
+        groups = [row for weight, _ in found for row in weight.flatten(1)]
+        masks = [row for _, mask in found for row in mask.flatten(1)]
+    pruned = 0
+    for group, mask in zip(groups, masks, strict=True):
+        kept = group[mask != 0]
+        d = kept.numel()
+        if d == 0 or not kept.any():
+            continue
+        index = 1 - d ** (1 / q - 1 / p) * torch.linalg.vector_norm(kept, p) / torch.linalg.vector_norm(kept, q)
+        r = d * (1 - index) ** (p * q / (q - p))
+        count = int(d * torch.clamp(1 - r / d, max=beta))
+        threshold = kept.abs().sort().values[max(count - 1, 0)]
+        torch.gt(group.abs(), threshold)  # the new mask
+        pruned += count
+    return pruned
+
+
+def floor(model: nn.Module) -> None:
+    """Read every weight once, write a mask once."""
+    for module, name in torch_sap.prunable_parameters(model):
+        weight = current_weight(module, name)
+        if weight.is_cpu:
+            np.greater(weight.numpy(), 0.01)
+        else:
+            torch.gt(weight, 0.01)
+
+
+def current_weight(module: nn.Module, name: str) -> Tensor:
+    """A weight as it is stored."""
+    weight: Tensor = getattr(module, name + "_orig", None)
+    return (getattr(module, name) if weight is None else weight).detach()
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def start_state(name: str, sparsity: float, device: str, contestant: str) -> nn.Module:
+    """The model that a contestant starts from: in its own form if it is pruned already."""
+    model = build(name, sparsity, device)
+    return in_place(model) if sparsity and contestant == "torch_sap" else model
+
+
+def measure(name: str, scope: str, sparsity: float, device: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """Time the contestants in turn; a row of results each."""
+    report = FUNCTIONS[scope](start_state(name, sparsity, device, "torch_sap"))
+    entrants = contestants(scope, report)
+    starts = {key: start_state(name, sparsity, device, key) for key in entrants}
+    times: dict[str, list[float]] = {key: [] for key in entrants}
+    for turn in range(rounds + 1):
+        for key, contestant in entrants.items():
+            with torch.no_grad():
+                model = copy.deepcopy(starts[key])
+                synchronize(device)
+                started = time.perf_counter()
+                contestant(model)
+                synchronize(device)
+            if turn:  # the first turn warms up
+                times[key].append(time.perf_counter() - started)
+            del model
+    for key in entrants:
+        yield {
+            "model": name,
+            "weights": report.total,
+            "scope": scope,
+            "sparsity": sparsity,
+            "contestant": key,
+            "pruned": report.pruned,
+            "milliseconds": 1000 * statistics.median(times[key]),
+            "ratio_to_torch_sap": statistics.median(a / b for a, b in zip(times[key], times["torch_sap"], strict=True)),
+            "extra_mib": peak_memory(name, scope, sparsity, device, key),
+        }
+
+
+def peak_memory(name: str, scope: str, sparsity: float, device: str, contestant: str) -> float:
+    """Peak memory of one call above what was there before, in MiB, measured in a process of its own."""
+    arguments = json.dumps([name, scope, sparsity, device, contestant])
+    done = subprocess.run(
+        [sys.executable, __file__, "--memory-of", arguments], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.split()[-1])
+
+
+def print_memory(name: str, scope: str, sparsity: float, device: str, contestant: str) -> None:
+    """What :func:`peak_memory` runs."""
+    report = FUNCTIONS[scope](start_state(name, sparsity, device, "torch_sap"))
+    entrant = contestants(scope, report)[contestant]
+    model = start_state(name, sparsity, device, contestant)
+    with torch.no_grad():
+        entrant(nn.Sequential(nn.Linear(8, 8)) if scope == "global" and contestant == "floor" else copy.deepcopy(model))
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            entrant(model)
+            print((torch.cuda.max_memory_allocated() - before) / 2**20)
+            return
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident("VmRSS")
+        entrant(model)
+        print((resident("VmHWM") - before) / 1024)
+
+
+def resident(field: str) -> int:
+    """A line of /proc/self/status, in KiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
+
+
+def machine(device: str) -> str:
+    """What the figures were taken on."""
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    cpu = f"{names[0]}, {len(names)} cores, {torch.get_num_threads()} threads" if names else platform.processor()
+    gpu = "" if device == "cpu" else f"; {torch.cuda.get_device_name()}"
+    return f"{cpu}{gpu}; Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--scopes", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS))
+    parser.add_argument("--rounds", type=int, default=7, help="turns that count")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.png")
+    parser.add_argument("--quick", action="store_true", help="resnet50, first step, three turns")
+    parser.add_argument("--memory-of", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print_memory(*arguments.memory_of)
+        return
+    models, rounds = (["resnet50"], 3) if arguments.quick else (arguments.models, arguments.rounds)
+    print(machine(arguments.device))
+    rows = []
+    for name in models:
+        for sparsity in (0.0,) if arguments.quick else (0.0, 0.6):
+            for scope in arguments.scopes:
+                for row in measure(name, scope, sparsity, arguments.device, rounds):
+                    rows.append(row)
+                    print(
+                        f"{name:24} {scope:7} {sparsity:4.0%} {row['contestant']:10} {row['milliseconds']:9.1f} ms "
+                        f"{row['ratio_to_torch_sap']:7.2f} x {row['extra_mib']:9.1f} MiB",
+                        flush=True,
+                    )
+    if arguments.out:
+        write(rows, arguments.out, machine(arguments.device))
+
+
+def write(rows: list[dict[str, Any]], out: Path, description: str) -> None:
+    """The rows as CSV (with the machine in every row) and as a figure, time against weights."""
+    from matplotlib.figure import Figure
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], "machine"])
+        writer.writeheader()
+        writer.writerows({**row, "machine": description} for row in rows)
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    scopes = list(dict.fromkeys(row["scope"] for row in rows))
+    for axes, scope in zip(np.atleast_1d(figure.subplots(1, len(scopes), sharey=True)), scopes, strict=True):
+        here = [row for row in rows if row["sparsity"] == 0 and row["scope"] == scope]
+        for key in dict.fromkeys(row["contestant"] for row in here):
+            points = sorted((row["weights"], row["milliseconds"]) for row in here if row["contestant"] == key)
+            axes.loglog(*zip(*points, strict=True), "--" if key == "floor" else "-", marker="o", label=key)
+        axes.set(title=f"{scope} scope, first step", xlabel="weights", ylabel="milliseconds")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.suptitle(description, fontsize="x-small")
+    figure.savefig(out.with_suffix(".png"), dpi=110)
+
+
+if __name__ == "__main__":
+    main()
