@@ -12,7 +12,8 @@ from torch.nn.utils import prune
 from torch_sap.bounds import Hyperparameters
 from torch_sap.groups import Scope
 from torch_sap.guarding import guard, unguard
-from torch_sap.masking import hold_mask
+from torch_sap.keys import count_true
+from torch_sap.masking import hold_mask, restore_all_zeros_
 from torch_sap.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
 from torch_sap.records import PruningReport, TensorRecord
 from torch_sap.step import StepResult, prune_step
@@ -182,6 +183,7 @@ def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) ->
     for prunable, mask in zip(prunables, complete, strict=True):
         for module, name in prunable.holders:
             hold_mask(module, name, mask)
+    restore_all_zeros_([(prunable.weight, mask) for prunable, mask in zip(prunables, complete, strict=True)])
 
 
 def report_of(prunables: Sequence[Prunable], scope: Scope, rule: Hyperparameters, result: StepResult) -> PruningReport:
@@ -192,12 +194,12 @@ def report_of(prunables: Sequence[Prunable], scope: Scope, rule: Hyperparameters
 
 def count_remaining(prunables: Sequence[Prunable]) -> tuple[TensorRecord, ...]:
     """Counts of tensors by their masks, read from the device at once."""
-    remaining = [
-        torch.as_tensor(p.weight.numel(), device=p.weight.device) if p.mask is None else p.mask.sum() for p in prunables
-    ]
-    home = remaining[0].device
-    counts = torch.stack([count.to(home) for count in remaining]).tolist()
+    remaining = [p.weight.numel() if (mask := p.mask) is None else count_true(mask) for p in prunables]
+    on_device = [count for count in remaining if isinstance(count, Tensor)]
+    if on_device:
+        read = iter(torch.stack([count.to(on_device[0].device) for count in on_device]).tolist())
+        remaining = [next(read) if isinstance(count, Tensor) else count for count in remaining]
     return tuple(
         TensorRecord(p.name, tuple(p.weight.shape), count, p.weight.numel())
-        for p, count in zip(prunables, counts, strict=True)
+        for p, count in zip(prunables, remaining, strict=True)
     )

@@ -14,15 +14,17 @@ mask, and looks the weight and the mask up in its module each time: they may be 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from torch_sap.keys import INTEGER_OF
+from torch_sap.keys import INTEGER_OF, map_pieces
 
 _live: weakref.WeakValueDictionary[int, InPlaceMask] = weakref.WeakValueDictionary()
 
@@ -34,6 +36,20 @@ def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
     see it: the version counter stays, so a forward may do this between another forward and its backward.
     """
     tensor.data.view(INTEGER_OF[tensor.dtype]).mul_(mask.view(torch.uint8))
+
+
+def restore_all_zeros_(weights: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """:func:`restore_zeros_` for many tensors with their masks, on the host with a thread a tensor."""
+    on_host = all(weight.is_cpu for weight, _ in weights)
+
+    def restore(weight: Tensor, mask: Tensor) -> None:
+        if on_host:
+            bits = weight.data.view(INTEGER_OF[weight.dtype]).numpy()
+            np.multiply(bits, mask.numpy().view(np.int8), out=bits)
+        else:
+            restore_zeros_(weight, mask)
+
+    map_pieces(restore, weights, on_host=on_host)
 
 
 class InPlaceMask(prune.BasePruningMethod):
@@ -77,6 +93,11 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def hold(self, module: nn.Module) -> None:
         """Make the module compute with the masked weight, now and until somebody writes into it."""
+        if (found := self.attach(module)) is not None:
+            restore_zeros_(*found)
+
+    def attach(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Let the module read the Parameter and mask its gradients; return it and its mask, None if there is none."""
         name = self._tensor_name
         if (
             name in module._parameters and name + "_orig" in module._parameters
@@ -84,12 +105,12 @@ class InPlaceMask(prune.BasePruningMethod):
             module._parameters[name + "_orig"] = module._parameters.pop(name)
         found = self._find(module)
         if found is None or not isinstance(found[0], nn.Parameter):
-            return
-        weight, mask = found
+            return None
+        weight = found[0]
         _link(module, name, weight)
         if weight.requires_grad and (self._gradient_of is None or self._gradient_of() is not weight):
             self._mask_gradients_of(weight)
-        restore_zeros_(weight, mask)
+        return found
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
@@ -193,7 +214,9 @@ def hooks_of(module: nn.Module, name: str) -> list[prune.BasePruningMethod]:
 
 
 def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
-    """Prune a tensor of a module in place with a mask, from whatever form it is in.
+    """Give a tensor of a module a mask that is held in place, from whatever form it is in.
+
+    The zeros are not there yet: call :func:`restore_all_zeros_` for all tensors that got a mask.
 
     Args:
         module: Module that has the tensor, unpruned, pruned in place, or pruned by one of PyTorch's methods.
@@ -205,7 +228,7 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     ours = [hook for hook in hooks if isinstance(hook, InPlaceMask)]
     if ours and len(hooks) == 1:
         module._buffers[name + "_mask"].copy_(mask)  # type: ignore[union-attr]
-        ours[0].hold(module)
+        ours[0].attach(module)
         return
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook in hooks]:
         del module._forward_pre_hooks[key]
@@ -217,7 +240,7 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     module.register_forward_pre_hook(hook)
     register: Any = module.register_load_state_dict_post_hook
     register(hook.after_load)
-    hook.hold(module)
+    hook.attach(module)
 
 
 def _rename_parameter(module: nn.Module, old: str, new: str) -> None:

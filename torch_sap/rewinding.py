@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from torch_sap.masking import restore_zeros_
+from torch_sap.masking import restore_all_zeros_
 from torch_sap.parameters import Prunable
 
 State = dict[str, Tensor]
@@ -25,9 +25,7 @@ def restore(model: nn.Module, state: Mapping[str, Tensor], prunables: Sequence[P
         for name, tensor in _tensors(model).items():
             if name in state:
                 tensor.copy_(state[name])
-        for prunable in prunables:
-            if (mask := prunable.mask) is not None:
-                restore_zeros_(prunable.weight, mask)
+        restore_all_zeros_([(p.weight, mask) for p in prunables if (mask := p.mask) is not None])
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
