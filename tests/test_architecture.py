@@ -10,6 +10,7 @@ PACKAGE = Path(torch_sap.__file__).parent
 # From the bottom to the top: a module imports from those before it only.
 ORDER = [
     "bounds",
+    "host",
     "keys",
     "sums",
     "selection",

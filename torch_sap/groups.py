@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.keys import chunk_size, common_dtype, count_true, flatten, keys_of, map_pieces, sort_rows
+from torch_sap.host import map_pieces
+from torch_sap.keys import chunk_size, common_dtype, count_true, flatten, keys_of, sort_rows
 from torch_sap.selection import keep_largest, keep_largest_in_rows
 from torch_sap.sums import flat_sums, row_sums
 

@@ -7,17 +7,16 @@ torch tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from functools import reduce
-from itertools import starmap
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-Result = TypeVar("Result")
+from torch_sap.host import scratch
 
 HOST_CHUNK = 2**17
 """Entries that are worked on at once on the host: float64 copies of them stay in the cache."""
@@ -74,42 +73,47 @@ def chunks(*flats: Tensor | None, on_host: bool) -> Iterator[tuple[Any, ...]]:
         yield tuple(None if flat is None else flat[start : start + size] for flat in flats)
 
 
-def map_pieces(work: Callable[..., Result], pieces: Sequence[tuple[Any, ...]], *, on_host: bool) -> list[Result]:
-    """What work gives for each piece, in order. On the host the pieces share torch's number of threads.
-
-    numpy lets go of the interpreter in its loops. One thread a piece is faster than torch's many threads for one small
-    operation, which wait for each other when others use the cores.
-    """
-    threads = min(torch.get_num_threads(), len(pieces) // 4)
-    if not on_host or threads < 2:
-        return list(starmap(work, pieces))
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda piece: work(*piece), pieces))
-
-
 def count_true(mask: Tensor) -> Any:
     """How many entries of a bool mask are True: int on the CPU, int64 scalar tensor on a device."""
     return int(np.count_nonzero(mask.numpy())) if mask.is_cpu else mask.sum()
 
 
-def keys_of(scores: Tensor, mask: Tensor | None, dtype: torch.dtype, *, on_host: bool) -> Any:
-    """Keys of |scores| in ``dtype``, 0 where the mask is False, in new memory of the scores' shape."""
+def keys_of(scores: Tensor, mask: Tensor | None, dtype: torch.dtype, *, on_host: bool, reuse: bool = False) -> Any:
+    """Keys of |scores| in ``dtype``, 0 where the mask is False, of the scores' shape.
+
+    In new memory, or (on the host, ``reuse``) in memory that the next such call of this thread overwrites.
+    """
     bits = scores.to(dtype).view(INTEGER_OF[dtype])
     largest = key_end(dtype) - 1
     if not on_host:
         keys = bits & largest
         return keys if mask is None else keys.mul_(mask)
-    array = np.bitwise_and(bits.numpy(), largest)
-    return array if mask is None else np.multiply(array, mask.numpy().view(np.int8), out=array)
+    source = bits.numpy()
+    out = scratch("keys", source.shape, source.dtype) if reuse else np.empty(source.shape, source.dtype)
+    np.bitwise_and(source, largest, out=out)
+    return out if mask is None else np.multiply(out, mask.numpy().view(np.int8), out=out)
 
 
 def magnitudes(keys: Any, dtype: torch.dtype) -> Any:
     """The float64 magnitudes that keys of a type stand for, array for array and tensor for tensor."""
-    if isinstance(keys, Tensor):
-        return keys.view(dtype).double()
-    if dtype is torch.bfloat16:
-        keys, dtype = keys.astype(np.int32) << 16, torch.float32
-    return keys.view(f"f{dtype.itemsize}").astype(np.float64)
+    return keys.view(dtype).double() if isinstance(keys, Tensor) else _floats(keys, dtype).astype(np.float64)
+
+
+def _floats(keys: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
+    if dtype is torch.bfloat16:  # the upper half of a float32
+        return (keys.astype(np.int32) << 16).view(np.float32)
+    return keys.view(f"f{dtype.itemsize}")
+
+
+def magnitudes_of(scores: Tensor, mask: Tensor | None, dtype: torch.dtype, *, on_host: bool) -> Any:
+    """float64 magnitudes of scores, 0 where the mask is False; on the host in memory that the next call overwrites."""
+    if not on_host:
+        return magnitudes(keys_of(scores, mask, dtype, on_host=False), dtype)
+    out = scratch("magnitudes", scores.shape, np.float64)
+    if mask is None and scores.dtype is not torch.bfloat16:
+        return np.abs(scores.numpy(), out=out, dtype=np.float64)
+    out[...] = _floats(keys_of(scores, mask, dtype, on_host=True, reuse=True), dtype)
+    return out
 
 
 def sort_rows(keys: Any) -> Any:

@@ -24,7 +24,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from torch_sap.keys import INTEGER_OF, map_pieces
+from torch_sap.host import map_pieces
+from torch_sap.keys import INTEGER_OF
 
 _live: weakref.WeakValueDictionary[int, InPlaceMask] = weakref.WeakValueDictionary()
 

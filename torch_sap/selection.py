@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.keys import chunks, common_dtype, flatten, key_end, keys_of, map_pieces
+from torch_sap.host import map_pieces, scratch
+from torch_sap.keys import chunks, common_dtype, flatten, key_end, keys_of
 
 BIN_BITS = 16
 """An interval is cut into at most 2 ** BIN_BITS bins."""
@@ -74,7 +75,7 @@ def _keep_larger(out: Tensor, flat: tuple[Tensor, Tensor | None], key: Any, dtyp
     """Write ``keys > key``."""
 
     def write(keep: Tensor, scores: Tensor, mask: Tensor | None) -> None:
-        keys = keys_of(scores, mask, dtype, on_host=on_host)
+        keys = keys_of(scores, mask, dtype, on_host=on_host, reuse=True)
         if on_host:
             np.greater(keys, key, out=keep.numpy())
         else:
@@ -146,11 +147,12 @@ def _collect(flats: Tensors, low: int, high: int, dtype: torch.dtype) -> tuple[i
     """How many keys are below ``low``, and those from there to ``high``; None if they are too many to keep."""
 
     def collect(scores: Tensor, mask: Tensor | None) -> tuple[int, NDArray[Any] | None]:
-        keys = keys_of(scores, mask, dtype, on_host=True)
-        smaller = keys < low
-        inside = (keys < high) ^ smaller
+        keys = keys_of(scores, mask, dtype, on_host=True, reuse=True)
+        smaller = np.less(keys, low, out=scratch("smaller", keys.shape, np.bool_))
+        inside = np.less(keys, high, out=scratch("inside", keys.shape, np.bool_))
+        inside ^= smaller
         few = np.count_nonzero(inside) <= MOST_COLLECTED
-        return int(np.count_nonzero(smaller)), keys[inside] if few else None
+        return int(np.count_nonzero(smaller)), keys[np.flatnonzero(inside)] if few else None
 
     pieces = [piece for flat in flats for piece in chunks(*flat, on_host=True)]
     belows, found = zip(*map_pieces(collect, pieces, on_host=True), strict=True)

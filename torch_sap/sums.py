@@ -6,7 +6,7 @@ Source: Definition 1 of Diao et al., ICLR 2023 (arXiv 2302.05601).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,31 +14,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.keys import chunks, keys_of, magnitudes, map_pieces
+from torch_sap.host import map_pieces, scratch
+from torch_sap.keys import chunks, magnitudes_of
 
 BLOCK = 2**12
 """Entries that are summed in one go. A chunk is a whole number of blocks and the sums of blocks are added exactly, so
-that a
-sum does not depend on the size of the chunks."""
+that a sum does not depend on the size of the chunks."""
 
 
-def _power(x: Any, exponent: float) -> Any:
+def _power(x: Any, exponent: float, out: Any) -> Any:
+    """``x ** exponent``, on the host in the memory of ``out`` (but for the exponent 1)."""
     if exponent == 1:
         return x
+    if isinstance(x, Tensor):
+        return x.sqrt() if exponent == 0.5 else x**exponent
     if exponent == 2:
-        return x * x
+        return np.multiply(x, x, out=out)
     if exponent == 0.5:  # sqrt is correctly rounded everywhere, a power is not
-        return np.sqrt(x) if isinstance(x, np.ndarray) else x.sqrt()
-    return x**exponent
+        return np.sqrt(x, out=out)
+    return np.power(x, exponent, out=out)
 
 
-def _magnitudes(scores: Tensor, mask: Tensor | None, dtype: torch.dtype, scale: Any, on_host: bool) -> Any:
-    """float64 magnitudes of the scores, times the scale, 0 where pruned."""
-    if on_host and mask is None and scores.dtype is not torch.bfloat16:
-        values = np.abs(scores.numpy(), dtype=np.float64)
-    else:
-        values = magnitudes(keys_of(scores, mask, dtype, on_host=on_host), dtype)
-    return values if isinstance(scale, float) and scale == 1 else values * scale
+def _powers(x: Any, exponents: Sequence[float]) -> Iterator[Any]:
+    """``x ** exponent`` for each exponent, one after the other in the same memory on the host."""
+    for i, exponent in enumerate(exponents):
+        last = i == len(exponents) - 1
+        yield _power(x, exponent, x if last or isinstance(x, Tensor) else scratch("powers", x.shape, np.float64))
 
 
 def _block_sums(x: Any) -> list[Any]:
@@ -78,8 +79,10 @@ def flat_sums(
 
     def sums_of(piece: Tensor, piece_mask: Tensor | None) -> list[list[Any]]:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            values = _magnitudes(piece, piece_mask, dtype, scale, on_host)
-            return [_block_sums(_power(values, exponent)) for exponent in exponents]
+            values = magnitudes_of(piece, piece_mask, dtype, on_host=on_host)
+            if scale != 1:
+                values *= scale
+            return [_block_sums(powers) for powers in _powers(values, exponents)]
 
     found = map_pieces(sums_of, list(chunks(scores, mask, on_host=on_host)), on_host=on_host)
     parts = [[block for piece in found for block in piece[i]] for i in range(len(exponents))]
@@ -96,12 +99,14 @@ def row_sums(
     exponents: Sequence[float],
     *,
     on_host: bool,
-    scale: Any = 1.0,
+    scale: float = 1.0,
 ) -> Any:
     """As :func:`flat_sums`, for each row of a two-dimensional block: float64, shape (exponents, rows)."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        values = _magnitudes(rows, mask, dtype, scale, on_host)
-        sums = [_power(values, exponent).sum(1) for exponent in exponents]
+        values = magnitudes_of(rows, mask, dtype, on_host=on_host)
+        if scale != 1:
+            values *= scale
+        sums = [powers.sum(1) for powers in _powers(values, exponents)]
     return np.stack(sums) if on_host else torch.stack(sums)
 
 
