@@ -1,6 +1,6 @@
 """How long a pruning step takes, and how much memory, beside PyTorch's and a literal implementation of the paper.
 
-    python benchmarks/speed.py --quick                  # resnet50, a few repetitions: under a minute
+    python benchmarks/speed.py --quick                  # the first step of resnet50: under a minute
     python benchmarks/speed.py --out docs/results/speed # all models, as committed
     python benchmarks/speed.py --device cuda
 
@@ -161,7 +161,9 @@ def start_state(name: str, sparsity: float, device: str, contestant: str) -> nn.
     return in_place(model) if sparsity and contestant == "torch_sap" else model
 
 
-def measure(name: str, scope: str, sparsity: float, device: str, rounds: int) -> Iterator[dict[str, Any]]:
+def measure(
+    name: str, scope: str, sparsity: float, device: str, rounds: int, *, memory: bool
+) -> Iterator[dict[str, Any]]:
     """Time the contestants in turn; a row of results each."""
     report = FUNCTIONS[scope](start_state(name, sparsity, device, "torch_sap"))
     entrants = contestants(scope, report)
@@ -188,7 +190,7 @@ def measure(name: str, scope: str, sparsity: float, device: str, rounds: int) ->
             "pruned": report.pruned,
             "milliseconds": 1000 * statistics.median(times[key]),
             "ratio_to_torch_sap": statistics.median(a / b for a, b in zip(times[key], times["torch_sap"], strict=True)),
-            "extra_mib": peak_memory(name, scope, sparsity, device, key),
+            "extra_mib": peak_memory(name, scope, sparsity, device, key) if memory else float("nan"),
         }
 
 
@@ -243,19 +245,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns that count")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.png")
-    parser.add_argument("--quick", action="store_true", help="resnet50, first step, three turns")
+    parser.add_argument(
+        "--quick", action="store_true", help="global scope of resnet50, first step, three turns, no memory"
+    )
     parser.add_argument("--memory-of", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
         print_memory(*arguments.memory_of)
         return
-    models, rounds = (["resnet50"], 3) if arguments.quick else (arguments.models, arguments.rounds)
+    if arguments.quick:
+        arguments.models, arguments.scopes, arguments.rounds = ["resnet50"], ["global"], 3
     print(machine(arguments.device))
     rows = []
-    for name in models:
+    for name in arguments.models:
         for sparsity in (0.0,) if arguments.quick else (0.0, 0.6):
             for scope in arguments.scopes:
-                for row in measure(name, scope, sparsity, arguments.device, rounds):
+                for row in measure(
+                    name, scope, sparsity, arguments.device, arguments.rounds, memory=not arguments.quick
+                ):
                     rows.append(row)
                     print(
                         f"{name:24} {scope:7} {sparsity:4.0%} {row['contestant']:10} {row['milliseconds']:9.1f} ms "
