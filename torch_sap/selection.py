@@ -8,7 +8,7 @@ pass. On a device the intervals stay tensors, and nothing is read back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,9 @@ SAMPLE = 2**16
 
 Tensors = Sequence[tuple[Tensor, Tensor | None]]
 """Scores and bool mask (None: nothing pruned) of each tensor of a group, in order of position."""
+
+AddUp = Callable[[Tensor], Tensor]
+"""Makes the sum over all processes of int64 counts."""
 
 
 def keep_largest(tensors: Tensors, count: int, pruned: int, *, on_host: bool) -> list[Tensor]:
@@ -99,13 +102,16 @@ def _keep_late_ties(
     return ties
 
 
-def _find_on_host(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[int, int]:
-    """The rank-th smallest key (from 1) and how many keys are smaller."""
+def _find_on_host(flats: Tensors, rank: int, dtype: torch.dtype, add_up: AddUp | None = None) -> tuple[int, int]:
+    """The rank-th smallest key (from 1) and how many keys are smaller, here or in all processes together."""
     everything = (0, key_end(dtype))
-    low, high = _guess(flats, rank, dtype)
+    low, high = _guess(flats, rank, dtype) if add_up is None else everything
     while True:
         shift = max(0, (high - low - 1).bit_length() - BIN_BITS)
         below, bins = _count(flats, low, high, shift, dtype)
+        if add_up is not None:
+            counts = add_up(torch.from_numpy(np.append(bins, below))).numpy()
+            below, bins = int(counts[-1]), counts[:-1]
         cumulative = below + np.cumsum(bins)
         if not below < rank <= cumulative[-1]:  # the guess was wrong
             low, high = everything
@@ -157,7 +163,9 @@ def _bin(keys: list[NDArray[Any]], low: int, shift: int, bins: int) -> NDArray[n
     return np.bincount((together - low) >> shift, minlength=bins)
 
 
-def _find_on_device(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _find_on_device(
+    flats: Tensors, rank: int, dtype: torch.dtype, add_up: AddUp | None = None
+) -> tuple[Tensor, Tensor]:
     """As :func:`_find_on_host`, without reading anything back: fixed steps of BIN_BITS bits from the highest."""
     home = flats[0][0].device
     low = torch.zeros((), dtype=torch.int64, device=home)
@@ -172,6 +180,8 @@ def _find_on_device(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[Tens
                 bin_of.masked_fill_(bin_of >> BIN_BITS != 0, 2**BIN_BITS)  # the last bin takes what lies outside
                 counts = torch.zeros_like(bins, device=keys.device)
                 bins += counts.scatter_add_(0, bin_of, torch.ones_like(bin_of)).to(home)
+        if add_up is not None:
+            bins = add_up(bins)
         cumulative = below + bins[:-1].cumsum(0)
         chosen = torch.searchsorted(cumulative, torch.full_like(low, rank)).clamp_max(2**BIN_BITS - 1)
         low = low + (chosen << shift)
