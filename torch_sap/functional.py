@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from torch_sap.agreement import check_agreement, groups_of_copies
 from torch_sap.bounds import Hyperparameters
+from torch_sap.collective import add_up, local, part_of
+from torch_sap.fsdp import reshard
 from torch_sap.groups import Scope
 from torch_sap.guarding import guard, unguard
 from torch_sap.masking import hold_mask
@@ -149,6 +152,7 @@ def remove(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     with torch.no_grad():
+        reshard(model.modules())
         for module in model.modules():
             hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)]
             for hook in hooks:
@@ -167,6 +171,7 @@ def _prune(
     prunables = resolve(model, exclude)
     with torch.no_grad():
         result = prune_step(entries_of(prunables, importance_scores), scope, rule)
+        check_copies(model, prunables, result.masks)
         hold_masks(prunables, result.masks)
     if isinstance(model, nn.Module):
         guard(model)
@@ -175,13 +180,16 @@ def _prune(
 
 def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
     """Prune tensors in place with masks, wherever they are used. None stands for nothing pruned."""
-    complete = [
-        torch.ones_like(prunable.weight, dtype=torch.bool, requires_grad=False) if mask is None else mask
-        for prunable, mask in zip(prunables, masks, strict=True)
-    ]
+    complete = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]
     for prunable, mask in zip(prunables, complete, strict=True):
         for module, name in prunable.holders:
             hold_mask(module, name, mask)
+
+
+def check_copies(model: object, prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
+    """Raise a RuntimeError if processes that are known to have copies of the same weights made different masks."""
+    groups = groups_of_copies(model, [prunable.weight for prunable in prunables])
+    check_agreement(masks, groups, prunables[0].weight.device)
 
 
 def report_of(prunables: Sequence[Prunable], scope: Scope, rule: Hyperparameters, result: StepResult) -> PruningReport:
@@ -193,10 +201,16 @@ def report_of(prunables: Sequence[Prunable], scope: Scope, rule: Hyperparameters
 def count_remaining(prunables: Sequence[Prunable]) -> tuple[TensorRecord, ...]:
     """Counts of tensors by their masks, read from the device at once."""
     remaining = [
-        torch.as_tensor(p.weight.numel(), device=p.weight.device) if p.mask is None else p.mask.sum() for p in prunables
+        torch.as_tensor(local(p.weight).numel(), device=p.weight.device) if p.mask is None else local(p.mask).sum()
+        for p in prunables
     ]
     home = remaining[0].device
-    counts = torch.stack([count.to(home) for count in remaining]).tolist()
+    together = torch.stack([count.to(home) for count in remaining])
+    parts = [part_of(p.weight, p.name) for p in prunables]
+    for part in {part.ranks: part for part in parts if part is not None}.values():
+        cut = torch.tensor([other is not None and other.ranks == part.ranks for other in parts], device=home)
+        together = torch.where(cut, add_up(together, part), together)
+    counts = together.tolist()
     return tuple(
         TensorRecord(p.name, tuple(p.weight.shape), count, p.weight.numel())
         for p, count in zip(prunables, counts, strict=True)

@@ -22,6 +22,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from torch_sap.collective import is_dtensor, local, place, same_placement
+from torch_sap.fsdp import manages, rename
 from torch_sap.keys import INTEGER_OF
 
 _live: weakref.WeakValueDictionary[int, InPlaceMask] = weakref.WeakValueDictionary()
@@ -31,8 +33,10 @@ def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
     """Set the entries where a bool mask is False to +0.0, in place, whatever is there (NaN too).
 
     The bits are multiplied as integers, which is several times faster on a CPU than masked_fill_. Autograd does not
-    see it: the version counter stays, so a forward may do this between another forward and its backward.
+    see it: the version counter stays, so a forward may do this between another forward and its backward. Of DTensors
+    of one placement each process does its part.
     """
+    tensor, mask = local(tensor), local(mask)
     tensor.data.view(INTEGER_OF[tensor.dtype]).mul_(mask.view(torch.uint8))
 
 
@@ -54,6 +58,7 @@ class InPlaceMask(prune.BasePruningMethod):
         self._module = weakref.ref(module)  # a strong one would be a cycle, and memory that waits for the collector
         self._gradient_of: weakref.ref[Tensor] | None = None
         self._gradient_handles: list[Any] = []
+        self._managed = False  # by FSDP, as far as is known
         self.guarded_by: object = None  # the guard of the running forward, which has restored the zeros already
         _live[id(self)] = self
 
@@ -87,6 +92,11 @@ class InPlaceMask(prune.BasePruningMethod):
             return
         weight, mask = found
         _link(module, name, weight)
+        if is_dtensor(weight) and not is_dtensor(mask):  # fully_shard came after the pruning
+            mask = module._buffers[name + "_mask"] = place(mask, like=weight)
+        if not same_placement(weight, mask):
+            self._check_gathered(module)
+            return
         if weight.requires_grad and (self._gradient_of is None or self._gradient_of() is not weight):
             self._mask_gradients_of(weight)
         restore_zeros_(weight, mask)
@@ -103,6 +113,20 @@ class InPlaceMask(prune.BasePruningMethod):
             self.hold(module)
         elif module.__dict__.get(self._tensor_name) is not weight:
             _link(module, self._tensor_name, weight)
+
+    def relink(self, module: nn.Module) -> None:
+        """Let ``module.weight`` be the tensor that is there now: FSDP exchanges it for a forward and a backward."""
+        if is_dtensor(module._buffers.get(self._tensor_name + "_mask")) and (found := self._find(module)):
+            _link(module, self._tensor_name, found[0])
+
+    def _check_gathered(self, module: nn.Module) -> None:
+        """A weight that does not lie as its mask does is one that FSDP has gathered from the held parts."""
+        self._managed = self._managed or manages(module, self._tensor_name + "_orig")
+        if not self._managed:
+            raise RuntimeError(
+                f"{self._tensor_name}_orig and {self._tensor_name}_mask of {type(module).__name__} must be placed "
+                "alike, but one is a DTensor and the other is none or lies elsewhere; load or distribute both"
+            )
 
     def restore_in_graph(self, module: nn.Module) -> None:
         """Restore the zeros as a part of a graph that is compiled, where ``.data`` is not allowed."""
@@ -138,7 +162,9 @@ class InPlaceMask(prune.BasePruningMethod):
         found = None if module is None else self._find(module)
         if found is None or weight.grad is None:
             return
-        if weight.grad.is_sparse:
+        if is_dtensor(weight) and module is not None:
+            self.relink(module)  # FSDP has put the sharded parameter back
+        if weight.grad.is_sparse or not same_placement(weight.grad, found[1]):
             weight.grad = weight.grad * found[1].to(weight.grad.dtype)
         else:
             restore_zeros_(weight.grad, found[1])
@@ -161,8 +187,11 @@ class InPlaceMask(prune.BasePruningMethod):
         """Restore the zeros if an optimizer stepped with the weight."""
         module = self._module()
         weight = None if module is None else module._parameters.get(self._tensor_name + "_orig")
-        if module is not None and id(weight) in stepped:
+        held = None if self._gradient_of is None else self._gradient_of()
+        if module is not None and (id(weight) in stepped or id(held) in stepped):
             self.hold(module)
+            if is_dtensor(held) and held is not weight and (found := self._find(module)):  # FSDP keeps it gathered
+                restore_zeros_(held, found[1])
 
     def remove(self, module: nn.Module) -> None:
         """Make the pruning permanent, for PyTorch's prune.remove: the same Parameter, its old name, its old place."""
@@ -204,6 +233,7 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     hooks = hooks_of(module, name)
     ours = [hook for hook in hooks if isinstance(hook, InPlaceMask)]
     if ours and len(hooks) == 1:
+        ours[0].hold(module)  # a mask from before the model was sharded is sharded too
         module._buffers[name + "_mask"].copy_(mask)  # type: ignore[union-attr]
         ours[0].hold(module)
         return
@@ -225,6 +255,7 @@ def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
     parameters = [(new if key == old else key, value) for key, value in module._parameters.items()]
     module._parameters.clear()
     module._parameters.update(parameters)
+    rename(module, old, new)
 
 
 def _link(module: nn.Module, name: str, tensor: Tensor) -> None:
