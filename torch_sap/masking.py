@@ -90,10 +90,8 @@ class InPlaceMask(prune.BasePruningMethod):
         found = self._find(module)
         if found is None or not isinstance(found[0], nn.Parameter):
             return
-        weight, mask = found
+        weight, mask = found[0], self._place_mask(module)
         _link(module, name, weight)
-        if is_dtensor(weight) and not is_dtensor(mask):  # fully_shard came after the pruning
-            mask = module._buffers[name + "_mask"] = place(mask, like=weight)
         if not same_placement(weight, mask):
             self._check_gathered(module)
             return
@@ -118,6 +116,14 @@ class InPlaceMask(prune.BasePruningMethod):
         """Let ``module.weight`` be the tensor that is there now: FSDP exchanges it for a forward and a backward."""
         if is_dtensor(module._buffers.get(self._tensor_name + "_mask")) and (found := self._find(module)):
             _link(module, self._tensor_name, found[0])
+
+    def _place_mask(self, module: nn.Module) -> Tensor:
+        """The mask, cut as the weight is if fully_shard came after the pruning."""
+        weight, mask = module._parameters[self._tensor_name + "_orig"], module._buffers[self._tensor_name + "_mask"]
+        assert weight is not None and mask is not None
+        if is_dtensor(weight) and not is_dtensor(mask):
+            mask = module._buffers[self._tensor_name + "_mask"] = place(mask, like=weight)
+        return mask
 
     def _check_gathered(self, module: nn.Module) -> None:
         """A weight that does not lie as its mask does is one that FSDP has gathered from the held parts."""
@@ -176,6 +182,11 @@ class InPlaceMask(prune.BasePruningMethod):
             return None
         return gradient * found[1].to(gradient.dtype)
 
+    def before_load(self, module: nn.Module, *_: Any) -> None:
+        """load_state_dict pre-hook. A sharded mask can only be copied into one that is sharded too."""
+        if self._find(module):
+            self._place_mask(module)
+
     def after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         """load_state_dict post-hook. ``assign=True`` may have brought a mask of another type, and another Parameter."""
         mask = module._buffers.get(self._tensor_name + "_mask")
@@ -205,9 +216,10 @@ class InPlaceMask(prune.BasePruningMethod):
         """Take away all that holds the mask, but for the forward pre-hook."""
         self._release_gradient()
         _live.pop(id(self), None)
-        hooks = module._load_state_dict_post_hooks
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-            del hooks[key]
+        for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(getattr(hook, "hook", hook), "__self__", None) is self:  # PyTorch wraps pre-hooks
+                    del hooks[key]
 
     def _release_gradient(self) -> None:
         for handle in self._gradient_handles:
@@ -245,8 +257,10 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     module.__dict__.pop(name, None)
     module.register_buffer(name + "_mask", mask)
     module.register_forward_pre_hook(hook)
-    register: Any = module.register_load_state_dict_post_hook
-    register(hook.after_load)
+    before_load: Any = module.register_load_state_dict_pre_hook
+    before_load(hook.before_load)
+    after_load: Any = module.register_load_state_dict_post_hook
+    after_load(hook.after_load)
     hook.hold(module)
 
 
