@@ -32,7 +32,7 @@ def groups_of_copies(model: object, weights: Iterable[Tensor]) -> list[Any]:
         if is_dtensor(weight):
             copied = [i for i, placement in enumerate(weight.placements) if placement.is_replicate()]
             groups += [weight.device_mesh.get_group(i) for i in copied if weight.device_mesh.size(i) > 1]
-    return list({torch.distributed.get_process_group_ranks(group)[0]: group for group in groups}.values())
+    return list({tuple(torch.distributed.get_process_group_ranks(group)): group for group in groups}.values())
 
 
 def check_agreement(masks: Sequence[Tensor | None], groups: Iterable[Any], home: torch.device) -> None:
