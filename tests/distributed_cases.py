@@ -44,10 +44,10 @@ def pruned_and_trained_as_on_one_process(scope, order):
             assert_same_report(FUNCTIONS[scope](many), FUNCTIONS[scope](one), rounding=1e-5)  # of the training
 
 
-def ties_types_and_dimensions(scope):
+def ties_types_and_dimensions(scope, types=(torch.float16, torch.bfloat16, torch.float32, torch.float64)):
     """Weights of few values, or of one, cut along rows and columns, in every floating-point type."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    for dtype in types:
         for levels in (0, 1, 3, 1000):
             torch.manual_seed(1)
             one = nn.Sequential(
@@ -61,6 +61,13 @@ def ties_types_and_dimensions(scope):
             for _ in range(2):
                 assert_same_report(FUNCTIONS[scope](many, eta_r=0.5), FUNCTIONS[scope](one, eta_r=0.5))
                 assert_same_model(many, one)
+
+
+def ties_on_a_device(scope):
+    """The computation of other devices, on this one: no numpy, and thresholds that stay tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_sap.groups.Entry, "on_host", False)
+        ties_types_and_dimensions(scope, [torch.bfloat16, torch.float32])
 
 
 def no_weight_travels():
@@ -270,6 +277,7 @@ ORDERS = ("shard, prune", "prune, shard")
 CASES = {
     **{f"training {s} {o}": (pruned_and_trained_as_on_one_process, s, o) for s in SCOPES for o in ORDERS},
     **{f"ties {s}": (ties_types_and_dimensions, s) for s in SCOPES},
+    **{f"ties on a device {s}": (ties_on_a_device, s) for s in SCOPES},
     **{
         f"{function.__name__} {order}": (function, order)
         for order in ORDERS
