@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from torch_sap.agreement import check_agreement, groups_of_copies
 from torch_sap.bounds import Hyperparameters
+from torch_sap.collective import add_up, local, part_of
+from torch_sap.fsdp import reshard
 from torch_sap.groups import Scope
 from torch_sap.guarding import guard, unguard
 from torch_sap.keys import count_true
-from torch_sap.masking import hold_mask, restore_all_zeros_
+from torch_sap.masking import hold_mask
 from torch_sap.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
 from torch_sap.records import PruningReport, TensorRecord
 from torch_sap.step import StepResult, prune_step
+from torch_sap.zeros import restore_all_zeros_
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -150,6 +154,7 @@ def remove(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     with torch.no_grad():
+        reshard(model.modules())
         for module in model.modules():
             hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)]
             for hook in hooks:
@@ -168,6 +173,7 @@ def _prune(
     prunables = resolve(model, exclude)
     with torch.no_grad():
         result = prune_step(entries_of(prunables, importance_scores), scope, rule)
+        check_copies(model, prunables, result.masks)
         hold_masks(prunables, result.masks)
     if isinstance(model, nn.Module):
         guard(model)
@@ -176,14 +182,17 @@ def _prune(
 
 def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
     """Prune tensors in place with masks, wherever they are used. None stands for nothing pruned."""
-    complete = [
-        torch.ones_like(prunable.weight, dtype=torch.bool, requires_grad=False) if mask is None else mask
-        for prunable, mask in zip(prunables, masks, strict=True)
-    ]
+    complete = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]
     for prunable, mask in zip(prunables, complete, strict=True):
         for module, name in prunable.holders:
             hold_mask(module, name, mask)
-    restore_all_zeros_([(prunable.weight, mask) for prunable, mask in zip(prunables, complete, strict=True)])
+    restore_all_zeros_([(p.weight, held) for p in prunables if (held := p.mask) is not None])
+
+
+def check_copies(model: object, prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
+    """Raise a RuntimeError if processes that are known to have copies of the same weights made different masks."""
+    groups = groups_of_copies(model, [prunable.weight for prunable in prunables])
+    check_agreement(masks, groups, prunables[0].weight.device)
 
 
 def report_of(prunables: Sequence[Prunable], scope: Scope, rule: Hyperparameters, result: StepResult) -> PruningReport:
@@ -194,11 +203,18 @@ def report_of(prunables: Sequence[Prunable], scope: Scope, rule: Hyperparameters
 
 def count_remaining(prunables: Sequence[Prunable]) -> tuple[TensorRecord, ...]:
     """Counts of tensors by their masks, read from the device at once."""
-    remaining = [p.weight.numel() if (mask := p.mask) is None else count_true(mask) for p in prunables]
+    remaining: list[Any] = [
+        local(p.weight).numel() if (mask := p.mask) is None else count_true(local(mask)) for p in prunables
+    ]
     on_device = [count for count in remaining if isinstance(count, Tensor)]
     if on_device:
         read = iter(torch.stack([count.to(on_device[0].device) for count in on_device]).tolist())
         remaining = [next(read) if isinstance(count, Tensor) else count for count in remaining]
+    parts = [part_of(p.weight, p.name) for p in prunables]
+    for part in {part.ranks: part for part in parts if part is not None}.values():
+        together = add_up(torch.tensor(remaining), part).tolist()
+        cut = [other is not None and other.ranks == part.ranks for other in parts]
+        remaining = [whole if of_this else own for whole, own, of_this in zip(together, remaining, cut, strict=True)]
     return tuple(
         TensorRecord(p.name, tuple(p.weight.shape), count, p.weight.numel())
         for p, count in zip(prunables, remaining, strict=True)

@@ -6,8 +6,9 @@ tensor, that can do the same two things: give their power sums, and give masks w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torch_sap.across import keep_largest_across
+from torch_sap.collective import Part, gather_along, is_dtensor
 from torch_sap.host import map_pieces
 from torch_sap.keys import chunk_size, common_dtype, count_true, flatten, keys_of, sort_rows
 from torch_sap.selection import keep_largest, keep_largest_in_rows
@@ -35,6 +38,7 @@ class Entry:
         channel_dim: Dimension of the output channels, the rows of the neuron scope.
         channel_groups: Parts that dimension 0 is cut into, each with output channels of its own (transposed
             convolutions).
+        part: Where the scores lie in a tensor that is cut over several processes; None: they are all of it.
     """
 
     name: str
@@ -43,6 +47,19 @@ class Entry:
     source: str = "weights"
     channel_dim: int = 0
     channel_groups: int = 1
+    part: Part | None = None
+
+    def __post_init__(self) -> None:
+        if is_dtensor(self.scores):
+            raise TypeError(
+                f"{self.name} is a DTensor, whose parts only the whole-model functions and SAP can measure and prune; "
+                "use its full_tensor() here"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(self.scores.shape) if self.part is None else self.part.shape
 
     @property
     def on_host(self) -> bool:
@@ -57,6 +74,14 @@ class Entry:
         """Views of a tensor of the scores' shape that have the output channels in dimension 0."""
         return [part.movedim(self.channel_dim, 0) for part in tensor.chunk(self.channel_groups)]
 
+    def with_whole_rows(self) -> Entry:
+        """The entry itself, or the whole tensor from all processes if they have pieces of its output channels."""
+        part = self.part
+        if part is None or (part.dim == self.channel_dim and self.channel_groups == 1):
+            return self
+        mask = None if self.mask is None else gather_along(self.mask, part)
+        return replace(self, scores=gather_along(self.scores, part), mask=mask, part=None)
+
 
 class Pool:
     """One group of all entries of one or more tensors."""
@@ -65,6 +90,7 @@ class Pool:
         self.name, self.entries = name, entries
         self.dtype = common_dtype(entry.scores for entry in entries)
         self.on_host = all(entry.on_host for entry in entries)
+        self.parts = [entry.part for entry in entries]
 
     def sums(self, exponents: Sequence[float], scale: float) -> list[Any]:
         """For each tensor a float64 table of shape (1 + exponents, 1): d, then the power sums."""
@@ -76,6 +102,13 @@ class Pool:
         sums = flat_sums(scores, mask, self.dtype, exponents, on_host=self.on_host, scale=scale)
         return _with_count(entry.unpruned(), sums)
 
+    def join(self, tables: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """The table of the group from those of its tensors and their parts, added without rounding."""
+        if len(tables) == 1:
+            return tables[0]
+        rows = np.hstack(tables)
+        return np.array([[math.fsum(row) if np.isfinite(row).all() else np.inf] for row in rows])
+
     def ordered(self) -> Iterator[Any]:
         """All keys in ascending order, pruned ones (0) first, shape (1, entries)."""
         keys = [keys_of(e.scores, e.mask, self.dtype, on_host=self.on_host).reshape(-1) for e in self.entries]
@@ -85,17 +118,21 @@ class Pool:
         """New masks without the ``counts[0]`` smallest entries, one a tensor; None where nothing is pruned."""
         if counts[0] == 0:
             return [entry.mask for entry in self.entries]
-        total = sum(entry.scores.numel() for entry in self.entries)
+        pruned = sum(math.prod(entry.shape) for entry in self.entries) - int(unpruned[0])
         tensors = [(entry.scores, entry.mask) for entry in self.entries]
-        return list(keep_largest(tensors, int(counts[0]), total - int(unpruned[0]), on_host=self.on_host))
+        if any(self.parts):
+            return list(keep_largest_across(tensors, self.parts, int(counts[0]), pruned, on_host=self.on_host))
+        return list(keep_largest(tensors, int(counts[0]), pruned, on_host=self.on_host))
 
 
 class Rows:
     """The rows (output channels) of one tensor, each a group of its own."""
 
     def __init__(self, entry: Entry) -> None:
-        self.name, self.entries = entry.name, [entry]
-        self.entry, self.dtype, self.on_host = entry, entry.scores.dtype, entry.on_host
+        self.name, self.given = entry.name, entry
+        self.entry = entry.with_whole_rows()
+        self.entries, self.parts = [self.entry], [self.entry.part]
+        self.dtype, self.on_host = entry.scores.dtype, entry.on_host
 
     def _blocks(self, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
         """Some rows of each tensor at a time, as views with the rows in dimension 0."""
@@ -123,6 +160,10 @@ class Rows:
             return [np.zeros((1 + len(exponents), 0))]
         return [np.concatenate(tables, 1) if self.on_host else torch.cat(tables, 1)]
 
+    def join(self, tables: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """The table of all rows from those of the parts."""
+        return np.hstack(tables)
+
     def ordered(self) -> Iterator[Any]:
         """The keys of each row in ascending order, pruned ones (0) first, some rows at a time."""
         for scores, mask in self._blocks(self.entry.scores, self.entry.mask):
@@ -132,8 +173,10 @@ class Rows:
 
     def masks(self, counts: NDArray[np.int64], unpruned: NDArray[np.int64]) -> list[Tensor | None]:
         """New mask without the ``counts[i]`` smallest entries of row i; None if nothing is pruned."""
+        if self.entry.part is not None:
+            counts = counts[slice(*self.entry.part.bounds(self.entry.part.rank))]
         if not counts.any():
-            return [self.entry.mask]
+            return [self.given.mask]
         keep = torch.empty_like(self.entry.scores, dtype=torch.bool)
         blocks = list(self._blocks(keep, self.entry.scores, self.entry.mask))
         ends = np.cumsum([len(block[0]) for block in blocks])[:-1].tolist()
@@ -149,6 +192,9 @@ class Rows:
 
         pieces = [(*block, here) for block, here in zip(blocks, counts_of, strict=True)]
         map_pieces(write, pieces, on_host=self.on_host)
+        if self.given.part != self.entry.part:
+            assert self.given.part is not None
+            keep = self.given.part.own(keep).contiguous()
         return [keep]
 
 

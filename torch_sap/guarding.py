@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_sap.fsdp import is_fsdp
 from torch_sap.masking import InPlaceMask
 
 
@@ -27,6 +28,8 @@ class Guard:
 
     def before(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook. An outer guard that has done it already is trusted."""
+        if not torch.compiler.is_compiling() and is_fsdp(module):
+            self._come_first(module)
         for hook, inner in self.held:
             if hook.guarded_by is None or hook.guarded_by is self:
                 if torch.compiler.is_compiling():
@@ -34,25 +37,44 @@ class Guard:
                 else:
                     hook.hold(inner)
                 hook.guarded_by = self
+            elif not torch.compiler.is_compiling():
+                hook.relink(inner)
+
+    def link(self, module: nn.Module, inputs: Any) -> None:
+        """Forward pre-hook that runs when FSDP has gathered the weights."""
+        for hook, inner in self.held:
+            hook.relink(inner)
+
+    def _come_first(self, module: nn.Module) -> None:
+        """Restore zeros before FSDP gathers the weights, though fully_shard came after the guard."""
+        hooks: Any = module._forward_pre_hooks  # an OrderedDict
+        if next(iter(hooks.values())) != self.before:
+            hooks.move_to_end(next(key for key, hook in hooks.items() if hook == self.before), last=False)
+            if self.link not in hooks.values():
+                module.register_forward_pre_hook(self.link)
 
     def after(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Forward hook."""
-        for hook, _ in self.held:
+        for hook, inner in self.held:
             if hook.guarded_by is self:
                 hook.guarded_by = None
+            hook.relink(inner)
 
 
 def guard(model: nn.Module) -> None:
     """Give every module of a model that has pruned modules inside a guard for them, or leave it the one it has."""
     for module in model.modules():
-        held = [(hook, inner) for inner in module.modules() if inner is not module for hook in _in_place(inner)]
+        inside = [inner for inner in module.modules() if inner is not module or is_fsdp(module)]
+        held = [(hook, inner) for inner in inside for hook in _in_place(inner)]
         known = _guards(module)
         if known and known[0].held == held:
             continue
         _release(module)
         if held:
             new = Guard(held)
-            module.register_forward_pre_hook(new.before)
+            module.register_forward_pre_hook(new.before, prepend=is_fsdp(module))
+            if is_fsdp(module):
+                module.register_forward_pre_hook(new.link)
             module.register_forward_hook(new.after, always_call=True)
 
 

@@ -14,43 +14,19 @@ mask, and looks the weight and the mask up in its module each time: they may be 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from torch_sap.host import map_pieces
-from torch_sap.keys import INTEGER_OF
+from torch_sap.collective import is_dtensor, place, same_placement
+from torch_sap.fsdp import manages, rename
+from torch_sap.zeros import restore_zeros_
 
 _live: weakref.WeakValueDictionary[int, InPlaceMask] = weakref.WeakValueDictionary()
-
-
-def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
-    """Set the entries where a bool mask is False to +0.0, in place, whatever is there (NaN too).
-
-    The bits are multiplied as integers, which is several times faster on a CPU than masked_fill_. Autograd does not
-    see it: the version counter stays, so a forward may do this between another forward and its backward.
-    """
-    tensor.data.view(INTEGER_OF[tensor.dtype]).mul_(mask.view(torch.uint8))
-
-
-def restore_all_zeros_(weights: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """:func:`restore_zeros_` for many tensors with their masks, on the host with a thread a tensor."""
-    on_host = all(weight.is_cpu for weight, _ in weights)
-
-    def restore(weight: Tensor, mask: Tensor) -> None:
-        if on_host:
-            bits = weight.data.view(INTEGER_OF[weight.dtype]).numpy()
-            np.multiply(bits, mask.numpy().view(np.int8), out=bits)
-        else:
-            restore_zeros_(weight, mask)
-
-    map_pieces(restore, weights, on_host=on_host)
 
 
 class InPlaceMask(prune.BasePruningMethod):
@@ -71,6 +47,7 @@ class InPlaceMask(prune.BasePruningMethod):
         self._module = weakref.ref(module)  # a strong one would be a cycle, and memory that waits for the collector
         self._gradient_of: weakref.ref[Tensor] | None = None
         self._gradient_handles: list[Any] = []
+        self._managed = False  # by FSDP, as far as is known
         self.guarded_by: object = None  # the guard of the running forward, which has restored the zeros already
         _live[id(self)] = self
 
@@ -100,18 +77,19 @@ class InPlaceMask(prune.BasePruningMethod):
     def attach(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
         """Let the module read the Parameter and mask its gradients; return it and its mask, None if there is none."""
         name = self._tensor_name
-        if (
-            name in module._parameters and name + "_orig" in module._parameters
-        ):  # assigned by the user: it takes the place
+        if name in module._parameters and name + "_orig" in module._parameters:  # assigned by the user: it replaces it
             module._parameters[name + "_orig"] = module._parameters.pop(name)
         found = self._find(module)
         if found is None or not isinstance(found[0], nn.Parameter):
             return None
-        weight = found[0]
+        weight, mask = found[0], self._place_mask(module)
         _link(module, name, weight)
+        if not same_placement(weight, mask):
+            self._check_gathered(module)
+            return None
         if weight.requires_grad and (self._gradient_of is None or self._gradient_of() is not weight):
             self._mask_gradients_of(weight)
-        return found
+        return weight, mask
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
@@ -125,6 +103,28 @@ class InPlaceMask(prune.BasePruningMethod):
             self.hold(module)
         elif module.__dict__.get(self._tensor_name) is not weight:
             _link(module, self._tensor_name, weight)
+
+    def relink(self, module: nn.Module) -> None:
+        """Let ``module.weight`` be the tensor that is there now: FSDP exchanges it for a forward and a backward."""
+        if is_dtensor(module._buffers.get(self._tensor_name + "_mask")) and (found := self._find(module)):
+            _link(module, self._tensor_name, found[0])
+
+    def _place_mask(self, module: nn.Module) -> Tensor:
+        """The mask, cut as the weight is if fully_shard came after the pruning."""
+        weight, mask = module._parameters[self._tensor_name + "_orig"], module._buffers[self._tensor_name + "_mask"]
+        assert weight is not None and mask is not None
+        if is_dtensor(weight) and not is_dtensor(mask):
+            mask = module._buffers[self._tensor_name + "_mask"] = place(mask, like=weight)
+        return mask
+
+    def _check_gathered(self, module: nn.Module) -> None:
+        """A weight that does not lie as its mask does is one that FSDP has gathered from the held parts."""
+        self._managed = self._managed or manages(module, self._tensor_name + "_orig")
+        if not self._managed:
+            raise RuntimeError(
+                f"{self._tensor_name}_orig and {self._tensor_name}_mask of {type(module).__name__} must be placed "
+                "alike, but one is a DTensor and the other is none or lies elsewhere; load or distribute both"
+            )
 
     def restore_in_graph(self, module: nn.Module) -> None:
         """Restore the zeros as a part of a graph that is compiled, where ``.data`` is not allowed."""
@@ -160,7 +160,9 @@ class InPlaceMask(prune.BasePruningMethod):
         found = None if module is None else self._find(module)
         if found is None or weight.grad is None:
             return
-        if weight.grad.is_sparse:
+        if is_dtensor(weight) and module is not None:
+            self.relink(module)  # FSDP has put the sharded parameter back
+        if weight.grad.is_sparse or not same_placement(weight.grad, found[1]):
             weight.grad = weight.grad * found[1].to(weight.grad.dtype)
         else:
             restore_zeros_(weight.grad, found[1])
@@ -171,6 +173,11 @@ class InPlaceMask(prune.BasePruningMethod):
         if found is None or _will_accumulate(found[0]):
             return None
         return gradient * found[1].to(gradient.dtype)
+
+    def before_load(self, module: nn.Module, *_: Any) -> None:
+        """load_state_dict pre-hook. A sharded mask can only be copied into one that is sharded too."""
+        if self._find(module):
+            self._place_mask(module)
 
     def after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         """load_state_dict post-hook. ``assign=True`` may have brought a mask of another type, and another Parameter."""
@@ -183,8 +190,11 @@ class InPlaceMask(prune.BasePruningMethod):
         """Restore the zeros if an optimizer stepped with the weight."""
         module = self._module()
         weight = None if module is None else module._parameters.get(self._tensor_name + "_orig")
-        if module is not None and id(weight) in stepped:
+        held = None if self._gradient_of is None else self._gradient_of()
+        if module is not None and (id(weight) in stepped or id(held) in stepped):
             self.hold(module)
+            if is_dtensor(held) and held is not weight and (found := self._find(module)):  # FSDP keeps it gathered
+                restore_zeros_(held, found[1])
 
     def remove(self, module: nn.Module) -> None:
         """Make the pruning permanent, for PyTorch's prune.remove: the same Parameter, its old name, its old place."""
@@ -198,9 +208,10 @@ class InPlaceMask(prune.BasePruningMethod):
         """Take away all that holds the mask, but for the forward pre-hook."""
         self._release_gradient()
         _live.pop(id(self), None)
-        hooks = module._load_state_dict_post_hooks
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-            del hooks[key]
+        for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(getattr(hook, "hook", hook), "__self__", None) is self:  # PyTorch wraps pre-hooks
+                    del hooks[key]
 
     def _release_gradient(self) -> None:
         for handle in self._gradient_handles:
@@ -217,7 +228,7 @@ def hooks_of(module: nn.Module, name: str) -> list[prune.BasePruningMethod]:
 def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     """Give a tensor of a module a mask that is held in place, from whatever form it is in.
 
-    The zeros are not there yet: call :func:`restore_all_zeros_` for all tensors that got a mask.
+    The zeros are not there yet: call :func:`torch_sap.zeros.restore_all_zeros_` for all tensors that got a mask.
 
     Args:
         module: Module that has the tensor, unpruned, pruned in place, or pruned by one of PyTorch's methods.
@@ -228,6 +239,7 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     hooks = hooks_of(module, name)
     ours = [hook for hook in hooks if isinstance(hook, InPlaceMask)]
     if ours and len(hooks) == 1:
+        ours[0].hold(module)  # a mask from before the model was sharded is sharded too
         module._buffers[name + "_mask"].copy_(mask)  # type: ignore[union-attr]
         ours[0].attach(module)
         return
@@ -239,8 +251,10 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     module.__dict__.pop(name, None)
     module.register_buffer(name + "_mask", mask)
     module.register_forward_pre_hook(hook)
-    register: Any = module.register_load_state_dict_post_hook
-    register(hook.after_load)
+    before_load: Any = module.register_load_state_dict_pre_hook
+    before_load(hook.before_load)
+    after_load: Any = module.register_load_state_dict_post_hook
+    after_load(hook.after_load)
     hook.attach(module)
 
 
@@ -249,6 +263,7 @@ def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
     parameters = [(new if key == old else key, value) for key, value in module._parameters.items()]
     module._parameters.clear()
     module._parameters.update(parameters)
+    rename(module, old, new)
 
 
 def _link(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.bounds import check_norms
+from torch_sap.collective import Part, common_part, gather
 from torch_sap.groups import Entry, Group, Scope, split
 from torch_sap.keys import check_dtype, magnitudes
 from torch_sap.sums import index_from_sums
@@ -136,10 +137,10 @@ def measure_groups(groups: Sequence[Group], p: float, q: float) -> list[tuple[ND
     Raises:
         ValueError: if an entry holds NaN or infinity; it is named.
     """
-    tables = _to_host([group.sums((p, q), 1.0) for group in groups])
+    tables = _to_host(groups, [group.sums((p, q), 1.0) for group in groups])
     for i, (group, table) in enumerate(zip(groups, tables, strict=True)):
         if _out_of_range(group, table, q):
-            (tables[i],) = _to_host([group.sums((p, q), _safe_scale(group))])
+            (tables[i],) = _to_host([group], [group.sums((p, q), _safe_scale(group))])
     return [(table[0].astype(np.int64), index_from_sums(table[1], table[2], table[0], p=p, q=q)) for table in tables]
 
 
@@ -148,8 +149,8 @@ def read(tensor: Tensor) -> Float64:
     return np.asarray(tensor.cpu().numpy())
 
 
-def _to_host(tables: list[list[Any]]) -> list[Float64]:
-    """The tables of each group's tensors, read from each device at once, and added up for each group."""
+def _to_host(groups: Sequence[Group], tables: list[list[Any]]) -> list[Float64]:
+    """The tables of each group's tensors, read from each device and process at once, and put together by group."""
     on_device = [t for group in tables for t in group if isinstance(t, Tensor)]
     found: dict[int, Float64] = {}
     for device in {t.device for t in on_device}:
@@ -158,12 +159,23 @@ def _to_host(tables: list[list[Any]]) -> list[Float64]:
         for t, values in zip(here, np.split(flat, np.cumsum([t.numel() for t in here])[:-1]), strict=True):
             found[id(t)] = values.reshape(tuple(t.shape))
     on_host = [[found[id(t)] if isinstance(t, Tensor) else t for t in group] for group in tables]
-    return [group[0] if len(group) == 1 else _add_exactly(group) for group in on_host]
+    gathered = _from_all_processes(on_host, [group.parts for group in groups])
+    return [group.join(tables) for group, tables in zip(groups, gathered, strict=True)]
 
 
-def _add_exactly(tables: list[Float64]) -> Float64:
-    rows = np.hstack(tables)
-    return np.array([[math.fsum(row) if np.isfinite(row).all() else np.inf] for row in rows])
+def _from_all_processes(tables: list[list[Float64]], parts: list[list[Part | None]]) -> list[list[Float64]]:
+    """The tables of groups that are cut over several processes, from all of them. The others are left as they are."""
+    ones = [common_part(group) for group in parts]
+    gathered = list(tables)
+    for ranks in dict.fromkeys(one.ranks for one in ones if one is not None):
+        here = [i for i, one in enumerate(ones) if one is not None and one.ranks == ranks]
+        one = ones[here[0]]
+        assert one is not None
+        received = iter(zip(*gather([table for i in here for table in tables[i]], one), strict=True))
+        for i in here:  # of what every process has whole the first one's counts
+            found = [(part, next(received)) for part in parts[i]]
+            gathered[i] = [table for part, all_of_them in found for table in all_of_them[: None if part else 1]]
+    return gathered
 
 
 def _out_of_range(group: Group, table: Float64, q: float) -> bool:
@@ -180,17 +192,22 @@ def _safe_scale(group: Group) -> float:
     Raises:
         ValueError: if a weight is NaN or infinite.
     """
-    largest = 0.0
-    for entry in group.entries:
-        scores = entry.scores if entry.mask is None else entry.scores.masked_fill(~entry.mask, 0)
-        top = float(scores.abs().max()) if scores.numel() else 0.0
-        if not math.isfinite(top):
-            kind = "NaN" if math.isnan(top) else "infinite"
+    tops = [np.array([_largest(entry)]) for entry in group.entries]
+    if (part := common_part(group.parts)) is not None:
+        tops = [np.concatenate(every) for every in zip(*gather(tops, part), strict=True)]
+    for entry, top in zip(group.entries, tops, strict=True):
+        if not np.isfinite(top).all():
+            kind = "NaN" if np.isnan(top).any() else "infinite"
             raise ValueError(
-                f"{entry.source} must be finite, but {entry.name} of shape {tuple(scores.shape)} has {kind} entries"
+                f"{entry.source} must be finite, but {entry.name} of shape {entry.shape} has {kind} entries"
             )
-        largest = max(largest, top)
+    largest = float(max(top.max() for top in tops))
     return 2.0 ** -math.frexp(largest)[1] if largest else 1.0
+
+
+def _largest(entry: Entry) -> float:
+    scores = entry.scores if entry.mask is None else entry.scores.masked_fill(~entry.mask, 0)
+    return float(scores.abs().max()) if scores.numel() else 0.0
 
 
 def measure_gini(entries: Sequence[Entry], scope: Scope) -> dict[str, Float64]:
@@ -200,6 +217,8 @@ def measure_gini(entries: Sequence[Entry], scope: Scope) -> dict[str, Float64]:
         ValueError: if an entry holds NaN or infinity; it is named.
     """
     groups = split(entries, scope)
+    if sharded := [entry.name for entry in entries if entry.part is not None]:
+        raise NotImplementedError(f"the Gini index needs whole tensors, but {sharded[0]} is sharded; leave out gini")
     found = measure_groups(groups, 0.5, 1.0)
     return {
         group.name: np.concatenate([np.zeros(0), *_gini(group, d)]) for group, (d, _) in zip(groups, found, strict=True)

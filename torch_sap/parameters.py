@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
+from torch_sap.agreement import unwrap
+from torch_sap.collective import local, part_of, place, wrap
+from torch_sap.fsdp import reshard
 from torch_sap.groups import Entry
 from torch_sap.keys import check_dtype
 
@@ -39,26 +42,33 @@ class Prunable:
 
     @property
     def mask(self) -> Tensor | None:
-        """What all holders leave unpruned, as a bool tensor; None if nobody has pruned it yet."""
+        """What all holders leave unpruned, bool, sharded as the weight is; None if nobody has pruned it yet."""
         mask = None
         for module, name in self.holders:
             if (here := module._buffers.get(name + "_mask")) is not None:
-                here = here if here.dtype is torch.bool else here != 0
+                here = place(here if here.dtype is torch.bool else here != 0, like=self.weight)
                 mask = here if mask is None or mask is here else mask & here
         return mask
 
     def entry(self, scores: Tensor | None = None) -> Entry:
         """The tensor as the SAP step sees it, ranked by scores of its shape if there are some."""
-        weight = self.weight.detach()
+        weight, mask = self.weight.detach(), self.mask
         module = self.holders[0][0]
         return Entry(
             self.name,
-            weight if scores is None else scores.detach().to(weight.device),
-            self.mask,
+            local(weight if scores is None else place(scores.detach().to(weight.device), like=weight)),
+            None if mask is None else local(mask),
             source="weights" if scores is None else "importance_scores",
             channel_dim=1 if isinstance(module, _ConvTransposeNd) else 0,
             channel_groups=module.groups if isinstance(module, _ConvTransposeNd) else 1,
+            part=part_of(weight, self.name),
         )
+
+    def whole(self, mask: Tensor | None) -> Tensor:
+        """A mask that the SAP step made for the entry, as the module holds it: sharded as the weight is."""
+        if mask is None:
+            return torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
+        return wrap(mask, like=self.weight)
 
 
 def prunable_parameters(model: nn.Module, exclude: str | Iterable[str] = ()) -> list[Pair]:
@@ -109,6 +119,7 @@ def resolve(target: nn.Module | Iterable[Pair], exclude: str | Iterable[str] = (
                 "exclude needs a model; leave what you do not want to prune out of the (module, name) pairs"
             )
         found = _in_pairs(target)
+    reshard(module for prunable in found for module, _ in prunable.holders)
     for prunable in found:
         weight = prunable.weight
         if is_lazy(weight) or weight.is_meta:
@@ -160,7 +171,7 @@ def _in_model(model: nn.Module, exclude: str | Iterable[str]) -> list[Prunable]:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     holders: dict[int, list[Pair]] = {}
     paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
+    for path, module in unwrap(model).named_modules():
         for now, parameter in module._parameters.items():
             name = now.removesuffix("_orig") if now.removesuffix("_orig") + "_mask" in module._buffers else now
             if parameter is None or "weight" not in name:

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from torch_sap.masking import restore_all_zeros_
+from torch_sap.agreement import unwrap
+from torch_sap.collective import place
+from torch_sap.fsdp import reshard
 from torch_sap.parameters import Prunable
+from torch_sap.zeros import restore_all_zeros_
 
 State = dict[str, Tensor]
 
@@ -52,6 +55,8 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
         for key, value in state.items()
         if not (key.endswith("_mask") and key.removesuffix("_mask") in masks)
     }
+    if unwrap(model) is not model:  # names are those inside DistributedDataParallel
+        plain, model = {key.removeprefix("module."): value for key, value in plain.items()}, unwrap(model)
     own = _tensors(model)
     every = {_plain_name(model, key) for key in model.state_dict()} | set(own)
     persistent = {_plain_name(model, key) for key in model.state_dict()} & set(own)
@@ -64,12 +69,14 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
                 f"rewind must be a state_dict of the model, but {key} has shape {tuple(plain[key].shape)}, "
                 f"not {tuple(own[key].shape)}"
             )
-    return {key: value.detach().clone() for key, value in plain.items() if key in own}
+    return {key: place(value.detach(), like=own[key]).clone() for key, value in plain.items() if key in own}
 
 
 def _tensors(model: nn.Module) -> State:
     """Parameters and buffers by their names before pruning, without masks, each once."""
     found: State = {}
+    model = unwrap(model)
+    reshard(model.modules())
     named = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in named:
         if not _is_mask(model, name):

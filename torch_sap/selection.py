@@ -8,7 +8,7 @@ pass. On a device the intervals stay tensors, and nothing is read back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -31,6 +31,9 @@ MOST_COLLECTED = 2**14
 
 Tensors = Sequence[tuple[Tensor, Tensor | None]]
 """Scores and bool mask (None: nothing pruned) of each tensor of a group, in order of position."""
+
+AddUp = Callable[[Tensor], Tensor]
+"""Makes the sum over all processes of int64 counts."""
 
 
 def keep_largest(tensors: Tensors, count: int, pruned: int, *, on_host: bool) -> list[Tensor]:
@@ -107,17 +110,21 @@ def _keep_late_ties(
     return ties
 
 
-def _find_on_host(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """The rank-th smallest key (from 1), how many keys are smaller, and how many equal it."""
-    low, high = _guess(flats, rank, dtype)
-    below, inside = _collect(flats, low, high, dtype)
-    if inside is not None and below < rank <= below + len(inside):
-        key = int(np.partition(inside, rank - below - 1)[rank - below - 1])
-        return key, below + int(np.count_nonzero(inside < key)), int(np.count_nonzero(inside == key))
+def _find_on_host(flats: Tensors, rank: int, dtype: torch.dtype, add_up: AddUp | None = None) -> tuple[int, int, int]:
+    """The rank-th smallest key (from 1), how many are smaller, how many equal it; here or in all processes together."""
+    if add_up is None:
+        low, high = _guess(flats, rank, dtype)
+        below, inside = _collect(flats, low, high, dtype)
+        if inside is not None and below < rank <= below + len(inside):
+            key = int(np.partition(inside, rank - below - 1)[rank - below - 1])
+            return key, below + int(np.count_nonzero(inside < key)), int(np.count_nonzero(inside == key))
     low, high = 0, key_end(dtype)
     while True:
         shift = max(0, (high - low - 1).bit_length() - BIN_BITS)
         below, bins = _count(flats, low, high, shift, dtype)
+        if add_up is not None:
+            counts = add_up(torch.from_numpy(np.append(bins, below))).numpy()
+            below, bins = int(counts[-1]), counts[:-1]
         cumulative = below + np.cumsum(bins)
         chosen = int(np.searchsorted(cumulative, rank))
         low, high = low + (chosen << shift), min(high, low + ((chosen + 1) << shift))
@@ -177,7 +184,9 @@ def _count(flats: Tensors, low: int, high: int, shift: int, dtype: torch.dtype) 
     return sum(map_pieces(count, pieces, on_host=True)), bins
 
 
-def _find_on_device(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _find_on_device(
+    flats: Tensors, rank: int, dtype: torch.dtype, add_up: AddUp | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`_find_on_host`, without reading anything back: fixed steps of BIN_BITS bits from the highest."""
     home = flats[0][0].device
     low = torch.zeros((), dtype=torch.int64, device=home)
@@ -192,6 +201,8 @@ def _find_on_device(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[Tens
                 bin_of.masked_fill_(bin_of >> BIN_BITS != 0, 2**BIN_BITS)  # the last bin takes what lies outside
                 counts = torch.zeros_like(bins, device=keys.device)
                 bins += counts.scatter_add_(0, bin_of, torch.ones_like(bin_of)).to(home)
+        if add_up is not None:
+            bins = add_up(bins)
         cumulative = below + bins[:-1].cumsum(0)
         chosen = torch.searchsorted(cumulative, torch.full_like(low, rank)).clamp_max(2**BIN_BITS - 1)
         low = low + (chosen << shift)

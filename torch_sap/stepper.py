@@ -14,7 +14,8 @@ from torch.nn.utils import prune
 from torch.optim import Optimizer
 
 from torch_sap.bounds import FixedRatio, Hyperparameters
-from torch_sap.functional import count_remaining, hold_masks
+from torch_sap.fsdp import reshard
+from torch_sap.functional import check_copies, count_remaining, hold_masks
 from torch_sap.groups import Entry, Scope
 from torch_sap.guarding import guard, unguard
 from torch_sap.history import History, Round, Sparsity
@@ -91,6 +92,7 @@ class Stepper:
         retrained, before = self._sparsity(), count_remaining(self._prunables)
         with torch.no_grad():
             result = prune_step(entries, self.scope, self.rule)
+            check_copies(self.model, self._prunables, result.masks)
             hold_masks(self._prunables, result.masks)
         pruned, after = self._sparsity(), count_remaining(self._prunables)
         pruned_metrics: dict[str, float] = {}
@@ -167,9 +169,11 @@ class Stepper:
 
     def _entries(self) -> list[Entry]:
         """What is ranked: the weights."""
+        reshard(self.model.modules())
         return entries_of(self._prunables, None)
 
     def _sparsity(self) -> Sparsity:
+        reshard(self.model.modules())
         entries = entries_of(self._prunables, None)
         with torch.no_grad():
             pqi: dict[str, Any] = {str(scope): measure(entries, scope, self.rule.p, self.rule.q) for scope in SCOPES}
@@ -225,6 +229,7 @@ class Stepper:
 
     def undo(self) -> None:
         """Take masks away that this stepper brought, before it has pruned anything."""
+        reshard(self.model.modules())
         for prunable in self._new:
             for module, name in prunable.holders:
                 prune.remove(module, name)

@@ -1,0 +1,39 @@
+"""Pruned entries are made zeros, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_sap.collective import local, same_placement
+from torch_sap.host import map_pieces
+from torch_sap.keys import INTEGER_OF
+
+
+def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
+    """Set the entries where a bool mask is False to +0.0, in place, whatever is there (NaN too).
+
+    The bits are multiplied as integers, which is several times faster on a CPU than masked_fill_. Autograd does not
+    see it: the version counter stays, so a forward may do this between another forward and its backward. Of DTensors
+    of one placement each process does its part.
+    """
+    tensor, mask = local(tensor), local(mask)
+    tensor.data.view(INTEGER_OF[tensor.dtype]).mul_(mask.view(torch.uint8))
+
+
+def restore_all_zeros_(weights: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """:func:`restore_zeros_` for many tensors with their masks, on the host with a thread a tensor."""
+    weights = [(local(weight), local(mask)) for weight, mask in weights if same_placement(weight, mask)]
+    on_host = all(weight.is_cpu for weight, _ in weights)
+
+    def restore(weight: Tensor, mask: Tensor) -> None:
+        if on_host:
+            bits = weight.data.view(INTEGER_OF[weight.dtype]).numpy()
+            np.multiply(bits, mask.numpy().view(np.int8), out=bits)
+        else:
+            restore_zeros_(weight, mask)
+
+    map_pieces(restore, weights, on_host=on_host)
