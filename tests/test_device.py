@@ -70,9 +70,19 @@ def count_waits_on_fake_device(scope, times, monkeypatch):
     return waits.count
 
 
+def needs_fake_cuda():
+    """Older versions of torch ask a driver even for fake tensors."""
+    try:
+        with FakeTensorMode():
+            torch.empty(1, device="cuda")
+    except RuntimeError:
+        pytest.skip("fake CUDA tensors of this torch need a GPU's driver")
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_waits_do_not_grow_with_the_tensors(scope, monkeypatch):
     """The one read of the sums is counted apart: it is `measures.read`."""
+    needs_fake_cuda()
     few = count_waits_on_fake_device(scope, 1, monkeypatch)
     many = count_waits_on_fake_device(scope, 5, monkeypatch)
     assert few == many == 0

@@ -7,16 +7,21 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import CASES
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("needs gloo", allow_module_level=True)
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+if not hasattr(fsdp, "fully_shard"):
+    pytest.skip("FSDP2 needs torch 2.6 or newer", allow_module_level=True)
+
+from distributed_cases import CASES  # noqa: E402
 
 
 def run_all(rank, size, folder):
     """Run the cases in one process and leave the traceback of each, empty if it passed."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
     failures = {}
     for name, (function, *arguments) in CASES.items():
         torch.manual_seed(0)
