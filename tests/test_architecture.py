@@ -15,6 +15,7 @@ ORDER = [
     "collective",
     "sums",
     "selection",
+    "sieve",
     "across",
     "groups",
     "measures",

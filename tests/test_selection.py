@@ -80,7 +80,8 @@ def test_rows_are_sorting(dtype, on_host, masked):
         mask = torch.rand(9, 17) > 0.3 if masked else torch.ones(9, 17, dtype=torch.bool)
         unpruned = mask.sum(1)
         counts = (torch.rand(9) * (unpruned + 1)).long().clamp_max(unpruned)
-        kept = selection.keep_largest_in_rows(rows, mask if masked else None, counts, dtype, on_host=on_host)
+        kept = selection.keep_largest_in_rows(rows, mask if masked else None, counts, unpruned, dtype, on_host=on_host)
+        kept = torch.as_tensor(kept)
         for row, row_mask, count, found in zip(rows, mask, counts.tolist(), kept, strict=True):
             torch.testing.assert_close(found, expected_masks([row], [row_mask], count)[0])
 

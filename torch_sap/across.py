@@ -61,7 +61,7 @@ def _count_ties(flat: tuple[Tensor, Tensor | None], key: int, dtype: torch.dtype
     """Unpruned entries that equal the key."""
     ties: Any = 0
     for scores, mask in chunks(*flat, on_host=on_host):
-        equal = torch.as_tensor(keys_of(scores, mask, dtype, on_host=on_host) == key)
+        equal = keys_of(scores, mask, dtype, on_host=on_host) == key
         ties = ties + (equal if mask is None else equal & mask).sum()
     return int(ties)
 

@@ -77,11 +77,19 @@ class Hyperparameters:
 
     def retain(self, index: NDArray[np.float64], d: NDArray[np.int64]) -> NDArray[np.float64]:
         """r of groups with these PQ Indices and sizes."""
-        return np.asarray(retention_bound(index, d, p=self.p, q=self.q, eta_r=self.eta_r))
+        return np.asarray(_retain(index, np.asarray(d, np.float64), self))
 
     def count(self, index: NDArray[np.float64], d: NDArray[np.int64]) -> NDArray[np.int64]:
         """c of groups with these PQ Indices and sizes."""
-        return np.asarray(prune_count(index, d, p=self.p, q=self.q, eta_r=self.eta_r, gamma=self.gamma, beta=self.beta))
+        d = np.asarray(d, np.float64)
+        c = np.floor(np.minimum(self.gamma * (d - self.retain(index, d)), self.beta * d))
+        return np.maximum(np.where(np.isnan(c), 0.0, c), 0.0).astype(np.int64)
+
+
+def _retain(index: Any, d: Any, rule: Hyperparameters) -> Any:
+    """r, for float64 arrays or tensors."""
+    p, q = rule.p, rule.q
+    return d * (1 + rule.eta_r) ** (-q / (q - p)) * (1 - index) ** (p * q / (q - p))
 
 
 @dataclass(frozen=True)
@@ -143,18 +151,12 @@ def retention_bound(index: Any, d: Any, *, p: float = 0.5, q: float = 1.0, eta_r
 
     Source: Theorem 2 of the paper.
     """
-    check_norms(p, q)
-    check_eta_r(eta_r)
+    rule = Hyperparameters(p, q, eta_r)
     if isinstance(index, Tensor) or isinstance(d, Tensor):
         device = index.device if isinstance(index, Tensor) else d.device
         index = torch.as_tensor(index, dtype=torch.float64, device=device)
-        d = torch.as_tensor(d, device=device).to(torch.float64)
-        return d * (1 + eta_r) ** (-q / (q - p)) * (1 - index) ** (p * q / (q - p))
-    r = (
-        np.asarray(d, np.float64)
-        * (1 + eta_r) ** (-q / (q - p))
-        * (1 - np.asarray(index, np.float64)) ** (p * q / (q - p))
-    )
+        return _retain(index, torch.as_tensor(d, device=device).to(torch.float64), rule)
+    r = rule.retain(np.asarray(index, np.float64), np.asarray(d))
     return r if r.ndim else float(r)
 
 
@@ -225,12 +227,10 @@ def prune_count(
 
     Source: Algorithm 1 of the paper; the floor is taken of the whole minimum, so that no entry is lost to rounding.
     """
-    Hyperparameters(p, q, eta_r, gamma, beta)
-    r = retention_bound(index, d, p=p, q=q, eta_r=eta_r)
-    if isinstance(r, Tensor):
+    rule = Hyperparameters(p, q, eta_r, gamma, beta)
+    if isinstance(index, Tensor) or isinstance(d, Tensor):
+        r = retention_bound(index, d, p=p, q=q, eta_r=eta_r)
         d = torch.as_tensor(d, device=r.device).to(torch.float64)
         return torch.floor(torch.minimum(gamma * (d - r), beta * d)).nan_to_num(0.0).clamp_min(0).to(torch.int64)
-    d = np.asarray(d, np.float64)
-    c = np.floor(np.minimum(gamma * (d - r), beta * d))
-    c = np.maximum(np.where(np.isnan(c), 0.0, c), 0.0).astype(np.int64)
+    c = rule.count(np.asarray(index, np.float64), np.asarray(d))
     return c if c.ndim else int(c)

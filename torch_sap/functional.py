@@ -15,6 +15,7 @@ from torch_sap.collective import add_up, local, part_of
 from torch_sap.fsdp import reshard
 from torch_sap.groups import Scope
 from torch_sap.guarding import guard, unguard
+from torch_sap.host import map_pieces
 from torch_sap.keys import count_true
 from torch_sap.masking import hold_mask
 from torch_sap.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
@@ -203,9 +204,13 @@ def report_of(prunables: Sequence[Prunable], scope: Scope, rule: Hyperparameters
 
 def count_remaining(prunables: Sequence[Prunable]) -> tuple[TensorRecord, ...]:
     """Counts of tensors by their masks, read from the device at once."""
-    remaining: list[Any] = [
-        local(p.weight).numel() if (mask := p.mask) is None else count_true(local(mask)) for p in prunables
-    ]
+    masks = [None if (mask := p.mask) is None else local(mask) for p in prunables]
+    on_host = all(mask is None or mask.is_cpu for mask in masks)
+    remaining: list[Any] = map_pieces(
+        lambda prunable, mask: local(prunable.weight).numel() if mask is None else count_true(mask),
+        list(zip(prunables, masks, strict=True)),
+        on_host=on_host,
+    )
     on_device = [count for count in remaining if isinstance(count, Tensor)]
     if on_device:
         read = iter(torch.stack([count.to(on_device[0].device) for count in on_device]).tolist())

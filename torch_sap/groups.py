@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.across import keep_largest_across
+from torch_sap.bounds import Hyperparameters
 from torch_sap.collective import Part, gather_along, is_dtensor
 from torch_sap.host import map_pieces
 from torch_sap.keys import chunk_size, common_dtype, count_true, flatten, keys_of, sort_rows
 from torch_sap.selection import keep_largest, keep_largest_in_rows
+from torch_sap.sieve import Sieve, Sifted, expect
 from torch_sap.sums import flat_sums, row_sums
 
 Scope = Literal["global", "layer", "neuron"]
@@ -91,16 +93,28 @@ class Pool:
         self.dtype = common_dtype(entry.scores for entry in entries)
         self.on_host = all(entry.on_host for entry in entries)
         self.parts = [entry.part for entry in entries]
+        self.tensors = [(entry.scores, entry.mask) for entry in entries]
+        self.expected: Hyperparameters | None = None
+        self.sieve: Sieve | None = None
+        self.sifted: list[Sifted] = []
+
+    def expect(self, rule: Hyperparameters) -> None:
+        """Let the pass over the weights that gives the sums prepare the masks of a rule too, on the host."""
+        if self.on_host and not any(self.parts):
+            self.expected = rule
 
     def sums(self, exponents: Sequence[float], scale: float) -> list[Any]:
         """For each tensor a float64 table of shape (1 + exponents, 1): d, then the power sums."""
-        return [self._sums_of(entry, exponents, scale) for entry in self.entries]
-
-    def _sums_of(self, entry: Entry, exponents: Sequence[float], scale: float) -> Any:
-        scores = flatten(entry.scores, entry.scores)
-        mask = None if entry.mask is None else flatten(entry.mask, entry.scores)
-        sums = flat_sums(scores, mask, self.dtype, exponents, on_host=self.on_host, scale=scale)
-        return _with_count(entry.unpruned(), sums)
+        flats: list[tuple[Any, ...]] = [
+            (flatten(scores, scores), None if mask is None else flatten(mask, scores)) for scores, mask in self.tensors
+        ]
+        how: dict[str, Any] = {"on_host": self.on_host, "scale": scale}
+        self.sieve = None if self.expected is None else expect(self.tensors, self.dtype, self.expected)
+        if self.sieve is not None:
+            how["visit"] = self.sieve.sift
+            flats = [(*flat, keep) for flat, keep in zip(flats, self.sieve.flats, strict=True)]
+        sums, self.sifted = flat_sums(flats, self.dtype, exponents, **how)
+        return [_with_count(entry.unpruned(), table) for entry, table in zip(self.entries, sums, strict=True)]
 
     def join(self, tables: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         """The table of the group from those of its tensors and their parts, added without rounding."""
@@ -118,11 +132,13 @@ class Pool:
         """New masks without the ``counts[0]`` smallest entries, one a tensor; None where nothing is pruned."""
         if counts[0] == 0:
             return [entry.mask for entry in self.entries]
+        count, sieve, self.sieve = int(counts[0]), self.sieve, None
+        if sieve is not None and (masks := sieve.finish(self.sifted, count, int(unpruned[0]))) is not None:
+            return list(masks)
         pruned = sum(math.prod(entry.shape) for entry in self.entries) - int(unpruned[0])
-        tensors = [(entry.scores, entry.mask) for entry in self.entries]
         if any(self.parts):
-            return list(keep_largest_across(tensors, self.parts, int(counts[0]), pruned, on_host=self.on_host))
-        return list(keep_largest(tensors, int(counts[0]), pruned, on_host=self.on_host))
+            return list(keep_largest_across(self.tensors, self.parts, count, pruned, on_host=self.on_host))
+        return list(keep_largest(self.tensors, count, pruned, on_host=self.on_host))
 
 
 class Rows:
@@ -133,6 +149,9 @@ class Rows:
         self.entry = entry.with_whole_rows()
         self.entries, self.parts = [self.entry], [self.entry.part]
         self.dtype, self.on_host = entry.scores.dtype, entry.on_host
+
+    def expect(self, rule: Hyperparameters) -> None:
+        """Nothing is prepared for rows."""
 
     def _blocks(self, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
         """Some rows of each tensor at a time, as views with the rows in dimension 0."""
@@ -174,23 +193,24 @@ class Rows:
     def masks(self, counts: NDArray[np.int64], unpruned: NDArray[np.int64]) -> list[Tensor | None]:
         """New mask without the ``counts[i]`` smallest entries of row i; None if nothing is pruned."""
         if self.entry.part is not None:
-            counts = counts[slice(*self.entry.part.bounds(self.entry.part.rank))]
+            here = slice(*self.entry.part.bounds(self.entry.part.rank))
+            counts, unpruned = counts[here], unpruned[here]
         if not counts.any():
             return [self.given.mask]
         keep = torch.empty_like(self.entry.scores, dtype=torch.bool)
         blocks = list(self._blocks(keep, self.entry.scores, self.entry.mask))
         ends = np.cumsum([len(block[0]) for block in blocks])[:-1].tolist()
-        counts_of = torch.from_numpy(counts).to(keep.device).tensor_split(ends)
+        numbers = (torch.from_numpy(values).to(keep.device).tensor_split(ends) for values in (counts, unpruned))
 
-        def write(out: Tensor, scores: Tensor, mask: Tensor | None, counts_here: Tensor) -> None:
+        def write(out: Tensor, scores: Tensor, mask: Tensor | None, count: Tensor, d: Tensor) -> None:
             row_mask = None if mask is None else mask.flatten(1)
-            kept = keep_largest_in_rows(scores.flatten(1), row_mask, counts_here, self.dtype, on_host=self.on_host)
+            kept = keep_largest_in_rows(scores.flatten(1), row_mask, count, d, self.dtype, on_host=self.on_host)
             if self.on_host:  # one thread: torch's threads stall on small copies when others use the cores
-                out.numpy()[...] = kept.numpy().reshape(out.shape)
+                out.numpy()[...] = kept.reshape(out.shape)
             else:
                 out.copy_(kept.view(out.shape))
 
-        pieces = [(*block, here) for block, here in zip(blocks, counts_of, strict=True)]
+        pieces = [(*block, *here) for block, *here in zip(blocks, *numbers, strict=True)]
         map_pieces(write, pieces, on_host=self.on_host)
         if self.given.part != self.entry.part:
             assert self.given.part is not None
@@ -208,7 +228,7 @@ def _unpruned_in_rows(rows: Tensor, mask: Tensor | None) -> Any:
             if rows.is_cpu
             else torch.full((len(rows),), rows.shape[1], device=rows.device)
         )
-    return np.count_nonzero(mask.numpy(), axis=1) if rows.is_cpu else mask.sum(1)
+    return np.add.reduce(mask.numpy().view(np.uint8), axis=1, dtype=np.uint32) if rows.is_cpu else mask.sum(1)
 
 
 def _with_count(d: Any, sums: Any) -> Any:

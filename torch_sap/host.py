@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import starmap
@@ -16,6 +18,23 @@ from numpy.typing import NDArray
 Result = TypeVar("Result")
 
 _mine = threading.local()
+
+
+def _new_helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="torch_sap")
+
+
+_helpers = _new_helpers()
+"""The threads that help, started when they are first needed and kept: starting one costs more than most pieces."""
+
+
+def _start_anew() -> None:
+    global _helpers
+    _helpers = _new_helpers()
+
+
+if hasattr(os, "register_at_fork"):  # a child has the executor, but not its threads
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def scratch(name: str, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
@@ -32,15 +51,33 @@ def scratch(name: str, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
 
 
 def map_pieces(work: Callable[..., Result], pieces: Sequence[tuple[Any, ...]], *, on_host: bool) -> list[Result]:
-    """What work gives for each piece, in order. On the host each of torch's number of threads takes some of the pieces.
+    """What work gives for each piece, in order. On the host torch's number of threads take pieces as they get on.
 
     numpy lets go of the interpreter in its loops. One thread a piece is faster than torch's many threads for one small
     operation, which wait for each other when others use the cores.
     """
-    threads = min(torch.get_num_threads(), len(pieces) // 4)
-    if not on_host or threads < 2:
+    threads = min(torch.get_num_threads(), len(pieces))
+    if not on_host or threads < 2 or getattr(_mine, "busy", False):
         return list(starmap(work, pieces))
-    size = -(-len(pieces) // threads)
-    parts = [pieces[start : start + size] for start in range(0, len(pieces), size)]
-    with ThreadPoolExecutor(len(parts)) as pool:
-        return [result for part in pool.map(lambda part: list(starmap(work, part)), parts) for result in part]
+    results: list[Any] = [None] * len(pieces)
+    waiting = deque(range(len(pieces)))
+
+    def take_pieces() -> None:
+        _mine.busy = True
+        while waiting:
+            try:
+                number = waiting.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            results[number] = work(*pieces[number])
+        _mine.busy = False
+
+    helping = [_helpers.submit(take_pieces) for _ in range(threads - 1)]
+    try:
+        take_pieces()
+    finally:
+        waiting.clear()
+        for helper in helping:
+            if not helper.cancel():  # one that has not begun yet may wait for this very thread, if maps are nested
+                helper.result()
+    return results

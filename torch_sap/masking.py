@@ -239,9 +239,8 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     hooks = hooks_of(module, name)
     ours = [hook for hook in hooks if isinstance(hook, InPlaceMask)]
     if ours and len(hooks) == 1:
-        ours[0].hold(module)  # a mask from before the model was sharded is sharded too
+        ours[0].attach(module)  # a mask from before the model was sharded is sharded too
         module._buffers[name + "_mask"].copy_(mask)  # type: ignore[union-attr]
-        ours[0].attach(module)
         return
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook in hooks]:
         del module._forward_pre_hooks[key]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch_sap.bounds import check_norms
 from torch_sap.collective import Part, common_part, gather
 from torch_sap.groups import Entry, Group, Scope, split
+from torch_sap.host import map_pieces
 from torch_sap.keys import check_dtype, magnitudes
 from torch_sap.sums import index_from_sums
 
@@ -137,7 +138,10 @@ def measure_groups(groups: Sequence[Group], p: float, q: float) -> list[tuple[ND
     Raises:
         ValueError: if an entry holds NaN or infinity; it is named.
     """
-    tables = _to_host(groups, [group.sums((p, q), 1.0) for group in groups])
+    on_host = all(group.on_host for group in groups)
+    tables = _to_host(
+        groups, map_pieces(lambda group: group.sums((p, q), 1.0), [(g,) for g in groups], on_host=on_host)
+    )
     for i, (group, table) in enumerate(zip(groups, tables, strict=True)):
         if _out_of_range(group, table, q):
             (tables[i],) = _to_host([group], [group.sums((p, q), _safe_scale(group))])

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.host import map_pieces, scratch
-from torch_sap.keys import chunks, common_dtype, flatten, key_end, keys_of
+from torch_sap.keys import chunks, common_dtype, flatten, is_dense, key_end, keys_of
 
 BIN_BITS = 16
 """An interval is cut into at most 2 ** BIN_BITS bins."""
@@ -49,7 +49,7 @@ def keep_largest(tensors: Tensors, count: int, pruned: int, *, on_host: bool) ->
         New bool masks, one a tensor. Of equal magnitudes those that come first (order of tensors, then flat index) go.
     """
     dtype = common_dtype(scores for scores, _ in tensors)
-    tensors = [(scores if _is_dense(scores) else scores.contiguous(), mask) for scores, mask in tensors]
+    tensors = [(scores if is_dense(scores) else scores.contiguous(), mask) for scores, mask in tensors]
     flats = [(flatten(scores, scores), mask if mask is None else flatten(mask, scores)) for scores, mask in tensors]
     find: Any = _find_on_host if on_host else _find_on_device
     # A pruned entry has the key 0: it is smaller than all that may go, and equal only to unpruned zeros.
@@ -69,20 +69,12 @@ def keep_largest(tensors: Tensors, count: int, pruned: int, *, on_host: bool) ->
     return masks
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor fills its memory, so that an empty_like() has its strides."""
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
-
-
 def _keep_larger(out: Tensor, flat: tuple[Tensor, Tensor | None], key: Any, dtype: torch.dtype, on_host: bool) -> None:
     """Write ``keys > key``."""
+    greater: Any = np.greater if on_host else torch.gt
 
-    def write(keep: Tensor, scores: Tensor, mask: Tensor | None) -> None:
-        keys = keys_of(scores, mask, dtype, on_host=on_host, reuse=True)
-        if on_host:
-            np.greater(keys, key, out=keep.numpy())
-        else:
-            torch.gt(keys, key, out=keep)
+    def write(keep: Any, scores: Any, mask: Any) -> None:
+        greater(keys_of(scores, mask, dtype, on_host=on_host, reuse=True), key, out=keep)
 
     map_pieces(write, list(chunks(out, *flat, on_host=on_host)), on_host=on_host)
 
@@ -96,13 +88,12 @@ def _keep_late_ties(
     flat_mask = None if mask is None else mask.reshape(-1)
     for out, piece, piece_mask in chunks(late, scores.reshape(-1), flat_mask, on_host=on_host):
         equal = keys_of(piece, piece_mask, dtype, on_host=on_host) == key
+        equal = equal if piece_mask is None else equal & piece_mask
         if on_host:
-            equal = equal if piece_mask is None else equal & piece_mask.numpy()
             places = np.flatnonzero(equal)
-            out.numpy()[places[max(0, left - ties) :]] = True
+            out[places[max(0, left - ties) :]] = True
             ties += len(places)
         else:
-            equal = equal if piece_mask is None else equal & piece_mask
             rank = ties + equal.cumsum(0)
             torch.logical_and(equal, rank > left, out=out)
             ties = rank[-1]
@@ -113,7 +104,13 @@ def _keep_late_ties(
 def _find_on_host(flats: Tensors, rank: int, dtype: torch.dtype, add_up: AddUp | None = None) -> tuple[int, int, int]:
     """The rank-th smallest key (from 1), how many are smaller, how many equal it; here or in all processes together."""
     if add_up is None:
-        low, high = _guess(flats, rank, dtype)
+        total = sum(scores.numel() for scores, _ in flats)
+        sample = _sample(flats, -(-total // SAMPLE), dtype)
+        if len(sample) == total:
+            key = sample[rank - 1]
+            below, end = np.searchsorted(sample, key), np.searchsorted(sample, key, "right")
+            return int(key), int(below), int(end - below)
+        low, high = _guess(sample, rank * len(sample) // total)
         below, inside = _collect(flats, low, high, dtype)
         if inside is not None and below < rank <= below + len(inside):
             key = int(np.partition(inside, rank - below - 1)[rank - below - 1])
@@ -132,28 +129,22 @@ def _find_on_host(flats: Tensors, rank: int, dtype: torch.dtype, add_up: AddUp |
             return low, int(cumulative[chosen] - bins[chosen]), int(bins[chosen])
 
 
-def _guess(flats: Tensors, rank: int, dtype: torch.dtype) -> tuple[int, int]:
-    """An interval of keys that should hold the rank-th, from a sample at regular distances."""
-    total = sum(scores.numel() for scores, _ in flats)
-    stride = -(-total // SAMPLE)
-    sample = np.sort(
-        np.concatenate(
-            [
-                keys_of(scores[::stride], mask if mask is None else mask[::stride], dtype, on_host=True)
-                for scores, mask in flats
-            ]
-        )
-    )
-    if stride == 1:
-        return int(sample[rank - 1]), int(sample[rank - 1]) + 1
-    middle, margin = rank * len(sample) // total, 3 * int(len(sample) ** 0.5)
-    return int(sample[max(0, middle - margin)]), int(sample[min(len(sample) - 1, middle + margin)]) + 1
+def _sample(flats: Tensors, stride: int, dtype: torch.dtype) -> NDArray[Any]:
+    """Keys at regular distances, sorted."""
+    pieces = [(scores[::stride], None if mask is None else mask[::stride]) for scores, mask in flats]
+    return np.sort(np.concatenate([keys_of(*piece, dtype, on_host=True) for piece in pieces]))
+
+
+def _guess(sample: NDArray[Any], rank: int) -> tuple[int, int]:
+    """An interval of keys that should hold the one at this rank of a sorted sample."""
+    margin = 3 * int(len(sample) ** 0.5)
+    return int(sample[max(0, rank - margin)]), int(sample[min(len(sample) - 1, rank + margin)]) + 1
 
 
 def _collect(flats: Tensors, low: int, high: int, dtype: torch.dtype) -> tuple[int, NDArray[Any] | None]:
     """How many keys are below ``low``, and those from there to ``high``; None if they are too many to keep."""
 
-    def collect(scores: Tensor, mask: Tensor | None) -> tuple[int, NDArray[Any] | None]:
+    def collect(scores: Any, mask: Any) -> tuple[int, NDArray[Any] | None]:
         keys = keys_of(scores, mask, dtype, on_host=True, reuse=True)
         smaller = np.less(keys, low, out=scratch("smaller", keys.shape, np.bool_))
         inside = np.less(keys, high, out=scratch("inside", keys.shape, np.bool_))
@@ -172,7 +163,7 @@ def _count(flats: Tensors, low: int, high: int, shift: int, dtype: torch.dtype) 
     bins = np.zeros(((high - low - 1) >> shift) + 1, np.int64)
     adding = Lock()
 
-    def count(scores: Tensor, mask: Tensor | None) -> int:
+    def count(scores: Any, mask: Any) -> int:
         keys = keys_of(scores, mask, dtype, on_host=True)
         smaller = keys < low
         counts = np.bincount((keys[(keys < high) ^ smaller] - low) >> shift, minlength=len(bins))
@@ -211,46 +202,50 @@ def _find_on_device(
 
 
 def keep_largest_in_rows(
-    rows: Tensor, mask: Tensor | None, counts: Tensor, dtype: torch.dtype, *, on_host: bool
-) -> Tensor:
+    rows: Tensor, mask: Tensor | None, counts: Tensor, unpruned: Tensor, dtype: torch.dtype, *, on_host: bool
+) -> Any:
     """Mask of a block of rows after the ``counts`` smallest unpruned magnitudes of each row are taken away.
 
     Args:
         rows: Scores, shape (rows, entries).
         mask: Bool mask of the same shape, or None.
         counts: int64, shape (rows,): entries to take away, from 0 to the number of unpruned ones.
+        unpruned: int64, shape (rows,): that number.
         dtype: Type that the keys are made in.
         on_host: Whether to work with numpy. The tensors must be on the CPU then.
 
     Returns:
-        New bool mask of the rows' shape. Of equal magnitudes in a row the first go.
+        New bool mask of the rows' shape, array or tensor. Of equal magnitudes in a row the first go.
     """
-    keys: Any = keys_of(rows, None, dtype, on_host=on_host)
-    if on_host:
-        return torch.from_numpy(_keep_rows_on_host(keys, None if mask is None else mask.numpy(), counts.numpy(), dtype))
-    if mask is not None:
-        keys.masked_fill_(~mask, key_end(dtype) - 1)  # behind everything that may go
+    keys: Any = keys_of(rows, None, dtype, on_host=on_host, reuse=True)
+    first = (rows.shape[1] - unpruned).unsqueeze(1)  # as many keys of pruned entries, -1, come before all others
     counts = counts.unsqueeze(1)
-    last = keys.sort(dim=1).values.gather(1, (counts - 1).clamp_min(0))
+    if on_host:
+        return _keep_rows_on_host(keys, None if mask is None else mask.numpy(), counts.numpy(), first.numpy())
+    if mask is not None:
+        keys.masked_fill_(~mask, -1)
+    last = keys.sort(dim=1).values.gather(1, (first + counts - 1).clamp_min(0))
     last = torch.where(counts > 0, last, -1)  # the largest key of each row that goes
     equal = keys == last
-    left = counts - (keys < last).sum(1, keepdim=True)
-    keep: Tensor = (keys > last) | (equal & (equal.cumsum(1) > left))
-    return keep if mask is None else keep & mask
+    left = first + counts - (keys < last).sum(1, keepdim=True)
+    return (keys > last) | ((last >= 0) & equal & (equal.cumsum(1) > left))
 
 
 def _keep_rows_on_host(
-    keys: NDArray[Any], mask: NDArray[np.bool_] | None, counts: NDArray[np.int64], dtype: torch.dtype
+    keys: NDArray[Any], mask: NDArray[np.bool_] | None, counts: NDArray[np.int64], first: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     if mask is not None:
-        keys[~mask] = key_end(dtype) - 1  # behind everything that may go
-    ordered = np.sort(keys, axis=1)
-    counts = counts[:, None]
-    last = np.where(counts > 0, np.take_along_axis(ordered, np.maximum(counts - 1, 0), 1), -1)
+        np.bitwise_or(keys, mask.view(np.int8) - np.int8(1), out=keys)
+    ordered = scratch("ordered", keys.shape, keys.dtype)
+    ordered[...] = keys
+    ordered.sort(axis=1)
+    last = np.where(counts > 0, np.take_along_axis(ordered, np.maximum(first + counts - 1, 0), 1), -1).astype(
+        keys.dtype
+    )
     keep = keys > last
-    following = np.take_along_axis(ordered, np.minimum(counts, keys.shape[1] - 1), 1)
-    (tied,) = np.nonzero((following == last)[:, 0])  # rows where not all that equal the last key go
+    following = np.take_along_axis(ordered, np.minimum(first + counts, keys.shape[1] - 1), 1)
+    (tied,) = np.nonzero(((following == last) & (last >= 0))[:, 0])  # rows where not all that equal the last key go
     equal = keys[tied] == last[tied]
-    left = counts[tied] - (keys[tied] < last[tied]).sum(1, keepdims=True)
+    left = first[tied] + counts[tied] - (keys[tied] < last[tied]).sum(1, keepdims=True)
     keep[tied] |= equal & (equal.cumsum(1) > left)
-    return keep if mask is None else keep & mask
+    return keep

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torch_sap.bounds import Hyperparameters
 from torch_sap.groups import Entry, Scope, split
+from torch_sap.host import map_pieces
 from torch_sap.measures import measure_groups
 
 
@@ -54,9 +55,14 @@ def prune_step(entries: Sequence[Entry], scope: Scope, rule: Hyperparameters) ->
         ValueError: if an entry holds NaN or infinity; it is named.
     """
     groups = split(entries, scope)
-    values, masks = {}, []
-    for group, (d, index) in zip(groups, measure_groups(groups, rule.p, rule.q), strict=True):
-        c = rule.count(index, d)
-        values[group.name] = GroupValues(d, index, rule.retain(index, d), c)
-        masks += group.masks(c, d)
-    return StepResult(masks, values)
+    for group in groups:
+        group.expect(rule)
+    measured = measure_groups(groups, rule.p, rule.q)
+    values = {
+        group.name: GroupValues(d, index, rule.retain(index, d), rule.count(index, d))
+        for group, (d, index) in zip(groups, measured, strict=True)
+    }
+    work = [(group, found.c, found.d) for group, found in zip(groups, values.values(), strict=True)]
+    apart = all(group.on_host and not any(group.parts) for group in groups)  # threads must not mix up exchanges
+    masks = map_pieces(lambda group, c, d: group.masks(c, d), work, on_host=apart)
+    return StepResult([mask for of_group in masks for mask in of_group], values)

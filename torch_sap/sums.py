@@ -6,7 +6,7 @@ Source: Definition 1 of Diao et al., ICLR 2023 (arXiv 2302.05601).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.host import map_pieces, scratch
-from torch_sap.keys import chunks, magnitudes_of
+from torch_sap.keys import chunks, keys_of, magnitudes
 
 BLOCK = 2**12
 """Entries that are summed in one go. A chunk is a whole number of blocks and the sums of blocks are added exactly, so
@@ -35,16 +35,32 @@ def _power(x: Any, exponent: float, out: Any) -> Any:
     return np.power(x, exponent, out=out)
 
 
-def _powers(x: Any, exponents: Sequence[float]) -> Iterator[Any]:
-    """``x ** exponent`` for each exponent, one after the other in the same memory on the host."""
-    for i, exponent in enumerate(exponents):
-        last = i == len(exponents) - 1
-        yield _power(x, exponent, x if last or isinstance(x, Tensor) else scratch("powers", x.shape, np.float64))
+def _power_sums(
+    keys: Any, dtype: torch.dtype, exponents: Sequence[float], scale: float, add: Callable[[Any], Any]
+) -> list[Any]:
+    """What ``add`` makes of the powers of the magnitudes, for each exponent."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        values = magnitudes(keys, dtype, reuse=True)
+        if scale != 1:
+            values *= scale
+        sums: list[Any] = [None] * len(exponents)
+        order = sorted(range(len(exponents)), key=lambda i: exponents[i] != 1)  # those that change nothing first
+        for i in order:
+            in_place = i == order[-1] or isinstance(values, Tensor)
+            out = values if in_place else scratch("powers", values.shape, np.float64)
+            sums[i] = add(_power(values, exponents[i], out))
+        return sums
 
 
 def _block_sums(x: Any) -> list[Any]:
     whole = len(x) // BLOCK * BLOCK
-    return [x[:whole].reshape(-1, BLOCK).sum(1), x[whole:].sum().reshape(1)]
+    sums = [_sum(x[:whole].reshape(-1, BLOCK))]
+    return sums if whole == len(x) else [*sums, _sum(x[whole:].reshape(1, -1))]
+
+
+def _sum(rows: Any) -> Any:
+    """The sum of each row. einsum is a third faster than sum, and as exact for rows of some thousand entries."""
+    return rows.sum(1) if isinstance(rows, Tensor) else np.einsum("ij->i", rows)
 
 
 def _exact_sum(parts: Sequence[NDArray[np.float64]]) -> float:
@@ -55,41 +71,48 @@ def _exact_sum(parts: Sequence[NDArray[np.float64]]) -> float:
 
 
 def flat_sums(
-    scores: Tensor,
-    mask: Tensor | None,
+    tensors: Sequence[tuple[Any, ...]],
     dtype: torch.dtype,
     exponents: Sequence[float],
     *,
     on_host: bool,
     scale: float = 1.0,
-) -> Any:
-    """Sums of ``|scale * w| ** exponent`` over the unpruned entries of a tensor.
+    visit: Callable[..., Any] = lambda keys, *others: None,
+) -> tuple[list[Any], list[Any]]:
+    """Sums of ``|scale * w| ** exponent`` over the unpruned entries of each tensor.
 
     Args:
-        scores: One-dimensional tensor.
-        mask: Bool tensor of the same length, False where pruned, or None.
+        tensors: Scores, bool mask (False where pruned) or None, and what else ``visit`` needs, of one dimension and
+            of one length each.
         dtype: Type that the keys are made in; the arithmetic is float64.
         exponents: Positive exponents.
         on_host: Whether to work with numpy. The tensors must be on the CPU then.
         scale: Factor that keeps sums within the range of float64.
+        visit: Called with the keys of each piece, while they are in the cache, and the piece of what it needs.
 
     Returns:
-        float64, shape (exponents, 1), array or tensor; not finite if a score is not finite or a sum overflows.
+        For each tensor float64 of shape (exponents, 1), array or tensor; not finite if a score is not finite or a
+        sum overflows. And what ``visit`` gave for each piece, in order.
     """
 
-    def sums_of(piece: Tensor, piece_mask: Tensor | None) -> list[list[Any]]:
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            values = magnitudes_of(piece, piece_mask, dtype, on_host=on_host)
-            if scale != 1:
-                values *= scale
-            return [_block_sums(powers) for powers in _powers(values, exponents)]
+    def work(number: int, scores: Any, mask: Any, *others: Any) -> tuple[int, list[list[Any]], Any]:
+        keys = keys_of(scores, mask, dtype, on_host=on_host, reuse=True)
+        visited = visit(keys, *others)
+        return number, _power_sums(keys, dtype, exponents, scale, _block_sums), visited
 
-    found = map_pieces(sums_of, list(chunks(scores, mask, on_host=on_host)), on_host=on_host)
-    parts = [[block for piece in found for block in piece[i]] for i in range(len(exponents))]
+    pieces = [(i, *piece) for i, flats in enumerate(tensors) for piece in chunks(*flats, on_host=on_host)]
+    found = map_pieces(work, pieces, on_host=on_host)
+    blocks: list[list[list[Any]]] = [[[] for _ in exponents] for _ in tensors]
+    for number, sums, _ in found:
+        for all_blocks, more in zip(blocks[number], sums, strict=True):
+            all_blocks += more
+    visited = [result for _, _, result in found]
     if on_host:
-        return np.array([[_exact_sum(sums)] for sums in parts])
-    empty = [scores.new_zeros(1, dtype=torch.float64)]
-    return torch.stack([torch.cat(sums or empty).sum().reshape(1) for sums in parts])
+        return [np.array([[_exact_sum(parts)] for parts in of_tensor]) for of_tensor in blocks], visited
+    empty = tensors[0][0].new_zeros(1, dtype=torch.float64)
+    return [
+        torch.stack([torch.cat(parts or [empty]).sum().reshape(1) for parts in of_tensor]) for of_tensor in blocks
+    ], visited
 
 
 def row_sums(
@@ -102,11 +125,8 @@ def row_sums(
     scale: float = 1.0,
 ) -> Any:
     """As :func:`flat_sums`, for each row of a two-dimensional block: float64, shape (exponents, rows)."""
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        values = magnitudes_of(rows, mask, dtype, on_host=on_host)
-        if scale != 1:
-            values *= scale
-        sums = [powers.sum(1) for powers in _powers(values, exponents)]
+    keys = keys_of(rows, mask, dtype, on_host=on_host, reuse=True)
+    sums = _power_sums(keys, dtype, exponents, scale, _sum)
     return np.stack(sums) if on_host else torch.stack(sums)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.collective import local, same_placement
 from torch_sap.host import map_pieces
-from torch_sap.keys import INTEGER_OF
+from torch_sap.keys import INTEGER_OF, chunks, flatten, is_dense
 
 
 def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
@@ -25,15 +27,17 @@ def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
 
 
 def restore_all_zeros_(weights: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """:func:`restore_zeros_` for many tensors with their masks, on the host with a thread a tensor."""
+    """:func:`restore_zeros_` for many tensors with their masks, on the host piece by piece in several threads."""
     weights = [(local(weight), local(mask)) for weight, mask in weights if same_placement(weight, mask)]
-    on_host = all(weight.is_cpu for weight, _ in weights)
-
-    def restore(weight: Tensor, mask: Tensor) -> None:
-        if on_host:
-            bits = weight.data.view(INTEGER_OF[weight.dtype]).numpy()
-            np.multiply(bits, mask.numpy().view(np.int8), out=bits)
+    pieces: list[tuple[Any, ...]] = []
+    for weight, mask in weights:
+        if weight.is_cpu and is_dense(weight):
+            bits = flatten(weight.data.view(INTEGER_OF[weight.dtype]), weight)
+            pieces += chunks(bits, flatten(mask, weight), on_host=True)
         else:
             restore_zeros_(weight, mask)
+    map_pieces(_multiply, pieces, on_host=True)
 
-    map_pieces(restore, weights, on_host=on_host)
+
+def _multiply(bits: NDArray[Any], mask: NDArray[np.bool_]) -> None:
+    np.multiply(bits, mask.view(np.int8), out=bits)
