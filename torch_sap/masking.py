@@ -6,6 +6,9 @@
 - the zeros are restored after every step of an optimizer, which may carry momentum from before the pruning;
 - the zeros are restored when a state has been loaded, and before every forward, whoever wrote into the weight.
 
+Where they are known to be there still, nothing is done (:mod:`torch_sap.stamps`), on the host: a pass over the weights
+shows in the time of a training step there. On a device it does not, but looking would wait for it.
+
 A hook is found by PyTorch's own functions (``prune.is_pruned``, ``prune.remove``, a foreign method on top), holds no
 mask, and looks the weight and the mask up in its module each time: they may be replaced
 (``load_state_dict(assign=True)``, ``to_empty``).
@@ -18,15 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import prune
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from torch_sap.collective import is_dtensor, place, same_placement
-from torch_sap.fsdp import manages, rename
+from torch_sap.fsdp import manages
+from torch_sap.gradients import GradientMask
+from torch_sap.linking import hooks_of, link, rename_parameter
+from torch_sap.optimizers import unwatch, watch
+from torch_sap.stamps import Probe, Stamp
 from torch_sap.zeros import restore_zeros_
-
-_live: weakref.WeakValueDictionary[int, InPlaceMask] = weakref.WeakValueDictionary()
 
 
 class InPlaceMask(prune.BasePruningMethod):
@@ -38,6 +41,8 @@ class InPlaceMask(prune.BasePruningMethod):
     """
 
     PRUNING_TYPE = "unstructured"
+    settled: bool
+    state: Stamp | None
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self._bind(module, name)
@@ -45,11 +50,12 @@ class InPlaceMask(prune.BasePruningMethod):
     def _bind(self, module: nn.Module, name: str) -> None:
         self._tensor_name = name
         self._module = weakref.ref(module)  # a strong one would be a cycle, and memory that waits for the collector
-        self._gradient_of: weakref.ref[Tensor] | None = None
-        self._gradient_handles: list[Any] = []
+        self._gradient: GradientMask | None = None
+        self._zeros: Stamp | None = None  # of weight and mask when the zeros were there
+        self._probe: Probe | None = None
         self._managed = False  # by FSDP, as far as is known
         self.guarded_by: object = None  # the guard of the running forward, which has restored the zeros already
-        _live[id(self)] = self
+        watch(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self._module(), "name": self._tensor_name}
@@ -71,8 +77,29 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def hold(self, module: nn.Module) -> None:
         """Make the module compute with the masked weight, now and until somebody writes into it."""
-        if (found := self.attach(module)) is not None:
+        if not self._is_held(module) and (found := self.attach(module)) is not None:
             restore_zeros_(*found)
+            self.note_zeros(*found)
+
+    def _is_held(self, module: nn.Module) -> bool:
+        """Whether the module is known to be as :meth:`hold` leaves it."""
+        name = self._tensor_name
+        weight: Tensor | None = module._parameters.get(name + "_orig")
+        mask = module._buffers.get(name + "_mask")
+        if weight is None or mask is None or self._zeros is None or self._probe is None:
+            return False
+        if weight.requires_grad and self._gradient is None:
+            return False
+        unchanged = self._zeros.holds(weight, mask) and self._probe.finds_zeros(weight)
+        return unchanged and module.__dict__.get(name) is weight
+
+    def note_zeros(self, weight: Tensor, mask: Tensor) -> None:
+        """Remember that the zeros are there now, on the host."""
+        self._zeros = None
+        if weight.is_cpu and mask.is_cpu and not is_dtensor(weight):
+            if self._probe is None or not self._probe.fits(mask):
+                self._probe = Probe(mask)
+            self._zeros = Stamp(weight, mask)
 
     def attach(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
         """Let the module read the Parameter and mask its gradients; return it and its mask, None if there is none."""
@@ -83,12 +110,13 @@ class InPlaceMask(prune.BasePruningMethod):
         if found is None or not isinstance(found[0], nn.Parameter):
             return None
         weight, mask = found[0], self._place_mask(module)
-        _link(module, name, weight)
+        link(module, name, weight)
         if not same_placement(weight, mask):
             self._check_gathered(module)
             return None
-        if weight.requires_grad and (self._gradient_of is None or self._gradient_of() is not weight):
-            self._mask_gradients_of(weight)
+        if weight.requires_grad and (self._gradient is None or self._gradient.weight is not weight):
+            self._release_gradient()
+            self._gradient = GradientMask(weight, self._find_for_gradient)
         return weight, mask
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
@@ -102,17 +130,21 @@ class InPlaceMask(prune.BasePruningMethod):
         elif self.guarded_by is None:
             self.hold(module)
         elif module.__dict__.get(self._tensor_name) is not weight:
-            _link(module, self._tensor_name, weight)
+            link(module, self._tensor_name, weight)
 
     def relink(self, module: nn.Module) -> None:
         """Let ``module.weight`` be the tensor that is there now: FSDP exchanges it for a forward and a backward."""
         if is_dtensor(module._buffers.get(self._tensor_name + "_mask")) and (found := self._find(module)):
-            _link(module, self._tensor_name, found[0])
+            link(module, self._tensor_name, found[0])
+
+    def _weight_and_mask(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        weight, mask = module._parameters[self._tensor_name + "_orig"], module._buffers[self._tensor_name + "_mask"]
+        assert weight is not None and mask is not None
+        return weight, mask
 
     def _place_mask(self, module: nn.Module) -> Tensor:
         """The mask, cut as the weight is if fully_shard came after the pruning."""
-        weight, mask = module._parameters[self._tensor_name + "_orig"], module._buffers[self._tensor_name + "_mask"]
-        assert weight is not None and mask is not None
+        weight, mask = self._weight_and_mask(module)
         if is_dtensor(weight) and not is_dtensor(mask):
             mask = module._buffers[self._tensor_name + "_mask"] = place(mask, like=weight)
         return mask
@@ -128,8 +160,7 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def restore_in_graph(self, module: nn.Module) -> None:
         """Restore the zeros as a part of a graph that is compiled, where ``.data`` is not allowed."""
-        weight, mask = module._parameters[self._tensor_name + "_orig"], module._buffers[self._tensor_name + "_mask"]
-        assert weight is not None and mask is not None
+        weight, mask = self._weight_and_mask(module)
         with torch.no_grad():
             weight.mul_(mask)
 
@@ -139,40 +170,20 @@ class InPlaceMask(prune.BasePruningMethod):
         if found is None or before is None:
             return
         weight, mask = found
-        _link(module, name, weight * mask)
+        link(module, name, weight * mask)
 
         def give_back(*_: Any) -> None:
-            _link(module, name, before)
+            link(module, name, before)
             handle.remove()
 
         handle = module.register_forward_hook(give_back, always_call=True)
 
-    def _mask_gradients_of(self, weight: Tensor) -> None:
-        """Mask what backward accumulates in place, and what torch.autograd.grad returns in new memory."""
-        self._release_gradient()
-        self._gradient_of = weakref.ref(weight)
-        accumulated: Any = weight.register_post_accumulate_grad_hook
-        asked_for: Any = weight.register_hook
-        self._gradient_handles = [accumulated(self._mask_accumulated), asked_for(self._mask_asked_for)]
-
-    def _mask_accumulated(self, weight: Tensor) -> None:
+    def _find_for_gradient(self) -> tuple[Tensor, Tensor] | None:
         module = self._module()
-        found = None if module is None else self._find(module)
-        if found is None or weight.grad is None:
-            return
-        if is_dtensor(weight) and module is not None:
-            self.relink(module)  # FSDP has put the sharded parameter back
-        if weight.grad.is_sparse or not same_placement(weight.grad, found[1]):
-            weight.grad = weight.grad * found[1].to(weight.grad.dtype)
-        else:
-            restore_zeros_(weight.grad, found[1])
-
-    def _mask_asked_for(self, gradient: Tensor) -> Tensor | None:
-        module = self._module()
-        found = None if module is None else self._find(module)
-        if found is None or _will_accumulate(found[0]):
+        if module is None:
             return None
-        return gradient * found[1].to(gradient.dtype)
+        self.relink(module)  # FSDP has put the sharded parameter back
+        return self._find(module)
 
     def before_load(self, module: nn.Module, *_: Any) -> None:
         """load_state_dict pre-hook. A sharded mask can only be copied into one that is sharded too."""
@@ -186,15 +197,36 @@ class InPlaceMask(prune.BasePruningMethod):
             module._buffers[self._tensor_name + "_mask"] = mask != 0
         self.hold(module)
 
-    def after_step(self, stepped: set[int]) -> None:
-        """Restore the zeros if an optimizer stepped with the weight."""
+    def tensors(self) -> list[Tensor]:
+        """What an optimizer may have: the Parameter, or the sharded one while FSDP has put another in its place."""
         module = self._module()
         weight = None if module is None else module._parameters.get(self._tensor_name + "_orig")
-        held = None if self._gradient_of is None else self._gradient_of()
-        if module is not None and (id(weight) in stepped or id(held) in stepped):
-            self.hold(module)
-            if is_dtensor(held) and held is not weight and (found := self._find(module)):  # FSDP keeps it gathered
-                restore_zeros_(held, found[1])
+        trained = None if self._gradient is None else self._gradient.weight
+        return [tensor for tensor in (weight, trained) if tensor is not None]
+
+    def known_zeros(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and mask, if the weight and its gradient are known to be zero at the pruned entries, on the host."""
+        module = self._module()
+        if module is None or not self._is_held(module):
+            return None
+        weight, mask = self._weight_and_mask(module)
+        masked = weight.grad is None or (self._gradient is not None and self._gradient.is_masked(weight.grad, mask))
+        return (weight, mask) if masked else None
+
+    def after_step(self) -> Tensor | None:
+        """Restore the zeros unless the optimizer's step was known to keep them, and give the mask."""
+        module = self._module()
+        if module is None or (not self.settled and self._find(module) is None):
+            return None
+        weight, mask = self._weight_and_mask(module)
+        if self.settled:
+            self.note_zeros(weight, mask)
+            return mask
+        self.hold(module)
+        trained = None if self._gradient is None else self._gradient.weight
+        if is_dtensor(trained) and trained is not weight:  # FSDP keeps the weight gathered
+            restore_zeros_(trained, mask)
+        return mask
 
     def remove(self, module: nn.Module) -> None:
         """Make the pruning permanent, for PyTorch's prune.remove: the same Parameter, its old name, its old place."""
@@ -202,27 +234,21 @@ class InPlaceMask(prune.BasePruningMethod):
         self.release(module)
         del module._buffers[self._tensor_name + "_mask"]
         module.__dict__.pop(self._tensor_name, None)
-        _rename_parameter(module, self._tensor_name + "_orig", self._tensor_name)
+        rename_parameter(module, self._tensor_name + "_orig", self._tensor_name)
 
     def release(self, module: nn.Module) -> None:
         """Take away all that holds the mask, but for the forward pre-hook."""
         self._release_gradient()
-        _live.pop(id(self), None)
+        unwatch(self)
         for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
             for key, hook in list(hooks.items()):
                 if getattr(getattr(hook, "hook", hook), "__self__", None) is self:  # PyTorch wraps pre-hooks
                     del hooks[key]
 
     def _release_gradient(self) -> None:
-        for handle in self._gradient_handles:
-            handle.remove()
-        self._gradient_of, self._gradient_handles = None, []
-
-
-def hooks_of(module: nn.Module, name: str) -> list[prune.BasePruningMethod]:
-    """The pruning hooks of a tensor of a module, ours and foreign ones."""
-    hooks = module._forward_pre_hooks.values()
-    return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name]
+        if self._gradient is not None:
+            self._gradient.release()
+        self._gradient = None
 
 
 def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
@@ -245,7 +271,7 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook in hooks]:
         del module._forward_pre_hooks[key]
     if name in module._parameters:
-        _rename_parameter(module, name, name + "_orig")
+        rename_parameter(module, name, name + "_orig")
     hook = InPlaceMask(module, name)
     module.__dict__.pop(name, None)
     module.register_buffer(name + "_mask", mask)
@@ -255,37 +281,3 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     after_load: Any = module.register_load_state_dict_post_hook
     after_load(hook.after_load)
     hook.attach(module)
-
-
-def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
-    """Rename a parameter and keep its place, so that optimizers and averages that go by order fit."""
-    parameters = [(new if key == old else key, value) for key, value in module._parameters.items()]
-    module._parameters.clear()
-    module._parameters.update(parameters)
-    rename(module, old, new)
-
-
-def _link(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Let ``module.name`` be the tensor."""
-    module.__dict__[name] = tensor
-    if name in (flat_names := module.__dict__.get("_flat_weights_names", ())):  # recurrent modules read this list
-        module.__dict__["_flat_weights"][flat_names.index(name)] = tensor
-
-
-def _will_accumulate(weight: Tensor) -> bool:
-    """Whether the backward pass that runs now adds to the weight's ``grad``; torch.autograd.grad does not."""
-    try:
-        return bool(torch._C._will_engine_execute_node(get_gradient_edge(weight).node))
-    except RuntimeError:  # how it says that the engine runs torch.autograd.grad for this very tensor
-        return False
-
-
-def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if _live:
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for reference in _live.valuerefs():
-            if (hook := reference()) is not None:
-                hook.after_step(stepped)
-
-
-register_optimizer_step_post_hook(_after_optimizer_step)

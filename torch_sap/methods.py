@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from torch_sap.bounds import Hyperparameters
 from torch_sap.groups import Entry, Scope
 from torch_sap.keys import check_dtype
-from torch_sap.masking import hooks_of
+from torch_sap.linking import hooks_of
 from torch_sap.step import prune_step
 
 

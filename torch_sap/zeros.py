@@ -14,6 +14,9 @@ from torch_sap.collective import local, same_placement
 from torch_sap.host import map_pieces
 from torch_sap.keys import INTEGER_OF, chunks, flatten, is_dense
 
+TORCH_CHUNK = 2**18
+"""Entries that torch multiplies at once on the host: it converts the mask to integers first, which fit the cache."""
+
 
 def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
     """Set the entries where a bool mask is False to +0.0, in place, whatever is there (NaN too).
@@ -23,11 +26,19 @@ def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
     of one placement each process does its part.
     """
     tensor, mask = local(tensor), local(mask)
-    tensor.data.view(INTEGER_OF[tensor.dtype]).mul_(mask.view(torch.uint8))
+    bits, factors = tensor.data.view(INTEGER_OF[tensor.dtype]), mask.view(torch.uint8)
+    if not tensor.is_cpu or tensor.numel() <= TORCH_CHUNK or not is_dense(tensor):
+        bits.mul_(factors)
+        return
+    for piece, factor in zip(*(flatten(t, tensor).split(TORCH_CHUNK) for t in (bits, factors)), strict=True):
+        piece.mul_(factor)
 
 
 def restore_all_zeros_(weights: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """:func:`restore_zeros_` for many tensors with their masks, on the host piece by piece in several threads."""
+    """:func:`restore_zeros_` for many tensors with their masks, on the host piece by piece in several threads.
+
+    Not while a model trains: torch's own threads keep the cores busy then while they wait for the next operation.
+    """
     weights = [(local(weight), local(mask)) for weight, mask in weights if same_placement(weight, mask)]
     pieces: list[tuple[Any, ...]] = []
     for weight, mask in weights:

@@ -1,0 +1,72 @@
+"""Gradients of a pruned weight: zero at its pruned entries before anybody can read them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from torch_sap.collective import same_placement
+from torch_sap.stamps import Stamp
+from torch_sap.zeros import restore_zeros_
+
+
+class GradientMask:
+    """Masks what backward accumulates, in place, and what torch.autograd.grad returns, in new memory.
+
+    Args:
+        weight: The Parameter.
+        find: Gives the weight and the mask that are held now, or None.
+    """
+
+    def __init__(self, weight: Tensor, find: Callable[[], tuple[Tensor, Tensor] | None]) -> None:
+        self._weight, self._find = weakref.ref(weight), find
+        self._masked: Stamp | None = None
+        accumulated: Any = weight.register_post_accumulate_grad_hook
+        asked_for: Any = weight.register_hook
+        self._handles = [accumulated(self._mask_accumulated), asked_for(self._mask_asked_for)]
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The Parameter, None if it is gone."""
+        return self._weight()
+
+    def is_masked(self, gradient: Tensor, mask: Tensor) -> bool:
+        """Whether this gradient was masked with this mask, and nobody has written to them since."""
+        return self._masked is not None and self._masked.holds(gradient, mask)
+
+    def release(self) -> None:
+        """Let the gradients be."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _mask_accumulated(self, weight: Tensor) -> None:
+        found = self._find()
+        if found is None or weight.grad is None:
+            return
+        mask = found[1]
+        if weight.grad.is_sparse or not same_placement(weight.grad, mask):
+            weight.grad = weight.grad * mask.to(weight.grad.dtype)
+            self._masked = None
+        else:
+            restore_zeros_(weight.grad, mask)
+            self._masked = Stamp(weight.grad, mask)
+
+    def _mask_asked_for(self, gradient: Tensor) -> Tensor | None:
+        weight = self._weight()
+        if weight is None or _will_accumulate(weight):
+            return None
+        found = self._find()
+        return None if found is None else gradient * found[1].to(gradient.dtype)
+
+
+def _will_accumulate(weight: Tensor) -> bool:
+    """Whether the backward pass that runs now adds to the weight's ``grad``; torch.autograd.grad does not."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(weight).node))
+    except RuntimeError:  # how it says that the engine runs torch.autograd.grad for this very tensor
+        return False
