@@ -7,9 +7,8 @@ in practice, so on the host a few pruned entries are looked at too.
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from torch_sap.keys import INTEGER_OF
@@ -48,14 +47,16 @@ class Probe:
         flat = mask.reshape(-1).numpy()
         starts = [len(flat) * i // PROBES for i in range(PROBES)]
         found = [start + int(flat[start:].argmin()) for start in starts if start < len(flat)]  # the first False
-        pruned = np.array([place for place in found if not flat[place]], np.intp)
-        self._places = np.unravel_index(pruned, tuple(mask.shape))
+        self._places = torch.tensor([place for place in found if not flat[place]], dtype=torch.int64)
 
     def fits(self, mask: Tensor) -> bool:
         """Whether this was made for the mask as it is."""
         return self._stamp.holds(mask)
 
     def finds_zeros(self, tensor: Tensor) -> bool:
-        """Whether the entries are +0.0 in a tensor of the mask's shape."""
-        bits: Any = tensor.detach().view(INTEGER_OF[tensor.dtype]).numpy()
-        return not bits[self._places].any()
+        """Whether the entries are +0.0 in a tensor of the mask's shape.
+
+        Without numpy, which would keep FSDP from freeing the memory of a tensor that it has shown.
+        """
+        bits = tensor.detach().view(INTEGER_OF[tensor.dtype]).take(self._places)
+        return not bits.any()
