@@ -1,0 +1,1 @@
+"""Training frameworks that torch_sap works inside of; each module here imports its own."""

@@ -1,0 +1,254 @@
+"""Iterative SAP inside Lightning's Trainer: a callback.
+
+A round is a fixed number of epochs. The pruning that ends it happens at the start of the epoch after it, not at the end
+of its last epoch: every checkpoint then holds a trained model, and the metric that it was chosen by is that model's.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.utils.prune import is_pruned
+from torch.utils.hooks import RemovableHandle
+
+from torch_sap.bounds import Hyperparameters
+from torch_sap.functional import global_unstructured, remove
+from torch_sap.groups import Scope
+from torch_sap.history import History
+from torch_sap.iterative import SAP
+from torch_sap.parameters import prunable_parameters
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError("torch_sap.integrations.lightning needs Lightning: pip install 'torch_sap[lightning]'") from error
+
+_logger = logging.getLogger(__name__)
+
+
+class SAPCallback(Callback):
+    """Sparsity-informed Adaptive Pruning in a Trainer: train, measure, prune, rewind, again.
+
+    Of ``max_epochs`` epochs, each ``epochs_per_round`` are a round; the last round is trained and not pruned. So
+    ``max_epochs=(iterations + 1) * epochs_per_round`` makes that many iterations of pruning. Rewinding puts back the
+    surviving weights, all other parameters, the buffers, the optimizers, and the learning-rate schedulers, which
+    therefore should be made for one round. The history's metrics are ``trainer.callback_metrics``.
+
+    The callback's state is in the Trainer's checkpoints, and ``fit(ckpt_path=...)`` goes on from it, at the end of a
+    round or inside one. A second ``fit`` of the same module goes on from where the first one ended. With another
+    module the callback starts anew.
+
+    Args:
+        epochs_per_round: Epochs that each training takes; 1 or more.
+        scope: What one I, r and c are computed over: "global", "layer" or "neuron".
+        p: The smaller norm, ``0 < p < q``.
+        q: The larger norm.
+        eta_r: Share of the p-th power mass that may be lost; 0 or more.
+        gamma: Factor on the prunable number ``d - r``; 0 or more.
+        beta: The largest share of a group that one round prunes, in [0, 1].
+        rewind: "init": to the state at the start of the first ``fit``. A number of epochs, less than
+            ``epochs_per_round``: to the weights after that many epochs of the first round (late rewinding); optimizers
+            and schedulers start anew all the same. "none": nothing is set back, schedulers go on.
+        exclude: Patterns of what not to prune, see :func:`prunable_parameters`; paths are those in the LightningModule.
+
+    Attributes:
+        sap: The :class:`SAP` stepper; None before the first ``fit``.
+
+    Raises:
+        ValueError: if an argument is out of its range; in ``fit`` if the weights are NaN or infinite, if there is
+            nothing to prune, or if a checkpoint comes from a callback with other settings.
+        TypeError: if an argument is of a wrong type.
+
+    Example:
+        >>> callback = SAPCallback(epochs_per_round=10, scope="layer", rewind=1)
+        >>> trainer = Trainer(max_epochs=50, callbacks=[callback], logger=False)  # five trainings, four prunings
+        >>> # trainer.fit(module, train_loader, validation_loader); callback.history.to_csv("history.csv")
+
+    Source: Algorithm 1 of the paper (Diao et al., ICLR 2023, arXiv 2302.05601).
+    """
+
+    def __init__(
+        self,
+        epochs_per_round: int,
+        *,
+        scope: Scope = "layer",
+        p: float = 0.5,
+        q: float = 1.0,
+        eta_r: float = 0.0,
+        gamma: float = 1.0,
+        beta: float = 0.9,
+        rewind: Literal["init", "none"] | int = "init",
+        exclude: str | Iterable[str] = (),
+    ) -> None:
+        Hyperparameters(p, q, eta_r, gamma, beta)  # raises here if one is out of its range
+        _check_epochs(epochs_per_round, rewind)
+        self.epochs_per_round, self.rewind = epochs_per_round, rewind
+        self.sap: SAP | None = None
+        self._exclude = exclude if isinstance(exclude, str) else tuple(exclude)
+        self._settings: dict[str, Any] = {
+            "scope": scope, "p": p, "q": q, "eta_r": eta_r, "gamma": gamma, "beta": beta
+        }  # fmt: skip
+        self._loaded: Mapping[str, Any] = {}
+        self._metrics: dict[str, float] = {}
+        self._epochs_before = 0  # epochs of the running round that earlier calls of fit have trained
+        self._round_start: int | None = None  # the Trainer's epoch in which the running round began; None between fits
+        self._gave_masks = False  # to a module that has not loaded its state yet
+        self._load_handle: RemovableHandle | None = None
+        self._fresh: list[tuple[Any, Any]] = []  # optimizers and schedulers, and their states before training
+
+    @property
+    def history(self) -> History:
+        """The rounds so far."""
+        return History() if self.sap is None else self.sap.history
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module masks of ones before other callbacks copy it, and let it load any checkpoint.
+
+        The Trainer loads the module's state before it calls any other hook that could do it. What is made in
+        ``configure_model`` does not exist yet; it gets its masks when they are loaded, or in ``on_fit_start``.
+        """
+        if stage == "fit" and prunable_parameters(pl_module) and not is_pruned(pl_module):
+            self._give_masks(pl_module)
+            self._gave_masks = True
+        register: Any = pl_module.register_load_state_dict_pre_hook
+        self._load_handle = register(self._match_masks)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing on the module but its masks."""
+        self._release()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the stepper. The module is on its device, and has the weights of the checkpoint if there is one."""
+        self._release()
+        if self.sap is None or self.sap.model is not pl_module:
+            rewind: Literal["init", "none"] = "none" if self.rewind == "none" else "init"
+            self.sap = SAP(pl_module, rewind=rewind, exclude=self._exclude, **self._settings)
+            self._metrics, self._epochs_before, self._round_start = {}, 0, None
+        self._resume()
+        stateful: list[Any] = [*trainer.optimizers, *(config.scheduler for config in trainer.lr_scheduler_configs)]
+        self._fresh = [(each, copy.deepcopy(each.state_dict())) for each in stateful]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the round's epochs from where the last fit stopped; the Trainer knows its own epoch only now."""
+        if self._round_start is None:
+            self._round_start = trainer.current_epoch - self._epochs_before
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune if a round is complete."""
+        assert self.sap is not None and self._round_start is not None
+        epochs = trainer.current_epoch - self._round_start
+        if epochs >= self.epochs_per_round:
+            self._prune()
+            self._round_start = trainer.current_epoch
+        elif epochs == self.rewind and not self._pruned_rounds():
+            self.sap.set_rewind_point()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the metrics: those of the validation and of the training are there now."""
+        self._metrics = _numbers(trainer.callback_metrics)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the last training. Should another fit follow, the round is taken up again."""
+        self._end(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure it also if the Trainer had nothing left to train: a resume from the very last checkpoint."""
+        if self._round_start is not None and trainer.current_epoch > self._round_start:
+            self._end(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let another fit go on after an interruption."""
+        self._pause(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stepper's state (settings, rewind point, history) and the place in the round, as plain values."""
+        if self.sap is None:
+            return {}
+        return {
+            "sap": self.sap.state_dict(),
+            "metrics": dict(self._metrics),
+            "epochs_before": self._epochs_before,
+            "round_start": self._round_start,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`; the Trainer calls it before or after ``on_fit_start``."""
+        self._loaded = state_dict
+        if self.sap is not None:
+            self._resume()
+
+    def _give_masks(self, module: nn.Module) -> None:
+        global_unstructured(module, gamma=0, exclude=self._exclude)  # gamma=0 prunes nothing
+
+    def _match_masks(self, module: nn.Module, state: Mapping[str, Any], *_: Any) -> None:
+        """Load pre-hook: as many masks as the state has."""
+        if any(key.endswith("_mask") and key.removesuffix("_mask") + "_orig" in state for key in state):
+            self._give_masks(module)
+        elif self._gave_masks:
+            remove(module)
+
+    def _release(self) -> None:
+        self._gave_masks = False
+        if self._load_handle is not None:
+            self._load_handle.remove()
+            self._load_handle = None
+
+    def _resume(self) -> None:
+        if self._loaded:
+            assert self.sap is not None
+            self.sap.load_state_dict(self._loaded["sap"])
+            self._metrics = dict(self._loaded["metrics"])
+            self._epochs_before = self._loaded["epochs_before"]
+            self._round_start = self._loaded["round_start"]
+            self._loaded = {}
+
+    def _prune(self) -> None:
+        assert self.sap is not None
+        self._drop_unpruned_round()
+        found = self.sap.step(self._metrics)
+        remaining = sum(tensor.remaining for tensor in found.tensors_after)
+        _logger.info("round %d: pruned %d weights, %d remain", found.number, found.pruned_count, remaining)
+        if self.rewind != "none":
+            for each, state in self._fresh:
+                each.load_state_dict(copy.deepcopy(state))
+
+    def _end(self, trainer: Trainer) -> None:
+        assert self.sap is not None
+        self._drop_unpruned_round()
+        self.sap.record(self._metrics)
+        self._pause(trainer)
+
+    def _pruned_rounds(self) -> int:
+        return sum(found.pruned is not None for found in self.history)
+
+    def _drop_unpruned_round(self) -> None:
+        """Take back the record of a training that was the last one, and is not any more."""
+        if self.sap is not None and len(self.sap.history) > self._pruned_rounds():
+            self.sap.history = self.sap.history[:-1]
+
+    def _pause(self, trainer: Trainer) -> None:
+        if self._round_start is not None:
+            self._epochs_before = trainer.current_epoch - self._round_start
+            self._round_start = None
+
+
+def _check_epochs(epochs_per_round: object, rewind: object) -> None:
+    if not isinstance(epochs_per_round, int) or isinstance(epochs_per_round, bool):
+        raise TypeError(f"epochs_per_round must be an int, got {epochs_per_round!r}")
+    if epochs_per_round < 1:
+        raise ValueError(f"epochs_per_round must be 1 or more, got epochs_per_round={epochs_per_round}")
+    late = isinstance(rewind, int) and not isinstance(rewind, bool) and 0 < rewind < epochs_per_round
+    if not late and rewind not in ("init", "none"):
+        raise ValueError(
+            'rewind must be "init", "none" or a number of epochs from 1 to epochs_per_round - 1 = '
+            f"{epochs_per_round - 1}, got rewind={rewind!r}"
+        )
+
+
+def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """The metrics that are one number."""
+    return {name: float(value) for name, value in metrics.items() if value.numel() == 1}
