@@ -40,6 +40,8 @@ ORDER = [
     "iterative",
     "baselines",
     "__init__",
+    "integrations.__init__",
+    "integrations.lightning",
 ]
 
 
@@ -50,13 +52,14 @@ def imports_of(path):
 
 
 def test_every_module_has_a_place():
-    assert sorted(ORDER) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+    paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    assert sorted(ORDER) == sorted(".".join(path.parts) for path in paths)
 
 
 @pytest.mark.parametrize("name", ORDER)
 def test_imports_go_downwards(name):
     below = ORDER[: ORDER.index(name)]
-    assert set(imports_of(PACKAGE / f"{name}.py")) <= set(below)
+    assert set(imports_of(PACKAGE / f"{name.replace('.', '/')}.py")) <= set(below)
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
