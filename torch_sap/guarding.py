@@ -32,10 +32,7 @@ class Guard:
             self._come_first(module)
         for hook, inner in self.held:
             if hook.guarded_by is None or hook.guarded_by is self:
-                if torch.compiler.is_compiling():
-                    hook.restore_in_graph(inner)
-                else:
-                    hook.hold(inner)
+                hook.before_forward(inner)
                 hook.guarded_by = self
             elif not torch.compiler.is_compiling():
                 hook.relink(inner)
@@ -58,6 +55,7 @@ class Guard:
         for hook, inner in self.held:
             if hook.guarded_by is self:
                 hook.guarded_by = None
+                hook.give_back(inner)
             hook.relink(inner)
 
 

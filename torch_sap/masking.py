@@ -17,7 +17,7 @@ mask, and looks the weight and the mask up in its module each time: they may be 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class InPlaceMask(prune.BasePruningMethod):
         self._gradient: GradientMask | None = None
         self._zeros: Stamp | None = None  # of weight and mask when the zeros were there
         self._probe: Probe | None = None
+        self._lent: Tensor | None = None  # the Parameter, while a forward computes with a product
         self._managed = False  # by FSDP, as far as is known
         self.guarded_by: object = None  # the guard of the running forward, which has restored the zeros already
         watch(self)
@@ -122,15 +123,25 @@ class InPlaceMask(prune.BasePruningMethod):
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
         weight = module._parameters.get(self._tensor_name + "_orig")
-        if torch.compiler.is_compiling():
-            if self.guarded_by is None:
-                self.restore_in_graph(module)
-        elif not isinstance(weight, nn.Parameter):
-            self._lend(module)
-        elif self.guarded_by is None:
-            self.hold(module)
-        elif module.__dict__.get(self._tensor_name) is not weight:
+        if self.guarded_by is None:
+            self.before_forward(module)
+            if self._lent is not None and self.give_back not in module._forward_hooks.values():
+                module.register_forward_hook(self.give_back, always_call=True)
+        elif _runs_eagerly(weight) and module.__dict__.get(self._tensor_name) is not weight:
             link(module, self._tensor_name, weight)
+
+    def before_forward(self, module: nn.Module) -> None:
+        """Let a forward of the module, or of one around it, compute with zeros at pruned entries."""
+        name = self._tensor_name
+        weight, mask = module._parameters.get(name + "_orig"), module._buffers.get(name + "_mask")
+        if _runs_eagerly(weight):
+            self._lent = None  # left by a torch.export that failed
+            self.hold(module)
+        elif torch.compiler.is_dynamo_compiling() and weight is not None and mask is not None:
+            with torch.no_grad():  # a part of the graph, where ``.data`` is not allowed
+                weight.mul_(mask)
+        else:
+            self._lend(module)
 
     def relink(self, module: nn.Module) -> None:
         """Let ``module.weight`` be the tensor that is there now: FSDP exchanges it for a forward and a backward."""
@@ -158,25 +169,18 @@ class InPlaceMask(prune.BasePruningMethod):
                 "alike, but one is a DTensor and the other is none or lies elsewhere; load or distribute both"
             )
 
-    def restore_in_graph(self, module: nn.Module) -> None:
-        """Restore the zeros as a part of a graph that is compiled, where ``.data`` is not allowed."""
-        weight, mask = self._weight_and_mask(module)
-        with torch.no_grad():
-            weight.mul_(mask)
-
     def _lend(self, module: nn.Module) -> None:
-        """Compute one call with a tensor that torch.func.functional_call has put in the place of the Parameter."""
-        name, found, before = self._tensor_name, self._find(module), module.__dict__.get(self._tensor_name)
-        if found is None or before is None:
-            return
-        weight, mask = found
-        link(module, name, weight * mask)
+        """Compute one call with a product: what functional_call or torch.export have put there is not written to."""
+        found, own = self._find(module), module.__dict__.get(self._tensor_name)
+        if found is not None and own is not None:
+            self._lent = own
+            link(module, self._tensor_name, found[0] * found[1])
 
-        def give_back(*_: Any) -> None:
-            link(module, name, before)
-            handle.remove()
-
-        handle = module.register_forward_hook(give_back, always_call=True)
+    def give_back(self, module: nn.Module, *_: Any) -> None:
+        """Let the module read its Parameter again. A forward hook too."""
+        if self._lent is not None:
+            link(module, self._tensor_name, self._lent)
+            self._lent = None
 
     def _find_for_gradient(self) -> tuple[Tensor, Tensor] | None:
         module = self._module()
@@ -240,7 +244,7 @@ class InPlaceMask(prune.BasePruningMethod):
         """Take away all that holds the mask, but for the forward pre-hook."""
         self._release_gradient()
         unwatch(self)
-        for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
+        for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if getattr(getattr(hook, "hook", hook), "__self__", None) is self:  # PyTorch wraps pre-hooks
                     del hooks[key]
@@ -281,3 +285,8 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     after_load: Any = module.register_load_state_dict_post_hook
     after_load(hook.after_load)
     hook.attach(module)
+
+
+def _runs_eagerly(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
+    """Whether a forward runs now, no trace of one, and with the module's own weight."""
+    return isinstance(weight, nn.Parameter) and not (torch.compiler.is_compiling() or torch._C._is_tracing())

@@ -1,0 +1,158 @@
+"""torch.export, ONNX, torch.jit.trace and torch.func of timm models, pruned and after remove."""
+
+import io
+
+import pytest
+import torch
+from helpers import lookup, masked_by_hand, masks_of, value_of, weight_names
+from timm_training import SHAPE, batches, each_kind, make, momentum, plain_step, twins
+from timm_training import Hand as NoHand
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torch_sap import layer_unstructured, prunable_parameters, remove
+
+each_state = pytest.mark.parametrize("state", ["pruned", "removed"])
+
+
+def trained(kind, state):
+    """A pruned and trained model in evaluation, inputs for it, and what it makes of them."""
+    model, inputs = make(kind), torch.randn(SHAPE)
+    layer_unstructured(model, eta_r=0.3)
+    optimizer = momentum(model)
+    for batch in batches(2):
+        plain_step(model, optimizer, batch, NoHand(model))
+    expected = model.eval()(inputs).detach()
+    if state == "removed":
+        remove(model)
+    else:
+        write_at_pruned_entries(model)
+    return model, inputs, expected
+
+
+def write_at_pruned_entries(model):
+    with torch.no_grad():
+        for name, mask in masks_of(model).items():
+            value_of(model, name).masked_fill_(~mask, 7.0)
+
+
+def assert_linked(model):
+    for name in weight_names(model):
+        module, own = lookup(model, name)
+        assert getattr(module, own) is dict(model.named_parameters()).get(name + "_orig", getattr(module, own))
+        assert isinstance(getattr(module, own), torch.nn.Parameter)
+
+
+@each_kind
+@each_state
+def test_torch_export(kind, state):
+    model, inputs, expected = trained(kind, state)
+    program = torch.export.export(model, (inputs,))
+    assert torch.equal(program.module()(inputs), expected)
+    assert_linked(model)
+    assert torch.equal(model(inputs), expected)
+    torch.testing.assert_close(program.run_decompositions({}).module()(inputs), expected)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(inputs), expected)
+    for name in weight_names(model) if state == "removed" else ():
+        assert torch.equal(program.state_dict[name], value_of(model, name))
+
+
+@each_kind
+@each_state
+@pytest.mark.filterwarnings("ignore")  # of onnxscript and of the exporter
+def test_onnx(kind, state, tmp_path):
+    """The file computes what the model does; after remove its weights are the plain ones, with exact zeros."""
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    model, inputs, expected = trained(kind, state)
+    torch.onnx.export(model, (inputs,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    stored = onnx.load(tmp_path / "model.onnx")
+    found = ReferenceEvaluator(stored).run(None, {stored.graph.input[0].name: inputs.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-3)
+    assert_linked(model)
+    arrays = {value.name: onnx.numpy_helper.to_array(value) for value in stored.graph.initializer}
+    if state == "removed":
+        assert not any("mask" in name or "orig" in name for name in arrays)
+        for name in weight_names(model):
+            zeros = int((value_of(model, name) == 0).sum())
+            found = [
+                int((array == 0).sum()) for array in arrays.values() if array.size == value_of(model, name).numel()
+            ]
+            assert 0 < zeros <= max(found), f"{name}: batch-norm that is folded into it may only add zeros"
+
+
+@each_kind
+@each_state
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+def test_jit_trace(kind, state):
+    model, inputs, expected = trained(kind, state)
+    traced = torch.jit.trace(model, inputs)
+    torch.testing.assert_close(traced(inputs), expected)
+    assert_linked(model)
+
+
+def renamed(tensors, masks):
+    return {name + "_orig" * (name in masks): tensor for name, tensor in tensors.items()}
+
+
+@each_kind
+def test_functional_call_computes_with_the_given_tensors_where_the_masks_are_true(kind):
+    model, dense = twins(kind)
+    model.eval(), dense.eval()
+    layer_unstructured(model, eta_r=0.3)
+    masks, inputs = masks_of(model), torch.randn(SHAPE)
+    given = {name: torch.randn_like(value) / 10 for name, value in dense.named_parameters()}
+    masked = {name: value * masks.get(name, torch.ones(())) for name, value in given.items()}
+    before = {name: value.clone() for name, value in given.items()}
+    assert torch.equal(functional_call(model, renamed(given, masks), inputs), functional_call(dense, masked, inputs))
+    assert all(torch.equal(value, before[name]) for name, value in given.items()), "they are left as they are"
+    assert_linked(model)
+    assert torch.equal(model(inputs), masked_by_hand(dense, masks)(inputs))
+
+
+@each_kind
+def test_gradients_of_each_sample(kind):
+    """torch.func.grad and vmap over functional_call give masked gradients."""
+    model, dense = twins(kind)
+    layer_unstructured(model, eta_r=0.3)
+    masks, found = masks_of(model), []
+    masked_by_hand(dense, masks)
+
+    def loss(parameters, model, inputs):
+        return functional_call(model, parameters, (inputs[None],)).square().sum()
+
+    for each in (model.eval(), dense.eval()):
+        parameters = {name: value.detach() for name, value in each.named_parameters()}
+        with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernels
+            found.append(vmap(grad(loss), (None, None, 0))(parameters, each, batches(1)[0]))
+    for name, expected in found[1].items():
+        ours = found[0][name + "_orig" * (name in masks)]
+        torch.testing.assert_close(ours, expected * masks.get(name, torch.ones(())))
+    assert_linked(model)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("how", ["functional_call", "export"])
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch.export, of what it puts back itself
+def test_a_call_that_fails_leaves_the_model_as_it_was(how, pairs):
+    model, inputs = make("vit").eval(), torch.randn(SHAPE)
+    layer_unstructured(prunable_parameters(model) if pairs else model, eta_r=0.3)
+    expected, names = model(inputs), weight_names(model)
+    broken = model.norm.register_forward_hook(fail)
+    given = {name: value.detach() for name, value in model.named_parameters()}
+    with pytest.raises(ArithmeticError, match="broken"):
+        functional_call(model, given, inputs) if how == "functional_call" else torch.export.export(model, (inputs,))
+    broken.remove()
+    assert torch.equal(model(inputs), expected)
+    assert_linked(model)
+    remove(model)
+    assert weight_names(model) == names
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def fail(*_):
+    raise ArithmeticError("broken")
