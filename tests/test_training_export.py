@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 from helpers import lookup, masked_by_hand, masks_of, value_of, weight_names
-from timm_training import SHAPE, batches, each_kind, make, momentum, plain_step, twins
+from timm_training import SHAPE, batches, each_kind, each_kind_some_slow, make, momentum, plain_step, twins
 from timm_training import Hand as NoHand
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,7 +43,7 @@ def assert_linked(model):
         assert isinstance(getattr(module, own), torch.nn.Parameter)
 
 
-@each_kind
+@each_kind_some_slow
 @each_state
 def test_torch_export(kind, state):
     model, inputs, expected = trained(kind, state)
@@ -60,7 +60,7 @@ def test_torch_export(kind, state):
         assert torch.equal(program.state_dict[name], value_of(model, name))
 
 
-@each_kind
+@each_kind_some_slow
 @each_state
 @pytest.mark.filterwarnings("ignore")  # of onnxscript and of the exporter
 def test_onnx(kind, state, tmp_path):

@@ -30,6 +30,9 @@ MODELS = {
     ),
 }
 each_kind = pytest.mark.parametrize("kind", MODELS)
+each_kind_some_slow = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in ("resnet", "eva") else pytest.mark.slow) for kind in MODELS]
+)
 convolutional = pytest.mark.parametrize("kind", ["resnet", "efficientnet"])
 
 
