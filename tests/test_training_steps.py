@@ -17,9 +17,10 @@ def test_gradient_accumulation(kind):
         for loss in losses:
             loss.backward()
         hand.gradients()
+        norms = [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
         optimizer.step()
         hand.weights()
-        return torch.stack(losses).tolist()
+        return torch.stack(losses).tolist(), norms
 
     assert_same_training(*twins(kind), step)
 
