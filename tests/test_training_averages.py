@@ -97,7 +97,7 @@ def test_an_average_through_the_rounds_of_sap(make_average):
 
 
 @each_average
-def test_a_state_saved_right_after_an_update_gives_zeros_when_it_is_loaded(make_average):
+def test_right_after_an_update_loading_and_remove_give_zeros(make_average):
     """Between an update and the next forward an average remembers weights from before the latest pruning."""
     model = make("vit")
     layer_unstructured(model)
@@ -108,8 +108,13 @@ def test_a_state_saved_right_after_an_update_gives_zeros_when_it_is_loaded(make_
     loaded = make("vit")
     layer_unstructured(loaded, gamma=0)
     loaded.load_state_dict(average.module.state_dict())
-    assert all(torch.equal(mask, masks_of(loaded)[name]) for name, mask in masks_of(model).items())
+    masks = masks_of(model)
+    assert all(torch.equal(mask, masks_of(loaded)[name]) for name, mask in masks.items())
     assert_held(loaded)
+    state = average.module.state_dict()
+    assert any(torch.count_nonzero(state[name + "_orig"][~mask]) for name, mask in masks.items())
+    state = remove(average.module).state_dict()
+    assert not any(torch.count_nonzero(state[name][~mask]) for name, mask in masks.items())
 
 
 def test_update_bn_of_an_average():

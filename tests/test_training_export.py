@@ -47,7 +47,7 @@ def assert_linked(model):
 @each_state
 def test_torch_export(kind, state):
     model, inputs, expected = trained(kind, state)
-    program = torch.export.export(model, (inputs,))
+    program = torch.export.export(model, (inputs,), strict=False)
     assert torch.equal(program.module()(inputs), expected)
     assert_linked(model)
     assert torch.equal(model(inputs), expected)
@@ -145,7 +145,9 @@ def test_a_call_that_fails_leaves_the_model_as_it_was(how, pairs):
     broken = model.norm.register_forward_hook(fail)
     given = {name: value.detach() for name, value in model.named_parameters()}
     with pytest.raises(ArithmeticError, match="broken"):
-        functional_call(model, given, inputs) if how == "functional_call" else torch.export.export(model, (inputs,))
+        functional_call(model, given, inputs) if how == "functional_call" else torch.export.export(
+            model, (inputs,), strict=False
+        )
     broken.remove()
     assert torch.equal(model(inputs), expected)
     assert_linked(model)

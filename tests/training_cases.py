@@ -17,7 +17,7 @@ def own_part(step):
     return lambda model, optimizer, inputs, hand: step(model, optimizer, mine(inputs), hand)
 
 
-def data_parallel(kind, pruned, **options):
+def data_parallel(kind, pruned, bucket_view=False):
     """DDP around the pruned and around the dense model, which is masked by hand: bitwise equal."""
     model, dense = twins(kind)
     if pruned == "before":
@@ -25,7 +25,7 @@ def data_parallel(kind, pruned, **options):
         masked_by_hand(dense, masks_of(model))
 
     def wrap(model):
-        return DistributedDataParallel(model, **options)
+        return DistributedDataParallel(model, gradient_as_bucket_view=bucket_view)
 
     assert_same_training(model, dense, own_part(plain_step), wrap=wrap)
     assert_the_same_everywhere(model)
@@ -145,6 +145,7 @@ CASES = {
         for order in ("shard, prune", "prune, shard")
         for kind in KINDS
     },
+    "DDP, gradients in buckets, vit": (data_parallel, "vit", "after", True),
     "FSDP2, checkpointing, vit": (sharded, "vit", "prune, shard", True),
     "FSDP2, checkpointing, eva": (sharded, "eva", "shard, prune", True),
     "FSDP2, adamw, vit": (sharded, "vit", "shard, prune", False, "adamw"),
