@@ -12,6 +12,7 @@ from torch_sap.measures import gini_index, pq_index
 from torch_sap.methods import PQIGlobal, PQILayer, PQINeuron
 from torch_sap.parameters import prunable_parameters
 from torch_sap.records import PruningReport
+from torch_sap.verify import Verification, VerifiedWeight, verify
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,8 @@ __all__ = [
     "PQINeuron",
     "PruningReport",
     "Round",
+    "Verification",
+    "VerifiedWeight",
     "gini_index",
     "global_unstructured",
     "iterative_sap",
@@ -36,4 +39,5 @@ __all__ = [
     "remove",
     "retention_bound",
     "sap_rounds",
+    "verify",
 ]

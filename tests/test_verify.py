@@ -1,0 +1,350 @@
+"""verify tells what operations receive of pruned weights, and leaves the model as it was."""
+
+import copy
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_unchanged, bits, convnet, mlp, snapshot
+from torch import nn
+from torch.nn.utils import prune, spectral_norm
+
+import torch_sap
+from torch_sap import verify
+
+
+def vector(size=8):
+    return torch.randn(3, size)
+
+
+class Weighted(nn.Module):
+    """A module that computes with a function of its square weight."""
+
+    def __init__(self, function, size=8):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, size))
+        self.register_buffer("other", torch.linspace(0.5, 1.5, size * size).view(size, size))
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, self.weight, x)
+
+
+def check_received(model, example, count):
+    """All pruned weights are received as the masks say."""
+    torch_sap.layer_unstructured(model, gamma=3.0)
+    found = verify(model, example)
+    assert found.effective
+    assert len(found.weights) == count
+    for weight in found.weights:
+        assert weight.effective_sparsity == pytest.approx(weight.mask_sparsity, abs=1e-12), weight
+        assert weight.mask_sparsity > 0
+        assert weight.reason == ""
+
+
+MODULES = {
+    "linear": (mlp, (torch.randn(3, 6),), 2),
+    "convolution": (convnet, (torch.randn(2, 2, 6, 6),), 3),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 4, 3, groups=2), (torch.randn(1, 6, 5, 5),), 1),
+    "bilinear": (lambda: nn.Bilinear(4, 5, 3), (torch.randn(2, 4), torch.randn(2, 5)), 1),
+    "embedding bag": (lambda: nn.EmbeddingBag(9, 4), (torch.randint(9, (2, 3)),), 1),
+    "lstm": (lambda: nn.LSTM(4, 5, num_layers=2, bidirectional=True), (torch.randn(3, 2, 4),), 8),
+    "gru": (lambda: nn.GRU(4, 5), (torch.randn(3, 2, 4),), 2),
+    "rnn cell": (lambda: nn.RNNCell(4, 5), (torch.randn(2, 4),), 2),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), (vector(), vector(), vector()), 2),
+    "attention, other sizes": (
+        lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=4),
+        (vector(), vector(4), vector(4)),
+        4,
+    ),
+    "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16), (torch.randn(3, 2, 8),), 4),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
+def test_modules_of_pytorch_receive_what_the_masks_say(name):
+    make, example, count = MODULES[name]
+    check_received(make(), example, count)
+
+
+WAYS = {
+    "transposed": lambda m, w, x: x @ w.t(),
+    "square, transposed twice": lambda m, w, x: x @ w.t().t(),
+    "reshaped": lambda m, w, x: F.conv1d(x.view(3, 2, 4), w.reshape(8, 2, 4)),
+    "pieces": lambda m, w, x: torch.cat([F.linear(x, part) for part in w.chunk(3)], 1),
+    "joined": lambda m, w, x: F.linear(x, torch.cat([m.other, w, m.other])),
+    "stacked": lambda m, w, x: torch.stack([m.other, w]) @ x.t(),
+    "expanded": lambda m, w, x: torch.bmm(x.expand(4, 3, 8), w.expand(4, 8, 8)),
+    "padded": lambda m, w, x: F.linear(x, F.pad(w, (0, 0, 1, 1), value=1.0)),
+    "flipped": lambda m, w, x: F.linear(x, w.flip(0)),
+    "rows chosen": lambda m, w, x: F.linear(x, w[torch.arange(8).flip(0)]),
+    "copied": lambda m, w, x: F.linear(x, torch.empty_like(w).copy_(w)),
+    "masked again": lambda m, w, x: F.linear(x, w.clone().mul_(w != 0)),
+    "detached": lambda m, w, x: F.linear(x, w.detach().clone()),
+    "cast": lambda m, w, x: F.linear(x.double(), w.double()).float(),
+    "scaled": lambda m, w, x: F.linear(x, w * m.other / w.norm()),
+    "broadcast": lambda m, w, x: x @ (w * m.other[:2, None]),
+    "with numbers about it": lambda m, w, x: F.linear(
+        x, w.reshape(-1).div(w.reshape(-1).norm(dim=0, keepdim=True)).view(8, 8)
+    ),
+    "einsum": lambda m, w, x: torch.einsum("ni,oi->no", x, w),
+    "by an activation": lambda m, w, x: x @ (w * x.mean()),
+    "element by element": lambda m, w, x: w * x[:, None],
+    "of a constant": lambda m, w, x: x + F.linear(m.other[:1], w),
+    "autocast": lambda m, w, x: autocast(w, x),
+}
+
+
+def autocast(weight, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return F.linear(x, weight)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_entries_are_followed_to_where_they_are_received(way):
+    check_received(Weighted(WAYS[way]), vector(), 1)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda w, x: F.linear(x, w),
+        lambda w, x: x @ w.t(),
+        lambda w, x: x @ w.flip(1).t().reshape(16, 4).view(8, 8),
+        lambda w, x: [x @ part for part in w.t().contiguous().split(8)],
+        lambda w, x: F.linear(x, torch.cat([w, w])[8:]),
+        lambda w, x: F.linear(x, w.roll(3)),
+    ],
+)
+@pytest.mark.parametrize("entry", [(0, 3), (5, 2)])
+def test_the_very_entry_that_is_revived_is_found(way, entry):
+    """One pruned entry gets a value, and then one that is not pruned: the map has to be right entry by entry."""
+    model = Weighted(lambda m, w, x: way(w + m.other, x))
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    mask[entry] = False
+    torch_sap.functional.hold_masks(torch_sap.parameters.resolve(model), [mask])
+    model.other.zero_()
+    assert verify(model, vector()).effective
+    model.other[entry] = 1.0
+    assert verify(model, vector()).weights[0].revived == 1
+    model.other.zero_()
+    model.other[entry[1], entry[0]] = 1.0
+    assert verify(model, vector()).effective
+
+
+REASONS = {
+    "standardised weight (native_batch_norm)": lambda m, w, x: F.linear(
+        x, F.batch_norm(w.view(1, 8, 8), None, None, training=True)[0]
+    ),
+    "standardised weight (native_layer_norm)": lambda m, w, x: F.linear(x, F.layer_norm(w, (8,))),
+    "standardised weight (div, sub)": lambda m, w, x: F.linear(x, (w - w.mean(1, keepdim=True)) / w.std()),
+    "re-parametrised (add)": lambda m, w, x: F.linear(x, w * 2 + m.other),
+    "re-parametrised (exp)": lambda m, w, x: F.linear(x, w.exp()),
+    "not used": lambda m, w, x: x,
+    "zeros among unpruned entries": lambda m, w, x: F.linear(x, w * (m.other > 1)),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_reasons(reason):
+    model = nn.Sequential(Weighted(REASONS[reason]), nn.Linear(8, 2))
+    torch_sap.layer_unstructured(model, gamma=3.0)
+    found = verify(model, vector())
+    assert [(weight.name, weight.module, weight.reason) for weight in found.differing] == [
+        ("0.weight", "Weighted", reason)
+    ]
+    pruned = int((~model[0].weight_mask).sum())
+    revives = reason.startswith(("standardised", "re-"))
+    assert found.weights[0].revived == (pruned if revives else 0)
+    assert found.effective != revives
+    assert (found.weights[0].effective_sparsity is None) == (reason == "not used")
+    assert "1 received with another sparsity" in str(found)
+    assert reason in str(found)
+
+
+def test_a_parameter_read_behind_pytorchs_mask():
+    model = Weighted(lambda m, w, x: F.linear(x, m.weight_orig))
+    prune.random_unstructured(model, "weight", amount=0.5)
+    (weight,) = verify(model, vector()).weights
+    assert (weight.mask_sparsity, weight.effective_sparsity) == (0.5, 0.0)
+    assert weight.reason == "read without the mask"
+
+
+def test_pytorchs_mask_does_not_reach_the_other_user_of_a_shared_weight_and_ours_does():
+    def tied():
+        model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False))
+        model[1].weight = model[0].weight
+        return model
+
+    theirs, ours = tied(), tied()
+    prune.random_unstructured(theirs[0], "weight", amount=0.5)
+    torch_sap.layer_unstructured(ours)
+    (weight,) = verify(theirs, torch.arange(8)).weights
+    assert weight.reason == "shared with a module that is not masked"
+    assert weight.effective_sparsity == pytest.approx(0.25, abs=0.01)
+    assert verify(ours, torch.arange(8)).effective
+
+
+def test_old_spectral_norm_keeps_zeros():
+    model = nn.Sequential(spectral_norm(nn.Linear(8, 8)))
+    torch_sap.layer_unstructured(model)
+    found = verify(model, vector())
+    assert [weight.name for weight in found.weights] == ["0.weight_orig"]
+    assert found.effective
+    assert not found.differing
+
+
+def test_zeros_of_a_removed_model_count_as_pruned():
+    model = mlp()
+    report = torch_sap.layer_unstructured(model)
+    torch_sap.remove(model)
+    found = verify(model, torch.randn(3, 6))
+    sparsity = {tensor.name: 1 - tensor.remaining / tensor.total for tensor in report.tensors}
+    assert {weight.name: weight.effective_sparsity for weight in found.weights} == pytest.approx(sparsity)
+
+
+def test_weights_that_are_not_pruned_are_left_out():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    torch_sap.layer_unstructured(model, exclude="1")
+    assert [weight.name for weight in verify(model, vector()).weights] == ["0.weight"]
+
+
+class Restless(nn.Module):
+    """Changes all that a forward can change, in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.dropout = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("latest", torch.full((1,), float("nan")))
+        self.cache = None
+
+    def forward(self, x):
+        self.calls += 1
+        self.latest = x.mean().view(1)
+        self.cache = x
+        return self.dropout(self.norm(self.linear(x))) + torch.rand_like(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_exactly_as_it_was(fails):
+    model = Restless().train()
+    model.dropout.eval()
+    torch_sap.layer_unstructured(model)
+    before, calls, rng = snapshot(model), model.calls, torch.get_rng_state()
+    if fails:
+        with pytest.raises(RuntimeError):
+            verify(model, vector(5))
+    else:
+        generator = torch.Generator().manual_seed(1)
+        verify(model, torch.randn(3, 8, generator=generator))
+        assert torch.equal(torch.get_rng_state(), rng)
+    assert_unchanged(model, before)
+    assert model.cache is None
+    assert model.calls is calls
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_tensor_that_pytorchs_hook_computed_stays():
+    model = mlp()
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    weight = model[0].weight
+    verify(model, torch.randn(3, 6))
+    assert model[0].weight is weight
+    model(torch.randn(3, 6)).sum().backward()
+
+
+def test_training_goes_on_as_without_verify():
+    results = []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 1))
+        torch_sap.layer_unstructured(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        x = vector()
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            if asked:
+                verify(model, x)
+            optimizer.step()
+        results.append([bits(value) for value in model.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_compiled_model_is_computed_eagerly():
+    if not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("needs torch 2.6")
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), Weighted(REASONS["re-parametrised (add)"]))
+    torch_sap.layer_unstructured(model)
+    model(vector())
+    compiled = torch.compile(model, backend="eager")
+    compiled(vector())
+    found = verify(compiled, vector())
+    assert [weight.reason for weight in found.weights] == ["", "re-parametrised (add)"]
+    assert found.weights[0].effective_sparsity == found.weights[0].mask_sparsity
+
+
+def test_examples_are_tensors_arguments_or_keywords():
+    model = nn.MultiheadAttention(8, 2)
+    torch_sap.layer_unstructured(model)
+    query, key = vector(), vector()
+    by_position = verify(model, (query, key, key))
+    assert by_position == verify(model, {"query": query, "key": key, "value": key})
+    assert by_position.effective
+
+
+def test_records_are_frozen_plain_values():
+    model = mlp()
+    torch_sap.layer_unstructured(model)
+    found = verify(model, torch.randn(3, 6))
+    values = json.loads(json.dumps(found.to_dict()))
+    assert values["effective"] is True
+    assert torch_sap.Verification(tuple(torch_sap.VerifiedWeight(**weight) for weight in values["weights"])) == found
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.weights = ()
+    assert str(found) == "2 pruned weights, 0 received with another sparsity"
+
+
+def test_errors_name_the_rule():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
+        verify(3, vector())
+    with pytest.raises(ValueError, match="model must have a pruned weight"):
+        verify(mlp(), torch.randn(3, 6))
+
+
+def test_a_random_chain_of_moves_keeps_every_entry():
+    """Values that are their own position: after any moves the map says PRUNED exactly where the values do."""
+    moves = [
+        lambda t: t.t(),
+        lambda t: t.flip(0),
+        lambda t: t.roll(5),
+        lambda t: t.reshape(t.shape[1], t.shape[0]),
+        lambda t: torch.cat(t.chunk(2)[::-1]),
+        lambda t: t[torch.randperm(t.shape[0], generator=torch.Generator().manual_seed(1))],
+        lambda t: t.contiguous().clone(),
+    ]
+    random.seed(0)
+    for _ in range(20):
+        chain = random.choices(moves, k=5)
+
+        def function(m, w, x, chain=chain):
+            for move in chain:
+                w = move(w)
+            return x[:, :1] @ w.reshape(1, -1)
+
+        model = Weighted(function, size=6)
+        model.weight = nn.Parameter(torch.arange(1.0, 25.0).view(6, 4))
+        twin = copy.deepcopy(model)
+        torch_sap.layer_unstructured(model, gamma=3.0)
+        found = verify(model, vector(6))
+        assert found.effective
+        twin.register_buffer("weight_mask", model.weight_mask)  # a mask that nothing applies
+        twin.weight_orig = twin.weight
+        del twin._parameters["weight"]
+        twin.weight = twin.weight_orig
+        assert verify(twin, vector(6)).weights[0].revived == int((~model.weight_mask).sum())
