@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_models import assert_same_model, assert_same_report, data, full_state, mine, mlp, shard
+from distributed_standardised import standardised_convolutions
 from helpers import FUNCTIONS, SCOPES
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -286,6 +287,7 @@ CASES = {
             a_forward_never_sees_what_was_written,
             weights_read_without_calling,
             mixed_precision_and_accumulation,
+            standardised_convolutions,
         )
     },
     **{

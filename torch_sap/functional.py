@@ -20,6 +20,7 @@ from torch_sap.keys import count_true
 from torch_sap.masking import hold_mask
 from torch_sap.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
 from torch_sap.records import PruningReport, TensorRecord
+from torch_sap.standardised import fold_, mask_standardised
 from torch_sap.step import StepResult, prune_step
 from torch_sap.zeros import restore_all_zeros_
 
@@ -157,6 +158,7 @@ def remove(model: Model) -> Model:
     with torch.no_grad():
         reshard(model.modules())
         for module in model.modules():
+            fold_(module)
             hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)]
             for hook in hooks:
                 prune.remove(module, hook._tensor_name)
@@ -187,6 +189,7 @@ def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) ->
     for prunable, mask in zip(prunables, complete, strict=True):
         for module, name in prunable.holders:
             hold_mask(module, name, mask)
+            mask_standardised(module)
     restore_all_zeros_([(p.weight, held) for p in prunables if (held := p.mask) is not None])
 
 

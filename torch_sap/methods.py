@@ -5,6 +5,7 @@ Source: Diao et al., ICLR 2023 (arXiv 2302.05601).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from torch_sap.bounds import Hyperparameters
 from torch_sap.groups import Entry, Scope
 from torch_sap.keys import check_dtype
 from torch_sap.linking import hooks_of
+from torch_sap.standardised import is_masked, is_standardised
 from torch_sap.step import prune_step
 
 
@@ -88,7 +90,14 @@ class PQIMethod(prune.BasePruningMethod):
             AssertionError: if the scores have another shape than the tensor.
 
         The module is as before if anything is raised. (PyTorch's own apply loses the earlier method's hook then.)
+        Warns if the module standardises its weight, behind which PyTorch's masks do not hold.
         """
+        if name == "weight" and is_standardised(module) and not is_masked(module):
+            warnings.warn(
+                f"{type(module).__name__} standardises its weight, which makes other numbers of the zeros that "
+                "PyTorch's masks leave; torch_sap.layer_unstructured([(module, 'weight')]) keeps them zeros",
+                stacklevel=2,
+            )
         with _unchanged_on_error(module, name):
             method: prune.BasePruningMethod = super().apply(  # type: ignore[no-untyped-call]
                 module, name, *args, importance_scores=importance_scores, **kwargs

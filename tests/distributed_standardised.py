@@ -1,0 +1,47 @@
+"""Masks behind weight standardisation, of a model that several processes share."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from distributed_models import assert_same_model, full_state, mine
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import torch_sap
+
+
+def standardised_convolutions(order):
+    from timm.layers import ScaledStdConv2d, StdConv2d
+
+    one = nn.Sequential(StdConv2d(3, 7, 3, padding=1), nn.ReLU(), ScaledStdConv2d(7, 5, 3))
+    many = copy.deepcopy(one)
+    if order == "shard, prune":
+        fully_shard(many[0])
+        fully_shard(many)
+    for model in (one, many):
+        torch_sap.neuron_unstructured(model, gamma=3.0)
+    if order == "prune, shard":
+        fully_shard(many[0])
+        fully_shard(many)
+    images = torch.randn(12, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (one, many)]
+    for _ in range(3):
+        losses = []
+        for model, optimizer, batch in zip((one, many), optimizers, (images, mine(images)), strict=True):
+            optimizer.zero_grad()
+            losses.append(model(batch).square().mean())
+            losses[-1].backward()
+            optimizer.step()
+        dist.all_reduce(losses[1].detach())
+        torch.testing.assert_close(losses[1] / dist.get_world_size(), losses[0])
+        assert_same_model(many, one)
+    expected = one(images)
+    torch_sap.remove(many)
+    torch.testing.assert_close(many(images), expected, rtol=1e-4, atol=1e-5)
+    one.load_state_dict({**one.state_dict(), **renamed(full_state(many))})
+    torch.testing.assert_close(torch_sap.remove(one)(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def renamed(state):
+    return {name.replace("weight", "weight_orig"): value for name, value in state.items()}
