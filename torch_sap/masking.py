@@ -29,6 +29,7 @@ from torch_sap.gradients import GradientMask
 from torch_sap.linking import hooks_of, link, rename_parameter
 from torch_sap.optimizers import unwatch, watch
 from torch_sap.stamps import Probe, Stamp
+from torch_sap.standardised import fold_
 from torch_sap.zeros import restore_zeros_
 
 
@@ -235,6 +236,7 @@ class InPlaceMask(prune.BasePruningMethod):
     def remove(self, module: nn.Module) -> None:
         """Make the pruning permanent, for PyTorch's prune.remove: the same Parameter, its old name, its old place."""
         self.hold(module)
+        fold_(module)
         self.release(module)
         del module._buffers[self._tensor_name + "_mask"]
         module.__dict__.pop(self._tensor_name, None)
