@@ -20,6 +20,7 @@ from torch_sap.keys import count_true
 from torch_sap.masking import hold_mask
 from torch_sap.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
 from torch_sap.records import PruningReport, TensorRecord
+from torch_sap.reparametrised import warn_of_reparametrised
 from torch_sap.standardised import fold_, mask_standardised
 from torch_sap.step import StepResult, prune_step
 from torch_sap.zeros import restore_all_zeros_
@@ -174,6 +175,8 @@ def _prune(
     importance_scores: ImportanceScores | None,
 ) -> PruningReport:
     prunables = resolve(model, exclude)
+    if isinstance(model, nn.Module):
+        warn_of_reparametrised(model, stacklevel=3)
     with torch.no_grad():
         result = prune_step(entries_of(prunables, importance_scores), scope, rule)
         check_copies(model, prunables, result.masks)

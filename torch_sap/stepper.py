@@ -22,6 +22,7 @@ from torch_sap.history import History, Round, Sparsity
 from torch_sap.measures import measure, measure_gini
 from torch_sap.parameters import entries_of, resolve
 from torch_sap.records import TensorRecord
+from torch_sap.reparametrised import warn_of_reparametrised
 from torch_sap.rewinding import State, check_state, restore, snapshot
 from torch_sap.step import prune_step
 
@@ -56,6 +57,7 @@ class Stepper:
         self.model, self.rule, self.scope, self.optimizer, self.gini = model, rule, scope, optimizer, gini
         self.history = History()
         self._prunables = resolve(model, exclude)
+        warn_of_reparametrised(model, stacklevel=3)
         self._sparsity()  # raises here if a weight is not finite
         self._rewinds = rewind != "none" if isinstance(rewind, str) else True
         self._rewind_point: State | None = None
