@@ -60,6 +60,19 @@ def test_the_model_is_unchanged_if_the_warning_is_an_error():
     assert list(model.state_dict()) == keys
 
 
+def test_paths_are_those_inside_data_parallel(tmp_path):
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("needs gloo")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model_with(parametrizations.spectral_norm(nn.Linear(4, 4))))
+        with pytest.warns(UserWarning, match=r"not pruned: 1.0\."):
+            torch_sap.layer_unstructured(parallel)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_other_parametrised_tensors_are_no_matter():
     class Positive(nn.Module):
         def forward(self, x):

@@ -80,6 +80,8 @@ WAYS = {
     "stacked": lambda m, w, x: torch.stack([m.other, w]) @ x.t(),
     "expanded": lambda m, w, x: torch.bmm(x.expand(4, 3, 8), w.expand(4, 8, 8)),
     "padded": lambda m, w, x: F.linear(x, F.pad(w, (0, 0, 1, 1), value=1.0)),
+    "padded with zeros": lambda m, w, x: F.linear(F.pad(x, (0, 1)), F.pad(w, (0, 1))),
+    "rows chosen by the example": lambda m, w, x: x + w[x[:, 0].long()],
     "flipped": lambda m, w, x: F.linear(x, w.flip(0)),
     "rows chosen": lambda m, w, x: F.linear(x, w[torch.arange(8).flip(0)]),
     "copied": lambda m, w, x: F.linear(x, torch.empty_like(w).copy_(w)),
@@ -277,8 +279,6 @@ def test_training_goes_on_as_without_verify():
 
 
 def test_a_compiled_model_is_computed_eagerly():
-    if not hasattr(torch.compiler, "set_stance"):
-        pytest.skip("needs torch 2.6")
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), Weighted(REASONS["re-parametrised (add)"]))
     torch_sap.layer_unstructured(model)
     model(vector())
@@ -287,6 +287,83 @@ def test_a_compiled_model_is_computed_eagerly():
     found = verify(compiled, vector())
     assert [weight.reason for weight in found.weights] == ["", "re-parametrised (add)"]
     assert found.weights[0].effective_sparsity == found.weights[0].mask_sparsity
+
+
+def test_the_model_is_in_eval_mode_without_gradients():
+    def function(module, weight, x):
+        assert not torch.is_grad_enabled()
+        return x if module.training else F.linear(x, weight)
+
+    model = Weighted(function).train()
+    torch_sap.layer_unstructured(model)
+    assert not verify(model, vector()).differing
+    assert model.training
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning", "ignore:.*torch.jit.script:DeprecationWarning")
+def test_modules_of_torchscript_get_their_mode_back():
+    model = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Dropout()))
+    torch_sap.layer_unstructured(model)
+    verify(model.train(), vector())
+    assert [module.training for module in model] == [True, True]
+
+
+def test_two_weights_in_one_tensor():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight_a, self.weight_b = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, x):
+            joined = torch.cat([self.weight_a, self.weight_b])
+            return F.linear(x, joined + torch.cat([torch.zeros(8, 8), torch.ones(4, 8)]))
+
+    model = Joined()
+    torch_sap.layer_unstructured(model)
+    a, b = verify(model, vector()).weights
+    assert (a.effective_sparsity, a.reason) == (a.mask_sparsity, "")
+    assert (b.effective_sparsity, b.revived) == (0, int((~model.weight_b_mask).sum()))
+
+
+def test_a_weight_and_its_mask_may_lie_differently_in_memory():
+    model = Weighted(lambda m, w, x: F.linear(x, w.t().view(-1).view(8, 8)))
+    model.weight = nn.Parameter(torch.randn(8, 8).t())
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    mask[2, 5] = False
+    torch_sap.functional.hold_masks(torch_sap.parameters.resolve(model), [mask])
+    assert verify(model, vector()).weights[0].effective_sparsity == 1 / 64
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("needs gloo")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_of_data_parallel_the_module_inside_is_verified():
+    parallel = nn.parallel.DistributedDataParallel(mlp())
+    torch_sap.layer_unstructured(parallel)
+    parallel.forward = None  # it exchanges buffers, for which the other processes would have to be there
+    found = verify(parallel, torch.randn(3, 6))
+    assert [weight.name for weight in found.weights] == ["0.weight", "3.weight"]
+    assert found.effective
+
+
+@pytest.mark.usefixtures("one_process")
+def test_sharded_weights_are_refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = nn.Linear(8, 8)
+    model.weight = nn.Parameter(distribute_tensor(model.weight.data, init_device_mesh("cpu", (1,)), [Shard(0)]))
+    torch_sap.layer_unstructured(model)
+    with pytest.raises(NotImplementedError, match=r"weight is sharded \(a DTensor\)"):
+        verify(model, vector())
 
 
 def test_examples_are_tensors_arguments_or_keywords():

@@ -120,7 +120,8 @@ class Follow(TorchDispatchMode):
         """Run an operation, and follow what it receives and makes."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        operands = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        leaves = tree_flatten((args, kwargs))[0]
+        operands = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
         followed = [(operand, origin) for operand in operands for origin in self._origins.get(operand, ())]
         dependent = any(operand in self._dependent for operand in operands)
@@ -128,13 +129,12 @@ class Follow(TorchDispatchMode):
         if dependent:
             for tensor in made:
                 self._dependent[tensor] = True
-        moves = name in MOVES or func.is_view
         if not followed:
             return out
-        if name in CONTRACTIONS or (dependent and not moves):
+        if name in CONTRACTIONS or dependent:
             for operand, origin in followed:
                 self._receive(operand, origin)
-        elif moves and not any(isinstance(leaf, torch.dtype) for leaf in tree_flatten((args, kwargs))[0]):
+        elif (name in MOVES or func.is_view) and not any(isinstance(leaf, torch.dtype) for leaf in leaves):
             self._move(func, args, kwargs, followed, out)
         else:
             self._keep(name, followed, made)

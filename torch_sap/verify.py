@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -165,17 +164,14 @@ def _reason(prunable: Prunable, received: Received) -> str:
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Eval mode and eager computation, after which modes, attributes, buffers and random numbers are as before."""
+    """Eval mode, after which modes, attributes, buffers and random numbers are as before."""
     modules = list(model.modules())
-    modes = [module.training for module in modules]
+    modes = [module.training for module in modules]  # of TorchScript's modules this is no attribute
     attributes = [dict(vars(module)) for module in modules]
     buffers = [{name: (b, b.clone()) for name, b in m._buffers.items() if b is not None} for m in modules]
     accelerators = sorted({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
-    with ExitStack() as stack:
-        kind = accelerators[0].type if accelerators else "cuda"
-        stack.enter_context(torch.random.fork_rng([device.index for device in accelerators], device_type=kind))
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    kind = accelerators[0].type if accelerators else "cuda"
+    with torch.random.fork_rng([device.index for device in accelerators], device_type=kind):
         try:
             for module in modules:
                 module.training = False
