@@ -1,0 +1,108 @@
+"""The tables of docs/zoo.md and the summary of a run, from the lines of the CSV files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+Row = Mapping[str, str]
+
+
+def summary(rows: Sequence[Row]) -> dict[str, str]:
+    """What lines of one CSV file say in total, a number by its name."""
+    found = {
+        "architectures": f"{len(rows)}",
+        "modules of timm": f"{len({row['module'] for row in rows})}",
+        "failures": f"{sum(bool(row['failure']) for row in rows)}",
+        "made with": " and ".join(sorted({row["made_with"] for row in rows})),
+    }
+    passed = [row for row in rows if not row["failure"]]
+    if passed and "share" in passed[0]:
+        shares = [float(row["share"]) for row in passed]
+        found["share of all parameters that can be pruned"] = f"{min(shares):.1%} to {max(shares):.1%}"
+        found["with standardised convolutions"] = f"{sum(row['standardised'] != '0' for row in passed)}"
+        found["with weights read without calling their module"] = f"{sum(row['uncalled'] != '0' for row in passed)}"
+    elif passed:
+        found["pruned entries received as zeros, least share"] = (
+            f"{min(float(r['zeros_received']) for r in passed):.0%}"
+        )
+        found["largest difference of a loss"] = f"{max(float(row['loss_difference']) for row in passed):.1e}"
+        found["largest difference after reloading"] = f"{max(float(row['reload_difference']) for row in passed):.1e}"
+    return found
+
+
+def structure_table(rows: Iterable[Row]) -> str:
+    """A line a module of timm."""
+    head = [
+        "module of timm",
+        "architectures",
+        "weights, millions",
+        "share of all parameters",
+        "standardised",
+        "uncalled",
+    ]
+    lines = []
+    for module, of_module in groupby(sorted(rows, key=lambda row: row["module"]), key=lambda row: row["module"]):
+        found = list(of_module)
+        millions = [int(row["weights"]) / 1e6 for row in found]
+        shares = [float(row["share"]) for row in found]
+        lines.append(
+            [
+                module,
+                f"{len(found)}",
+                f"{min(millions):.1f} to {max(millions):.1f}",
+                f"{min(shares):.1%} to {max(shares):.1%}",
+                f"{sum(row['standardised'] != '0' for row in found) or ''}",
+                f"{sum(row['uncalled'] != '0' for row in found) or ''}",
+            ]
+        )
+    return table(head, lines)
+
+
+def real_table(rows: Iterable[Row]) -> str:
+    """A line an architecture that was tested."""
+    head = ["architecture", "module of timm", "image", "tensors", "remain: global", "layer", "neuron"]
+    head += ["zeros received", "losses differ by", "reloaded differs by", "result"]
+    lines = [
+        [
+            row["model"],
+            row["module"],
+            row["image"],
+            row["tensors"],
+            *(f"{float(row['remaining_' + scope]):.1%}" for scope in ("global", "layer", "neuron")),
+            f"{float(row['zeros_received']):.0%}",
+            *(f"{float(row[key]):.0e}".replace("0e+00", "0") for key in ("loss_difference", "reload_difference")),
+            row["failure"] or "passed",
+        ]
+        for row in sorted(rows, key=lambda row: (row["module"], row["model"]))
+    ]
+    return table(head, lines)
+
+
+def failure_table(rows: Iterable[Row]) -> str:
+    """A line a failure, with its cause."""
+    lines = [[row["model"], row["module"], row["failure"]] for row in rows if row["failure"]]
+    return table(["architecture", "module of timm", "cause"], lines) if lines else "There are no failures."
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def filled(page: str, structure: Sequence[Row], real: Sequence[Row]) -> str:
+    """A page with the parts between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` made anew."""
+    parts = {
+        "structure summary": table(["", ""], summary(structure).items()),
+        "real summary": table(["", ""], summary(real).items()),
+        "failures": failure_table([*structure, *real]),
+        "structure": structure_table(structure),
+        "real": real_table(real),
+    }
+    for name, text in parts.items():
+        before, begin, rest = page.partition(f"<!-- begin {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end {name} -->")
+        if not (begin and end):
+            raise ValueError(f"the page must have the comments <!-- begin {name} --> and <!-- end {name} -->")
+        page = before + begin + text + "\n" + end + after
+    return page
