@@ -1,7 +1,8 @@
 """How long a pruning step takes, and how much memory, beside PyTorch's and a literal implementation of the paper.
 
     python benchmarks/speed.py --quick                  # the first step of resnet50: under a minute
-    python benchmarks/speed.py --out docs/results/speed # all models, as committed
+    python benchmarks/speed.py --out docs/results/speed # two models, three scopes, as committed
+    python benchmarks/speed.py --models convnext_base vit_large_patch16_224 --contestants torch_sap floor
     python benchmarks/speed.py --device cuda
 
 All contestants prune the same number of entries of fresh copies of the same model, in turn, in one process; what is
@@ -43,7 +44,8 @@ FUNCTIONS = {
     "layer": torch_sap.layer_unstructured,
     "neuron": torch_sap.neuron_unstructured,
 }
-MODELS = ["resnet50", "vit_base_patch16_224", "convnext_base", "vit_large_patch16_224"]
+MODELS = ["resnet50", "vit_base_patch16_224"]
+CONTESTANTS = ["torch_sap", "torch", "literal", "floor"]
 Contestant = Callable[[nn.Module], Any]
 
 
@@ -162,11 +164,11 @@ def start_state(name: str, sparsity: float, device: str, contestant: str) -> nn.
 
 
 def measure(
-    name: str, scope: str, sparsity: float, device: str, rounds: int, *, memory: bool
+    name: str, scope: str, sparsity: float, device: str, rounds: int, chosen: list[str], *, memory: bool
 ) -> Iterator[dict[str, Any]]:
     """Time the contestants in turn; a row of results each."""
     report = FUNCTIONS[scope](start_state(name, sparsity, device, "torch_sap"))
-    entrants = contestants(scope, report)
+    entrants = {key: entrant for key, entrant in contestants(scope, report).items() if key in chosen}
     starts = {key: start_state(name, sparsity, device, key) for key in entrants}
     times: dict[str, list[float]] = {key: [] for key in entrants}
     for turn in range(rounds + 1):
@@ -242,6 +244,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--scopes", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS))
+    parser.add_argument(
+        "--contestants", nargs="+", default=CONTESTANTS, choices=CONTESTANTS, help="torch_sap and others"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="turns that count")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.png")
@@ -260,9 +265,9 @@ def main() -> None:
     for name in arguments.models:
         for sparsity in (0.0,) if arguments.quick else (0.0, 0.6):
             for scope in arguments.scopes:
-                for row in measure(
-                    name, scope, sparsity, arguments.device, arguments.rounds, memory=not arguments.quick
-                ):
+                memory = not arguments.quick and not sparsity
+                how = arguments.device, arguments.rounds, arguments.contestants
+                for row in measure(name, scope, sparsity, *how, memory=memory):
                     rows.append(row)
                     print(
                         f"{name:24} {scope:7} {sparsity:4.0%} {row['contestant']:10} {row['milliseconds']:9.1f} ms "

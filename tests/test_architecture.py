@@ -20,6 +20,7 @@ ORDER = [
     "groups",
     "measures",
     "step",
+    "streaming",
     "agreement",
     "fsdp",
     "parameters",

@@ -233,6 +233,19 @@ def test_optimizer_state_is_cleared_on_rewinding(make):
         assert_held(model)
 
 
+def test_optimizers_that_fill_their_state_when_they_are_made_get_it_back():
+    """Adagrad starts with sums, as timm's adahessian does with step counts; neither can step without them."""
+    model = mlp()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.05, initial_accumulator_value=0.25)
+    sap = SAP(model, optimizer=optimizer, **ARGUMENTS)
+    for seed in range(2):
+        fit(model, optimizer, (6, 6), seed=seed)
+        sap.step()
+        sums = [state["sum"] for state in optimizer.state.values()]
+        assert len(sums) == len(list(model.parameters()))
+        assert all((value == 0.25).all() for value in sums)
+
+
 def test_one_optimizer_for_all_rounds_trains_like_a_fresh_one():
     model, other = mlp(), mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)

@@ -36,7 +36,8 @@ class SAP(Stepper):
         rewind: What a step puts the surviving weights, all other parameters and the buffers back to: "init", their
             values now; a state_dict of the model; "none": training goes on from the trained values.
         exclude: Patterns of what not to prune, see :func:`prunable_parameters`.
-        optimizer: An optimizer that lives through all rounds; its state is cleared when the model is rewound.
+        optimizer: An optimizer that lives through all rounds; with the model its state is put
+            back to what it was when this was made (nothing, for a new one).
         gini: Whether rounds record the Gini index too. It needs a sort of all weights.
 
     Raises:

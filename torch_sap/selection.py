@@ -8,7 +8,7 @@ pass. On a device the intervals stay tensors, and nothing is read back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock
 from typing import Any
 
@@ -56,17 +56,29 @@ def keep_largest(tensors: Tensors, count: int, pruned: int, *, on_host: bool) ->
     key, below, equal = find(flats, count + pruned, dtype)
     left = count + pruned * (key != 0) - below  # entries with just this key that have to go
     all_go = on_host and left == (equal if key else equal - pruned)
-    masks = []
-    for (scores, mask), flat in zip(tensors, flats, strict=True):
+    return list(masks_above(tensors, key, left, dtype, on_host=on_host, all_ties_go=all_go))
+
+
+def masks_above(
+    tensors: Iterable[tuple[Tensor, Tensor | None]],
+    key: Any,
+    left: Any,
+    dtype: torch.dtype,
+    *,
+    on_host: bool,
+    all_ties_go: bool = False,
+) -> Iterator[Tensor]:
+    """Masks that keep the unpruned entries above a key, and those that equal it but for the first ``left`` of all."""
+    for scores, mask in tensors:
         keep = torch.empty_like(scores, dtype=torch.bool)
         key, left = (x if on_host else x.to(scores.device) for x in (key, left))
+        flat = flatten(scores, scores), None if mask is None else flatten(mask, scores)
         ties: Any = 0
         _keep_larger(flatten(keep, scores), flat, key, dtype, on_host)
-        if not (on_host and all_go):
+        if not all_ties_go:
             ties = _keep_late_ties(keep, scores, mask, key, left, dtype, on_host)
         left = (left - ties) * (left > ties)
-        masks.append(keep)
-    return masks
+        yield keep
 
 
 def _keep_larger(out: Tensor, flat: tuple[Tensor, Tensor | None], key: Any, dtype: torch.dtype, on_host: bool) -> None:
@@ -101,7 +113,7 @@ def _keep_late_ties(
     return ties
 
 
-def _find_on_host(flats: Tensors, rank: int, dtype: torch.dtype, add_up: AddUp | None = None) -> tuple[int, int, int]:
+def _find_on_host(flats: Any, rank: int, dtype: torch.dtype, add_up: AddUp | None = None) -> tuple[int, int, int]:
     """The rank-th smallest key (from 1), how many are smaller, how many equal it; here or in all processes together."""
     if add_up is None:
         total = sum(scores.numel() for scores, _ in flats)
@@ -158,7 +170,7 @@ def _collect(flats: Tensors, low: int, high: int, dtype: torch.dtype) -> tuple[i
     return sum(belows), np.concatenate(few) if len(few) == len(found) else None
 
 
-def _count(flats: Tensors, low: int, high: int, shift: int, dtype: torch.dtype) -> tuple[int, NDArray[np.int64]]:
+def _count(flats: Iterable[Any], low: int, high: int, shift: int, dtype: torch.dtype) -> tuple[int, NDArray[np.int64]]:
     """How many keys are below ``low``, and how many lie in each bin of ``2 ** shift`` keys from there to ``high``."""
     bins = np.zeros(((high - low - 1) >> shift) + 1, np.int64)
     adding = Lock()
@@ -171,8 +183,8 @@ def _count(flats: Tensors, low: int, high: int, shift: int, dtype: torch.dtype) 
             np.add(bins, counts, out=bins)
         return int(np.count_nonzero(smaller))
 
-    pieces = [piece for flat in flats for piece in chunks(*flat, on_host=True)]
-    return sum(map_pieces(count, pieces, on_host=True)), bins
+    # tensor by tensor: they may be read from somewhere one by one
+    return sum(sum(map_pieces(count, list(chunks(*flat, on_host=True)), on_host=True)) for flat in flats), bins
 
 
 def _find_on_device(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class Stepper:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.model, self.rule, self.scope, self.optimizer, self.gini = model, rule, scope, optimizer, gini
         self.history = History()
+        self._optimizer_state = None if optimizer is None else copy.deepcopy(optimizer.state_dict()["state"])
         self._prunables = resolve(model, exclude)
         warn_of_reparametrised(model, stacklevel=3)
         self._sparsity()  # raises here if a weight is not finite
@@ -186,8 +188,9 @@ class Stepper:
         if self._rewind_point is not None:
             restore(self.model, self._rewind_point, self._prunables)
             self._at_rewind_point = True
-            if self.optimizer is not None:
-                self.optimizer.state.clear()
+            if self.optimizer is not None:  # not just cleared: some fill their state when they are made
+                state = copy.deepcopy(self._optimizer_state)  # the optimizer takes the tensors, and writes into them
+                self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def _append(
         self,
