@@ -244,15 +244,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--scopes", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS))
-    parser.add_argument(
-        "--contestants", nargs="+", default=CONTESTANTS, choices=CONTESTANTS, help="torch_sap and others"
-    )
+    parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
     parser.add_argument("--rounds", type=int, default=7, help="turns that count")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.png")
-    parser.add_argument(
-        "--quick", action="store_true", help="global scope of resnet50, first step, three turns, no memory"
-    )
+    parser.add_argument("--quick", action="store_true", help="resnet50, global, first step, three turns, no memory")
     parser.add_argument("--memory-of", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
