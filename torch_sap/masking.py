@@ -96,9 +96,11 @@ class InPlaceMask(prune.BasePruningMethod):
         return unchanged and module.__dict__.get(name) is weight
 
     def note_zeros(self, weight: Tensor, mask: Tensor) -> None:
-        """Remember that the zeros are there now, on the host."""
+        """Remember that the zeros are there now, on the host, unless FSDP fills the weight anew without counting."""
         self._zeros = None
-        if weight.is_cpu and mask.is_cpu and not is_dtensor(weight):
+        module = self._module()
+        managed = module is None or manages(module, self._tensor_name + "_orig")
+        if weight.is_cpu and mask.is_cpu and not managed and not is_dtensor(weight):
             if self._probe is None or not self._probe.fits(mask):
                 self._probe = Probe(mask)
             self._zeros = Stamp(weight, mask)
