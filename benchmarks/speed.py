@@ -231,9 +231,8 @@ def resident(field: str) -> int:
 
 def machine(device: str) -> str:
     """What the figures were taken on."""
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     cpu = f"{names[0]}, {len(names)} cores, {torch.get_num_threads()} threads" if names else platform.processor()
     gpu = "" if device == "cpu" else f"; {torch.cuda.get_device_name()}"
     return f"{cpu}{gpu}; Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
