@@ -85,8 +85,10 @@ def assert_same_state(model, other):
 def test_resuming_with_the_functions_of_timm(kind, tmp_path):
     """Its CheckpointSaver and resume_checkpoint, with the average that they save too, and SAP's state beside."""
 
-    def scripted():
+    def scripted(offset=0.0):
         model = make(kind)
+        with torch.no_grad():
+            model.get_parameter(weight_names(model)[0]).add_(offset)  # another start, so another point to rewind to
         optimizer = optim.create_optimizer_v2(model, "adamw", lr=1e-3)
         sap = SAP(model, eta_r=0.1, optimizer=optimizer)
         return model, optimizer, sap, timm.utils.ModelEmaV3(model, decay=0.5)
@@ -105,13 +107,16 @@ def test_resuming_with_the_functions_of_timm(kind, tmp_path):
     )
     saver.save_checkpoint(1, metric=0.5)
     sap_state = through_a_file(first[2].state_dict(), weights_only=True)
-    second = scripted()
+    second = scripted(offset=0.5)
     path = str(tmp_path / "last.pth.tar")
     assert timm.models.resume_checkpoint(second[0], path, optimizer=second[1], log_info=False) == 2
     timm.models.load_checkpoint(second[3].module, path, use_ema=True)
     second[2].load_state_dict(sap_state)
     for each in (first, second):
         round_of(*each, 2)
+    assert [found.to_dict()["tensors"] for found in second[2].history] == [
+        found.to_dict()["tensors"] for found in first[2].history
+    ]
     assert_same_state(second[0], first[0])
     for each in (first, second):
         each[3](batches(1)[0])  # a forward gives an average the zeros of the latest pruning
