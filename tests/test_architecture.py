@@ -40,6 +40,7 @@ ORDER = [
     "verify",
     "rewinding",
     "plots",
+    "rounds",
     "history",
     "stepper",
     "iterative",

@@ -6,12 +6,13 @@ Source: Diao et al., "Pruning Deep Neural Networks from a Sparsity Perspective",
 from torch_sap.baselines import LotteryTicket, OneShot
 from torch_sap.bounds import prune_count, retention_bound
 from torch_sap.functional import global_unstructured, layer_unstructured, neuron_unstructured, remove
-from torch_sap.history import History, Round
+from torch_sap.history import History
 from torch_sap.iterative import SAP, iterative_sap, sap_rounds
 from torch_sap.measures import gini_index, pq_index
 from torch_sap.methods import PQIGlobal, PQILayer, PQINeuron
 from torch_sap.parameters import prunable_parameters
 from torch_sap.records import PruningReport
+from torch_sap.rounds import Round
 from torch_sap.verify import Verification, VerifiedWeight, verify
 
 __version__ = "0.1.0"

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from torch_sap.bounds import Hyperparameters
 from torch_sap.groups import Scope
-from torch_sap.history import History, Round
+from torch_sap.history import History
+from torch_sap.rounds import Round
 from torch_sap.stepper import Metrics, Rewind, Stepper, as_metrics, check_callable, evaluate
 
 

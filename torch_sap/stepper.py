@@ -19,12 +19,13 @@ from torch_sap.fsdp import reshard
 from torch_sap.functional import check_copies, count_remaining, hold_masks
 from torch_sap.groups import Entry, Scope
 from torch_sap.guarding import guard, unguard
-from torch_sap.history import History, Round, Sparsity
+from torch_sap.history import History
 from torch_sap.measures import measure, measure_gini
 from torch_sap.parameters import entries_of, resolve
 from torch_sap.records import TensorRecord
 from torch_sap.reparametrised import warn_of_reparametrised
 from torch_sap.rewinding import State, check_state, restore, snapshot
+from torch_sap.rounds import Round, Sparsity
 from torch_sap.step import prune_step
 
 Metrics = float | Mapping[str, float] | Tensor | None
