@@ -13,22 +13,28 @@ from torch_sap.methods import PQIGlobal, PQILayer, PQINeuron
 from torch_sap.parameters import prunable_parameters
 from torch_sap.records import PruningReport
 from torch_sap.rounds import Round
+from torch_sap.stopping import Collapse, NothingLeft, StoppingRule, TargetDensity, WithinTolerance
 from torch_sap.verify import Verification, VerifiedWeight, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SAP",
+    "Collapse",
     "History",
     "LotteryTicket",
+    "NothingLeft",
     "OneShot",
     "PQIGlobal",
     "PQILayer",
     "PQINeuron",
     "PruningReport",
     "Round",
+    "StoppingRule",
+    "TargetDensity",
     "Verification",
     "VerifiedWeight",
+    "WithinTolerance",
     "gini_index",
     "global_unstructured",
     "iterative_sap",

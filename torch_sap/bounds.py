@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def _check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """Raise unless an argument is a finite real number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a real number, got {value!r}")
     if not math.isfinite(value):
@@ -25,8 +26,8 @@ def _check_number(name: str, value: object) -> None:
 
 def check_norms(p: float, q: float) -> None:
     """Raise unless ``0 < p < q`` and both are finite numbers."""
-    _check_number("p", p)
-    _check_number("q", q)
+    check_number("p", p)
+    check_number("q", q)
     if p <= 0:
         raise ValueError(f"p must be positive, got p={p}")
     if p >= q:
@@ -35,7 +36,7 @@ def check_norms(p: float, q: float) -> None:
 
 def check_eta_r(eta_r: float) -> None:
     """Raise unless ``eta_r >= 0``."""
-    _check_number("eta_r", eta_r)
+    check_number("eta_r", eta_r)
     if eta_r < 0:
         raise ValueError(f"eta_r must not be negative, got eta_r={eta_r}")
 
@@ -62,10 +63,10 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         check_norms(self.p, self.q)
         check_eta_r(self.eta_r)
-        _check_number("gamma", self.gamma)
+        check_number("gamma", self.gamma)
         if self.gamma < 0:
             raise ValueError(f"gamma must not be negative, got gamma={self.gamma}")
-        _check_number("beta", self.beta)
+        check_number("beta", self.beta)
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta must lie in [0, 1], got beta={self.beta}")
         for name in ("p", "q", "eta_r", "gamma", "beta"):
@@ -104,7 +105,7 @@ class FixedRatio(Hyperparameters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("ratio", self.ratio)
+        check_number("ratio", self.ratio)
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio must lie in [0, 1], got ratio={self.ratio}")
 

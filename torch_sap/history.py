@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
+from torch_sap.phases import Mode, Phase, label_phases, metric_values
 from torch_sap.rounds import Round
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ class History(Sequence[Round]):
     Args:
         rounds: The rounds.
 
+    Attributes:
+        returned: Number of the round whose model the user got back, where a stopping rule chose one; else None.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> history = iterative_sap(model, train_fn=lambda model: None, iterations=2)
@@ -34,6 +38,7 @@ class History(Sequence[Round]):
 
     def __init__(self, rounds: Sequence[Round] = ()) -> None:
         self._rounds = list(rounds)
+        self.returned: int | None = None
 
     @overload
     def __getitem__(self, index: int) -> Round: ...
@@ -79,7 +84,7 @@ class History(Sequence[Round]):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {"format": FORMAT, "rounds": [round.to_dict() for round in self]}
+        return {"format": FORMAT, "rounds": [round.to_dict() for round in self], "returned": self.returned}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> History:
@@ -91,7 +96,9 @@ class History(Sequence[Round]):
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"history must have format {FORMAT} of torch_sap, got {found!r}")
-        return cls([Round.from_dict(item) for item in values["rounds"]])
+        history = cls([Round.from_dict(item) for item in values["rounds"]])
+        history.returned = values.get("returned")
+        return history
 
     def to_json(self, path: Path) -> None:
         """Write all there is, so that :meth:`from_json` gives an equal history."""
@@ -108,12 +115,33 @@ class History(Sequence[Round]):
         with open(path, encoding="utf-8") as file:
             return cls.from_dict(json.load(file))
 
-    def plot(self, path: Path, *, metric: str | None = None) -> None:
+    def phases(
+        self, *, metric: str | None = None, mode: Mode = "max", noise: float = 0.005, significant: float = 0.05
+    ) -> list[Phase | None]:
+        """Label each round regularisation, compression or collapse, as the paper's hypothesis says; None for neither.
+
+        The rule is written down at :func:`torch_sap.phases.label_phases`; it looks at the PQ Index of the retrained
+        models over all weights, and at one metric of theirs.
+
+        Args:
+            metric: Name of the metric. By default "accuracy", or else the first there is.
+            mode: "max" if a larger metric is better, "min" if a smaller one is.
+            noise: Largest loss that is no loss, in the units of the metric.
+            significant: Largest loss that is moderate.
+
+        Raises:
+            ValueError: if a round lacks the metric, or an argument is out of its range.
+        """
+        values = metric_values(self, metric)
+        return label_phases([round.pqi for round in self], values, mode=mode, noise=noise, significant=significant)
+
+    def plot(self, path: Path, *, metric: str | None = None, phases: Sequence[Phase | None] = ()) -> None:
         """Draw the rounds as the paper's Figure 2 does: (a) the retrained models, (b) the pruned models.
 
         Args:
             path: File to write; the suffix decides the format.
             metric: Name of the metric to draw. By default "accuracy", or else the first there is.
+            phases: Labels to show as bands behind the curves, one a round: what :meth:`phases` returns.
 
         Raises:
             ImportError: if matplotlib is not installed (extra "plot").
@@ -121,4 +149,4 @@ class History(Sequence[Round]):
         """
         from torch_sap.plots import plot_rounds
 
-        plot_rounds(self.rows(), path, metric=metric)
+        plot_rounds(self.rows(), path, metric=metric, phases=phases)

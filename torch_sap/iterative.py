@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 from torch_sap.bounds import Hyperparameters
 from torch_sap.groups import Scope
 from torch_sap.history import History
+from torch_sap.metrics import Metrics, as_metrics, check_callable, evaluate
 from torch_sap.rounds import Round
-from torch_sap.stepper import Metrics, Rewind, Stepper, as_metrics, check_callable, evaluate
+from torch_sap.stepper import Rewind, Stepper
+from torch_sap.stopping import StoppingRule, as_rules
 
 
 class SAP(Stepper):
@@ -84,6 +86,7 @@ def iterative_sap(
     iterations: int = 10,
     eval_fn: Callable[[nn.Module], Metrics] | None = None,
     callback: Callable[[Round], object] | None = None,
+    stop: StoppingRule | Iterable[StoppingRule] = (),
     **settings: Any,
 ) -> History:
     """Prune a model by SAP: train, measure, prune, rewind, ``iterations`` times, and train once more.
@@ -97,10 +100,14 @@ def iterative_sap(
             what train_fn may; of equal names its value is recorded. The model's train and eval modes are put back
             afterwards.
         callback: Called with each round when it is complete.
+        stop: When to end before that, and which model to give back: :class:`TargetDensity`,
+            :class:`WithinTolerance`, :class:`Collapse`, :class:`NothingLeft`, a :class:`StoppingRule` of your own, or
+            several: it ends when one of them says so, and the model is that of the sparsest round which all accept.
         settings: Keyword arguments of :class:`SAP`: scope, p, q, eta_r, gamma, beta, rewind, exclude, optimizer, gini.
 
     Returns:
-        ``iterations + 1`` rounds. The model is the trained one of the last round.
+        ``iterations + 1`` rounds, or less if a rule ended it. The model is the trained one of the last round; with
+        ``stop`` that of the last round which the rules accept, whose number is ``history.returned``.
 
     Raises:
         ValueError, TypeError: as :class:`SAP` does.
@@ -118,9 +125,10 @@ def iterative_sap(
     """
     _check_functions(train_fn, eval_fn, iterations)
     check_callable("callback", callback)
+    stop = as_rules(stop)
     sap = SAP(model, **settings)
     try:
-        for found in sap_rounds(sap, train_fn, iterations=iterations, eval_fn=eval_fn):
+        for found in sap_rounds(sap, train_fn, iterations=iterations, eval_fn=eval_fn, stop=stop):
             if callback is not None:
                 callback(found)
     except Exception:
@@ -136,6 +144,7 @@ def sap_rounds(
     *,
     iterations: int = 10,
     eval_fn: Callable[[nn.Module], Metrics] | None = None,
+    stop: StoppingRule | Iterable[StoppingRule] = (),
 ) -> Iterator[Round]:
     """The rounds of :func:`iterative_sap` one by one, with a stepper of yours.
 
@@ -145,17 +154,30 @@ def sap_rounds(
         train_fn: As of iterative_sap.
         iterations: Prunings altogether.
         eval_fn: As of iterative_sap.
+        stop: As of iterative_sap.
 
     Yields:
-        Each round when it is complete.
+        Each round when it is complete; after the last one the model is the one to give back.
     """
     _check_functions(train_fn, eval_fn, iterations)
+    rules = as_rules(stop)
     while len(sap.history) <= iterations:
         with sap.unchanged_on_error():
             metrics = as_metrics(train_fn(sap.model), "train_fn")
             if eval_fn is not None:
                 metrics |= evaluate(sap.model, eval_fn)
-        yield sap.step(metrics, eval_fn) if len(sap.history) < iterations else sap.record(metrics)
+            plan = sap.plan(metrics)
+            seen = History([*sap.history, plan.round])
+            accepted = bool(rules) and all(rule.accepts(seen) for rule in rules)
+            ended = plan.round.number == iterations or any(rule.ends(seen) for rule in rules)
+        if accepted:
+            sap.keep()
+        if ended:
+            last = sap.end(plan)
+            sap.give_back()
+            yield last
+            return
+        yield sap.apply(plan, eval_fn)
 
 
 def _check_functions(train_fn: object, eval_fn: object, iterations: object) -> None:

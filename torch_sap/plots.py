@@ -9,7 +9,12 @@ from typing import Any
 Rows = Sequence[Mapping[str, Any]]
 
 
-def plot_rounds(rows: Rows, path: str | os.PathLike[str], *, metric: str | None = None) -> None:
+PHASE_COLOURS = {"regularisation": "tab:green", "compression": "tab:orange", "collapse": "tab:red"}
+
+
+def plot_rounds(
+    rows: Rows, path: str | os.PathLike[str], *, metric: str | None = None, phases: Sequence[str | None] = ()
+) -> None:
     """Draw rounds as in the paper's Figure 2; arguments and errors are those of ``History.plot``."""
     try:
         from matplotlib.figure import Figure
@@ -17,6 +22,8 @@ def plot_rounds(rows: Rows, path: str | os.PathLike[str], *, metric: str | None 
         raise ImportError("History.plot needs matplotlib: pip install 'torch_sap[plot]'") from error
     if not rows:
         raise ValueError("history must have a round to be drawn, but it is empty")
+    if phases and len(phases) != len(rows):
+        raise ValueError(f"phases must have a label for each of the {len(rows)} rounds, got {len(phases)}")
     metric = _choose(rows, metric)
     figure = Figure(figsize=(14, 6), layout="constrained")
     halves: Any = figure.subfigures(2, 1)
@@ -39,7 +46,27 @@ def plot_rounds(rows: Rows, path: str | os.PathLike[str], *, metric: str | None 
         columns.append((f"{title}, pruned - retrained", [_difference(row.get(column), row.get(base)) for row in rows]))
     for axes, (title, values) in zip(below.subplots(1, 4), columns, strict=True):
         _draw(axes, rows, title, values)
+    for half in halves:
+        for axes in half.axes:
+            shade_phases(axes, phases)
+    _legend(figure, phases)
     figure.savefig(path, dpi=120)
+
+
+def shade_phases(axes: Any, phases: Sequence[str | None]) -> None:
+    """Colour the background of axes over rounds by the label of each round; no label, no colour."""
+    for number, phase in enumerate(phases):
+        if phase is not None:
+            axes.axvspan(number - 0.5, number + 0.5, color=PHASE_COLOURS[phase], alpha=0.12, linewidth=0)
+
+
+def _legend(figure: Any, phases: Sequence[str | None]) -> None:
+    from matplotlib.patches import Patch
+
+    seen = [phase for phase in PHASE_COLOURS if phase in phases]
+    if seen:
+        patches = [Patch(color=PHASE_COLOURS[phase], alpha=0.3, label=phase) for phase in seen]
+        figure.legend(handles=patches, loc="outside lower center", ncols=len(seen), fontsize="small")
 
 
 def _choose(rows: Rows, metric: str | None) -> str | None:

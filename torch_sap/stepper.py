@@ -6,32 +6,47 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Real
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import Optimizer
 
-from torch_sap.bounds import FixedRatio, Hyperparameters
+from torch_sap.bounds import Hyperparameters
+from torch_sap.collective import local
 from torch_sap.fsdp import reshard
 from torch_sap.functional import check_copies, count_remaining, hold_masks
 from torch_sap.groups import Entry, Scope
 from torch_sap.guarding import guard, unguard
 from torch_sap.history import History
 from torch_sap.measures import measure, measure_gini
+from torch_sap.metrics import Metrics, as_metrics, check_callable, evaluate
 from torch_sap.parameters import entries_of, resolve
-from torch_sap.records import TensorRecord
 from torch_sap.reparametrised import warn_of_reparametrised
 from torch_sap.rewinding import State, check_state, restore, snapshot
 from torch_sap.rounds import Round, Sparsity
 from torch_sap.step import prune_step
 
-Metrics = float | Mapping[str, float] | Tensor | None
 Rewind = Literal["init", "none"] | Mapping[str, Tensor]
 SCOPES: tuple[Scope, ...] = ("global", "layer", "neuron")
 FORMAT = 1
+
+
+class Plan(NamedTuple):
+    """What a step would do to the trained model: the round so far, and the new mask of each tensor (None: as it is)."""
+
+    round: Round
+    masks: list[Tensor | None]
+
+
+class Kept(NamedTuple):
+    """A trained model that may be given back: the number of its round, its state, the mask of each tensor."""
+
+    number: int
+    state: State
+    masks: list[Tensor | None]
 
 
 class Stepper:
@@ -72,6 +87,7 @@ class Stepper:
         self._new = [prunable for prunable in self._prunables if prunable.mask is None]
         hold_masks(self._prunables, [prunable.mask for prunable in self._prunables])
         guard(model)
+        self._kept: Kept | None = None
         self._ended = time.perf_counter()
 
     def step(self, metrics: Metrics = None, eval_fn: Callable[[nn.Module], Metrics] | None = None) -> Round:
@@ -91,22 +107,47 @@ class Stepper:
             TypeError: if the metrics are neither None, a number nor a mapping of numbers; nothing is changed.
             Whatever eval_fn raises; the round is complete then and in the history, without its ``pruned_metrics``.
         """
-        recorded = as_metrics(metrics, "metrics")
         check_callable("eval_fn", eval_fn)
+        return self.apply(self.plan(metrics), eval_fn)
+
+    def plan(self, metrics: Metrics = None) -> Plan:
+        """Measure the trained model and decide what a step prunes, without changing anything.
+
+        Argument and errors are those of :meth:`step`.
+        """
+        recorded = as_metrics(metrics, "metrics")
         entries = self._entries()
-        retrained, before = self._sparsity(), count_remaining(self._prunables)
+        retrained, counts = self._sparsity(), count_remaining(self._prunables)
         with torch.no_grad():
             result = prune_step(entries, self.scope, self.rule)
-            check_copies(self.model, self._prunables, result.masks)
-            hold_masks(self._prunables, result.masks)
-        pruned, after = self._sparsity(), count_remaining(self._prunables)
-        pruned_metrics: dict[str, float] = {}
+        found = Round(
+            number=len(self.history),
+            scope=self.scope,
+            hyperparameters=self.rule.to_dict(),
+            groups=result.groups,
+            tensors=counts,
+            tensors_after=counts,
+            retrained=retrained,
+            pruned=None,
+            metrics=recorded,
+        )
+        return Plan(found, result.masks)
+
+    def apply(self, plan: Plan, eval_fn: Callable[[nn.Module], Metrics] | None = None) -> Round:
+        """Prune the model as planned, and rewind what is left; the plan must be of the model as it is.
+
+        Arguments, result and errors are those of :meth:`step`.
+        """
+        with torch.no_grad():
+            check_copies(self.model, self._prunables, plan.masks)
+            hold_masks(self._prunables, plan.masks)
+        found = replace(plan.round, pruned=self._sparsity(), tensors_after=count_remaining(self._prunables))
         try:
             if eval_fn is not None:
-                pruned_metrics = evaluate(self.model, eval_fn)
+                found = replace(found, pruned_metrics=evaluate(self.model, eval_fn))
         finally:
             self._rewind()
-            found = self._append(result.groups, before, after, retrained, pruned, recorded, pruned_metrics)
+            found = self._append(found)
         return found
 
     def record(self, metrics: Metrics = None) -> Round:
@@ -114,11 +155,26 @@ class Stepper:
 
         Arguments, result and errors are those of :meth:`step`.
         """
-        recorded = as_metrics(metrics, "metrics")
-        retrained, counts = self._sparsity(), count_remaining(self._prunables)
-        with torch.no_grad():
-            groups = prune_step(self._entries(), self.scope, FixedRatio(**self._norms(), ratio=0.0)).groups
-        return self._append(groups, counts, counts, retrained, None, recorded, {})
+        return self.end(self.plan(metrics))
+
+    def end(self, plan: Plan) -> Round:
+        """Record the round that was planned, without its pruning."""
+        groups = {name: replace(group, c=group.c * 0) for name, group in plan.round.groups.items()}
+        return self._append(replace(plan.round, groups=groups))
+
+    def keep(self) -> None:
+        """Copy the trained model, to be given back by :meth:`give_back` whatever later rounds do to it."""
+        masks = [None if (mask := p.mask) is None else local(mask).clone() for p in self._prunables]
+        self._kept = Kept(len(self.history), snapshot(self.model), masks)
+
+    def give_back(self) -> None:
+        """Give the model the weights, buffers and masks that were kept last, if any were."""
+        if self._kept is not None:
+            with torch.no_grad():
+                hold_masks(self._prunables, self._kept.masks)
+            restore(self.model, self._kept.state, self._prunables)
+            self.history.returned = self._kept.number
+            self._kept = None
 
     def set_rewind_point(self) -> None:
         """Make the model's state at this moment the one that later rounds rewind to (late rewinding).
@@ -133,11 +189,15 @@ class Stepper:
         self._rewind_point = snapshot(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the model's state_dict does not hold, as plain values and tensors: settings, rewind point, history."""
+        """What the model's state_dict does not hold, as plain values and tensors.
+
+        Settings, rewind point, the model that was kept to be given back, history.
+        """
         return {
             "format": FORMAT,
             "settings": self._settings(),
             "rewind_point": None if self._rewind_point is None else dict(self._rewind_point),
+            "kept": None if self._kept is None else self._kept._asdict(),
             "history": self.history.to_dict(),
         }
 
@@ -156,6 +216,7 @@ class Stepper:
             raise ValueError(f"state must come from a stepper with the same settings, but they differ: {listed}")
         point, history = state["rewind_point"], History.from_dict(state["history"])
         self._rewind_point = None if point is None else check_state(self.model, point)
+        self._kept = None if state["kept"] is None else Kept(**state["kept"])
         self.history = history
         self._at_rewind_point = False
 
@@ -193,30 +254,9 @@ class Stepper:
                 state = copy.deepcopy(self._optimizer_state)  # the optimizer takes the tensors, and writes into them
                 self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
-    def _append(
-        self,
-        groups: Mapping[str, Any],
-        before: tuple[TensorRecord, ...],
-        after: tuple[TensorRecord, ...],
-        retrained: Sparsity,
-        pruned: Sparsity | None,
-        metrics: dict[str, float],
-        pruned_metrics: dict[str, float],
-    ) -> Round:
+    def _append(self, found: Round) -> Round:
         now = time.perf_counter()
-        found = Round(
-            number=len(self.history),
-            scope=self.scope,
-            hyperparameters=self.rule.to_dict(),
-            groups=groups,
-            tensors=before,
-            tensors_after=after,
-            retrained=retrained,
-            pruned=pruned,
-            metrics=metrics,
-            pruned_metrics=pruned_metrics,
-            seconds=now - self._ended,
-        )
+        found = replace(found, seconds=now - self._ended)
         self._ended = now
         self.history.append(found)
         return found
@@ -241,33 +281,3 @@ class Stepper:
                 prune.remove(module, name)
         if len(self._new) == len(self._prunables):
             unguard(self.model)
-
-
-def check_callable(name: str, function: object) -> None:
-    """Raise a TypeError that names a function argument unless it is callable or None."""
-    if function is not None and not callable(function):
-        raise TypeError(f"{name} must be callable or None, got {function!r}")
-
-
-def evaluate(model: nn.Module, eval_fn: Callable[[nn.Module], Metrics]) -> dict[str, float]:
-    """What eval_fn says of the model, with the modules' train and eval modes put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        return as_metrics(eval_fn(model), "eval_fn")
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def as_metrics(value: Metrics, source: str) -> dict[str, float]:
-    """Metrics as a dict of floats."""
-    if value is None:
-        return {}
-    items = value.items() if isinstance(value, Mapping) else [("metric", value)]
-    metrics = {}
-    for key, number in items:
-        scalar = number.numel() == 1 if isinstance(number, Tensor) else isinstance(number, Real)
-        if not scalar or not isinstance(key, str):
-            raise TypeError(f"{source} must give None, a number or a mapping from names to numbers, got {value!r}")
-        metrics[key] = float(number)
-    return metrics

@@ -1,0 +1,249 @@
+"""Rules that end an iterative pruning, on synthetic histories and in the loop."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from torch_sap import (
+    SAP,
+    Collapse,
+    History,
+    LotteryTicket,
+    NothingLeft,
+    StoppingRule,
+    TargetDensity,
+    WithinTolerance,
+    iterative_sap,
+    sap_rounds,
+)
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Linear(20, 5))
+
+
+class Training:
+    """Changes a model in a way of its own each round, and says the next of some accuracies of it."""
+
+    def __init__(self, accuracies):
+        self.accuracies, self.states = iter(accuracies), []
+
+    def __call__(self, model):
+        torch.manual_seed(100 + len(self.states))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            model[1].running_mean.add_(1 + len(self.states))
+            for module in (model[0], model[2]):
+                module.weight_orig.mul_(module.weight_mask)
+        self.states.append(copy.deepcopy(model.state_dict()))
+        return {"accuracy": next(self.accuracies)}
+
+
+def same_state(model, state):
+    own = model.state_dict()
+    return own.keys() == state.keys() and all(torch.equal(own[key], state[key]) for key in own)
+
+
+@pytest.fixture(scope="module")
+def template():
+    return iterative_sap(make_model(), lambda model: 0.0, iterations=1)[0]
+
+
+def synthetic(template, accuracies, densities=None, pqi=None, pruned=1):
+    """A history with the accuracies, densities and PQ Indices given."""
+    rounds = []
+    for number, accuracy in enumerate(accuracies):
+        share = 1.0 if densities is None else densities[number]
+        tensors = tuple(replace(tensor, remaining=round(share * tensor.total)) for tensor in template.tensors)
+        index = 0.5 - 0.01 * number if pqi is None else pqi[number]
+        sparsity = replace(template.retrained, pqi={"global": {"global": np.array([index])}})
+        groups = {name: replace(group, c=group.c * 0 + pruned) for name, group in template.groups.items()}
+        change = {"tensors": tensors, "retrained": sparsity, "metrics": {"accuracy": accuracy}, "groups": groups}
+        rounds.append(replace(template, number=number, **change))
+    return History(rounds)
+
+
+def ends_at(rule, history):
+    """Number of the first round at which a rule ends, and the accepted rounds until then."""
+    accepted = []
+    for number in range(len(history)):
+        seen = history[: number + 1]
+        if rule.accepts(seen):
+            accepted.append(number)
+        if rule.ends(seen):
+            return number, accepted
+    return None, accepted
+
+
+def test_target_density(template):
+    history = synthetic(template, [0.9] * 4, densities=[1.0, 0.5, 0.2, 0.1])
+    assert ends_at(TargetDensity(0.2), history) == (2, [0, 1, 2])
+    assert ends_at(TargetDensity(0.05), history) == (None, [0, 1, 2, 3])
+    assert ends_at(TargetDensity(1), history) == (0, [0])
+
+
+def test_within_tolerance(template):
+    history = synthetic(template, [0.90, 0.92, 0.89, 0.88, 0.895, 0.8, 0.8, 0.9])
+    assert ends_at(WithinTolerance(0.01), history) == (3, [0, 1, 2])
+    assert ends_at(WithinTolerance(0.01, patience=2), history) == (6, [0, 1, 2, 4])
+    assert ends_at(WithinTolerance(0.01, patience=3), history) == (None, [0, 1, 2, 4, 7])
+    assert ends_at(WithinTolerance(0.0), history) == (2, [0, 1])
+    assert ends_at(WithinTolerance(0.5), history) == (None, list(range(8)))
+
+
+def test_within_tolerance_of_a_metric_that_falls(template):
+    history = synthetic(template, [1.0, 0.5, 1.1, 1.2])
+    assert ends_at(WithinTolerance(0.1, metric="accuracy", mode="min"), history) == (3, [0, 1, 2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_no_number_is_not_within_any_tolerance(template, value):
+    assert ends_at(WithinTolerance(1e9), synthetic(template, [0.9, value])) == (1, [0])
+
+
+def test_collapse(template):
+    history = synthetic(template, [0.9, 0.9, 0.87, 0.80], pqi=[0.5, 0.4, 0.45, 0.3])
+    assert ends_at(Collapse(), history) == (3, [0, 1, 2])
+    assert ends_at(Collapse(significant=0.2), history) == (None, [0, 1, 2, 3])
+
+
+def test_nothing_left(template):
+    assert ends_at(NothingLeft(), synthetic(template, [0.9, 0.9])) == (None, [0, 1])
+    assert ends_at(NothingLeft(), synthetic(template, [0.9], pruned=0)) == (0, [0])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: TargetDensity(1.5), ValueError, "density must be in [0, 1], got density=1.5"),
+        (lambda: TargetDensity("half"), TypeError, "density must be a real number, got 'half'"),
+        (lambda: TargetDensity(float("nan")), ValueError, "density must be finite, got density=nan"),
+        (lambda: WithinTolerance(-1), ValueError, "tolerance must not be negative, got tolerance=-1"),
+        (lambda: WithinTolerance(0.1, mode="up"), ValueError, 'mode must be "max" or "min", got mode=\'up\''),
+        (lambda: WithinTolerance(0.1, patience=0), ValueError, "patience must be an int of 1 or more, got patience=0"),
+        (lambda: WithinTolerance(0.1, patience=True), ValueError, "patience must be an int of 1 or more"),
+        (lambda: Collapse(noise=0.1), ValueError, "noise and significant must be 0 <= noise <= significant"),
+    ],
+)
+def test_bad_arguments_of_rules(make, error, message):
+    with pytest.raises(error) as raised:
+        make()
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("stop", [0.5, [TargetDensity], lambda history: True])
+def test_what_is_no_rule(stop):
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match="stop must be a StoppingRule or several, got"):
+        iterative_sap(model, lambda model: None, stop=stop)
+    assert same_state(model, before)
+
+
+def test_without_rules_all_rounds_and_the_last_model():
+    model, training = make_model(), Training([0.9, 0.1, 0.5])
+    history = iterative_sap(model, training, iterations=2)
+    assert len(history) == 3
+    assert history.returned is None
+    assert same_state(model, training.states[2])
+
+
+def test_the_sparsest_model_within_the_tolerance_comes_back():
+    model, training = make_model(), Training([0.9, 0.91, 0.895, 0.7, 0.9])
+    history = iterative_sap(model, training, iterations=4, stop=WithinTolerance(0.01), scope="global")
+    assert len(history) == 4
+    assert history.returned == 2
+    assert same_state(model, training.states[2])  # weights, biases, masks, batch-norm statistics
+    remaining = sum(int(mask.sum()) for name, mask in model.named_buffers() if name.endswith("_mask"))
+    assert remaining == history[2].remaining > history[3].remaining
+
+
+def test_a_run_that_is_not_ended_gives_back_the_last_accepted_round():
+    model, training = make_model(), Training([0.9, 0.9, 0.5, 0.5])
+    history = iterative_sap(model, training, iterations=3, stop=WithinTolerance(0.01, patience=9))
+    assert (len(history), history.returned) == (4, 1)
+    assert same_state(model, training.states[1])
+
+
+def test_the_target_is_the_last_round_and_prunes_no_more():
+    model, training = make_model(), Training([0.9] * 20)
+    history = iterative_sap(model, training, iterations=19, stop=TargetDensity(0.3))
+    assert history[-1].density <= 0.3 < history[-2].density
+    assert history.returned == history[-1].number
+    assert history[-1].pruned_count == 0
+    assert same_state(model, training.states[-1])
+
+
+def test_no_training_is_wasted_when_nothing_is_left():
+    training = Training([0.9] * 5)
+    sap = LotteryTicket(make_model(), ratio=0.0)
+    assert len(list(sap_rounds(sap, training, iterations=4, stop=NothingLeft()))) == 1
+    assert len(training.states) == 1
+
+
+def test_several_rules():
+    model, training = make_model(), Training([0.9, 0.9, 0.8, 0.8, 0.8])
+    rules = [WithinTolerance(0.01, patience=9), TargetDensity(0.65)]
+    history = iterative_sap(model, training, iterations=4, stop=rules)
+    assert history[-1].density <= 0.65 < history[-2].density
+    assert history.returned == 1 < len(history) - 1
+    assert same_state(model, training.states[1])
+
+
+class Never(StoppingRule):
+    def accepts(self, history):
+        return False
+
+
+def test_a_rule_of_ones_own_that_accepts_nothing_leaves_the_last_model():
+    model, training = make_model(), Training([0.9, 0.8])
+    history = iterative_sap(model, training, iterations=1, stop=Never())
+    assert history.returned is None
+    assert same_state(model, training.states[1])
+
+
+def test_a_missing_metric_leaves_the_model_as_it_was():
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="metric 'f1' must be recorded in every round"):
+        iterative_sap(model, Training([0.9]), stop=WithinTolerance(0.01, metric="f1"))
+    assert same_state(model, before)
+
+
+def test_going_on_from_a_saved_run_still_gives_the_kept_model_back():
+    accuracies = [0.9, 0.91, 0.7, 0.7]
+    rule = WithinTolerance(0.01, patience=2)
+    model, training = make_model(), Training(accuracies)
+    sap = SAP(model)
+    rounds = sap_rounds(sap, training, iterations=5, stop=rule)
+    for _ in range(3):
+        next(rounds)
+    saved = copy.deepcopy((model.state_dict(), sap.state_dict()))
+
+    other, rest = make_model(1), Training(accuracies[3:])
+    rest.states.extend(training.states)
+    resumed = SAP(other)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    list(sap_rounds(resumed, rest, iterations=5, stop=rule))
+    assert resumed.history.returned == 1
+    assert same_state(other, training.states[1])
+
+
+def test_the_model_that_comes_back_can_be_trained_on():
+    model, training = make_model(), Training([0.9, 0.9, 0.5])
+    iterative_sap(model, training, iterations=5, stop=WithinTolerance(0.01))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 20)).square().sum().backward()
+        optimizer.step()
+    for module in (model[0], model[2]):
+        assert torch.equal(module.weight_mask, training.states[1][f"{'0' if module is model[0] else '2'}.weight_mask"])
+        assert not module.weight_orig[~module.weight_mask].any()
