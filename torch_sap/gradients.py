@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from torch_sap.collective import same_placement
 from torch_sap.stamps import Stamp
@@ -58,15 +57,16 @@ class GradientMask:
 
     def _mask_asked_for(self, gradient: Tensor) -> Tensor | None:
         weight = self._weight()
-        if weight is None or _will_accumulate(weight):
+        if weight is None or _will_accumulate():
             return None
         found = self._find()
         return None if found is None else gradient * found[1].to(gradient.dtype)
 
 
-def _will_accumulate(weight: Tensor) -> bool:
-    """Whether the backward pass that runs now adds to the weight's ``grad``; torch.autograd.grad does not."""
+def _will_accumulate() -> bool:
+    """Whether the engine, which runs a leaf's hook now, adds to its ``grad`` next; torch.autograd.grad does not."""
+    node = torch._C._current_autograd_node()
     try:
-        return bool(torch._C._will_engine_execute_node(get_gradient_edge(weight).node))
+        return node is not None and bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # how it says that the engine runs torch.autograd.grad for this very tensor
         return False
