@@ -1,0 +1,63 @@
+"""The random state of a process, as plain values and tensors: PyTorch's on the CPU and on CUDA, NumPy's, Python's."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+_logger = logging.getLogger(__name__)
+
+
+def random_state() -> dict[str, Any]:
+    """All that random numbers depend on now, but for generators that somebody made of their own.
+
+    Returns:
+        ``python``: version, 625 integers, next Gaussian; ``numpy``: as ``np.random.get_state(legacy=False)``;
+        ``torch``: uint8 tensor; ``cuda``: one such tensor a device, none if CUDA is not in use.
+    """
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": _with_lists(np.random.get_state(legacy=False)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Go on with the random numbers as they were at a :func:`random_state`.
+
+    On a machine with other CUDA devices those that both have are set, and the log says so.
+
+    Raises:
+        Whatever rubbish in the state leads to; nothing is changed then.
+    """
+    before = random_state()
+    try:
+        _set(state)
+    except Exception:
+        _set(before)
+        raise
+
+
+def _set(state: Mapping[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    devices = torch.cuda.device_count() if state["cuda"] else 0
+    if devices != len(state["cuda"]):
+        _logger.warning("random states of %d CUDA devices were saved, here are %d", len(state["cuda"]), devices)
+    for device, of_device in zip(range(devices), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(of_device, device)
+
+
+def _with_lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
