@@ -10,6 +10,7 @@ PACKAGE = Path(torch_sap.__file__).parent
 # From the bottom to the top: a module imports from those before it only.
 ORDER = [
     "bounds",
+    "randomness",
     "host",
     "keys",
     "collective",
@@ -36,6 +37,7 @@ ORDER = [
     "records",
     "methods",
     "functional",
+    "checkpoint",
     "receiving",
     "verify",
     "rewinding",
