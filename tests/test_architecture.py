@@ -11,6 +11,7 @@ PACKAGE = Path(torch_sap.__file__).parent
 ORDER = [
     "bounds",
     "randomness",
+    "interrupts",
     "host",
     "keys",
     "collective",

@@ -286,10 +286,10 @@ def test_file_systems_that_cannot_sync_folders(tmp_path, monkeypatch):
 def test_differences_lists_all():
     here = {"p": 0.5, "scope": "layer", "model": {"a": "x", "b": "y"}, "same": 1}
     there = {"p": 0.2, "scope": "global", "model": {"a": "x", "c": "z"}, "same": 1}
-    assert differences(here, there, "there") == [
+    assert differences(here, there, "there").split("; ") == [
         "model.b: 'y' here, nothing there",
         "model.c: nothing here, 'z' there",
         "p: 0.5 here, 0.2 there",
         "scope: 'layer' here, 'global' there",
     ]
-    assert differences(here, here, "there") == []
+    assert differences(here, here, "there") == ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,10 @@ from torch.optim import Optimizer
 
 from torch_sap.bounds import FixedRatio
 from torch_sap.groups import Entry, Scope
-from torch_sap.stepper import Rewind, Stepper
+from torch_sap.metrics import Metrics
+from torch_sap.rewinding import Rewind
+from torch_sap.rounds import Round
+from torch_sap.stepper import Plan, Stepper
 
 
 class LotteryTicket(Stepper):
@@ -49,9 +52,15 @@ class OneShot(LotteryTicket):
 
     def _entries(self) -> list[Entry]:
         entries = super()._entries()
-        if self._first is None:
-            self._first = {entry.name: entry.scores.clone() for entry in entries}
+        if not self.history or self._first is None:
+            return entries
         return [replace(entry, scores=self._first[entry.name]) for entry in entries]
+
+    def apply(self, plan: Plan, eval_fn: Callable[[nn.Module], Metrics] | None = None) -> Round:
+        """As of :class:`SAP`; the first trained weights are remembered."""
+        if not self.history or self._first is None:
+            self._first = {entry.name: entry.scores.clone() for entry in super()._entries()}
+        return super().apply(plan, eval_fn)
 
     def state_dict(self) -> dict[str, Any]:
         """As of :class:`SAP`, with the first trained weights."""

@@ -125,8 +125,8 @@ def as_plain(value: Any, place: str = "") -> Any:
     )
 
 
-def differences(here: Mapping[str, Any], there: Mapping[str, Any], source: str) -> list[str]:
-    """Each key whose values differ, nested keys joined by dots, with both values.
+def differences(here: Mapping[str, Any], there: Mapping[str, Any], source: str) -> str:
+    """All keys whose values differ, nested keys joined by dots, with both values; empty if none does.
 
     Args:
         here: What is asked for now.
@@ -136,11 +136,13 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any], source: str) 
     Example:
         >>> from torch_sap.checkpoint import differences
         >>> differences({"p": 0.5, "tensors": {"0": [3]}}, {"p": 0.2, "tensors": {}}, "in the file")
-        ['p: 0.5 here, 0.2 in the file', 'tensors.0: [3] here, nothing in the file']
+        'p: 0.5 here, 0.2 in the file; tensors.0: [3] here, nothing in the file'
     """
     own, other = dict(_flat(here)), dict(_flat(there))
     different = sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
-    return [f"{key}: {own.get(key, 'nothing')} here, {other.get(key, 'nothing')} {source}" for key in different]
+    return "; ".join(
+        f"{key}: {own.get(key, 'nothing')} here, {other.get(key, 'nothing')} {source}" for key in different
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,13 +16,14 @@ from torch_sap.fsdp import reshard
 from torch_sap.groups import Scope
 from torch_sap.guarding import guard, unguard
 from torch_sap.host import map_pieces
+from torch_sap.interrupts import complete, held_back
 from torch_sap.keys import count_true
 from torch_sap.masking import hold_mask
 from torch_sap.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
 from torch_sap.records import PruningReport, TensorRecord
 from torch_sap.reparametrised import warn_of_reparametrised
 from torch_sap.standardised import fold_, mask_standardised
-from torch_sap.step import StepResult, prune_step
+from torch_sap.step import prune_step
 from torch_sap.zeros import restore_all_zeros_
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -180,20 +181,31 @@ def _prune(
     with torch.no_grad():
         result = prune_step(entries_of(prunables, importance_scores), scope, rule)
         check_copies(model, prunables, result.masks)
-        hold_masks(prunables, result.masks)
-    if isinstance(model, nn.Module):
-        guard(model)
-    return report_of(prunables, scope, rule, result)
+        report = PruningReport(scope, rule.to_dict(), result.groups, count_remaining(prunables, result.masks))
+        with held_back():
+            try:
+                hold_masks(prunables, result.masks)
+            finally:
+                if isinstance(model, nn.Module):
+                    guard(model)
+    return report
 
 
 def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
-    """Prune tensors in place with masks, wherever they are used. None stands for nothing pruned."""
-    complete = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]
-    for prunable, mask in zip(prunables, complete, strict=True):
-        for module, name in prunable.holders:
-            hold_mask(module, name, mask)
-            mask_standardised(module)
-    restore_all_zeros_([(p.weight, held) for p in prunables if (held := p.mask) is not None])
+    """Prune tensors in place with masks, wherever they are used: all of them or, if there is no memory, none.
+
+    None stands for nothing pruned.
+    """
+    whole = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]
+
+    def hold() -> None:
+        for prunable, mask in zip(prunables, whole, strict=True):
+            for module, name in prunable.holders:
+                hold_mask(module, name, mask)
+                mask_standardised(module)
+        restore_all_zeros_([(p.weight, held) for p in prunables if (held := p.mask) is not None])
+
+    complete(hold)
 
 
 def check_copies(model: object, prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
@@ -202,15 +214,12 @@ def check_copies(model: object, prunables: Sequence[Prunable], masks: Sequence[T
     check_agreement(masks, groups, prunables[0].weight.device)
 
 
-def report_of(prunables: Sequence[Prunable], scope: Scope, rule: Hyperparameters, result: StepResult) -> PruningReport:
-    """The record of a step that was taken."""
-    counts = count_remaining(prunables)
-    return PruningReport(scope, rule.to_dict(), result.groups, counts)
-
-
-def count_remaining(prunables: Sequence[Prunable]) -> tuple[TensorRecord, ...]:
-    """Counts of tensors by their masks, read from the device at once."""
-    masks = [None if (mask := p.mask) is None else local(mask) for p in prunables]
+def count_remaining(
+    prunables: Sequence[Prunable], masks: Sequence[Tensor | None] | None = None
+) -> tuple[TensorRecord, ...]:
+    """Counts of tensors by their masks, or by what this process holds of others, read from the device at once."""
+    if masks is None:
+        masks = [None if (mask := p.mask) is None else local(mask) for p in prunables]
     on_host = all(mask is None or mask.is_cpu for mask in masks)
     remaining: list[Any] = map_pieces(
         lambda prunable, mask: local(prunable.weight).numel() if mask is None else count_true(mask),

@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 from torch_sap.bounds import Hyperparameters
 from torch_sap.groups import Scope
 from torch_sap.history import History
+from torch_sap.interrupts import held_back
 from torch_sap.metrics import Metrics, as_metrics, check_callable, evaluate
+from torch_sap.rewinding import Rewind
 from torch_sap.rounds import Round
-from torch_sap.stepper import Rewind, Stepper
+from torch_sap.stepper import Stepper
 from torch_sap.stopping import StoppingRule, as_rules
 
 
@@ -131,7 +133,7 @@ def iterative_sap(
         for found in sap_rounds(sap, train_fn, iterations=iterations, eval_fn=eval_fn, stop=stop):
             if callback is not None:
                 callback(found)
-    except Exception:
+    except BaseException:
         if not sap.history:
             sap.undo()
         raise
@@ -173,8 +175,9 @@ def sap_rounds(
         if accepted:
             sap.keep()
         if ended:
-            last = sap.end(plan)
-            sap.give_back()
+            with held_back():
+                sap.give_back()
+                last = sap.end(plan)
             yield last
             return
         yield sap.apply(plan, eval_fn)

@@ -7,6 +7,8 @@ from numbers import Real
 
 from torch import Tensor, nn
 
+from torch_sap.interrupts import allowed, held_back
+
 Metrics = float | Mapping[str, float] | Tensor | None
 
 
@@ -18,12 +20,24 @@ def check_callable(name: str, function: object) -> None:
 
 def evaluate(model: nn.Module, eval_fn: Callable[[nn.Module], Metrics]) -> dict[str, float]:
     """What eval_fn says of the model, with the modules' train and eval modes put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        return as_metrics(eval_fn(model), "eval_fn")
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    modes = modes_of(model)
+    with held_back():
+        try:
+            with allowed():
+                return as_metrics(eval_fn(model), "eval_fn")
+        finally:
+            set_modes(modes)
+
+
+def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
+    """Whether each module is in train mode."""
+    return {module: module.training for module in model.modules()}
+
+
+def set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Put modules in the modes that :func:`modes_of` found."""
+    for module, training in modes.items():
+        module.training = training
 
 
 def as_metrics(value: Metrics, source: str) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch_sap.parameters import Prunable
 from torch_sap.zeros import restore_all_zeros_
 
 State = dict[str, Tensor]
+Rewind = Literal["init", "none"] | Mapping[str, Tensor]
 
 
 def snapshot(model: nn.Module) -> State:
@@ -29,6 +31,19 @@ def restore(model: nn.Module, state: Mapping[str, Tensor], prunables: Sequence[P
             if name in state:
                 tensor.copy_(state[name])
         restore_all_zeros_([(p.weight, mask) for p in prunables if (mask := p.mask) is not None])
+
+
+def rewind_point(model: nn.Module, rewind: Rewind) -> State | None:
+    """What the argument ``rewind`` asks for: a copy of the model as it is, of a state_dict, or nothing.
+
+    Raises:
+        ValueError, TypeError: as :func:`check_state` does, and for another word.
+    """
+    if not isinstance(rewind, str):
+        return check_state(model, rewind)
+    if rewind not in ("init", "none"):
+        raise ValueError(f'rewind must be "init", "none" or a state_dict, got rewind={rewind!r}')
+    return snapshot(model) if rewind == "init" else None
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+import torch
 
+from torch_sap.groups import Entry, Scope
+from torch_sap.measures import measure, measure_gini
 from torch_sap.records import TensorRecord, array, groups_from_dict, groups_to_dict, numbers
 from torch_sap.step import GroupValues
 
@@ -24,6 +27,20 @@ class Sparsity:
 
     pqi: Mapping[str, Mapping[str, Any]]
     gini: Mapping[str, Mapping[str, Any]] | None = None
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry], p: float, q: float, *, gini: bool) -> Sparsity:
+        """Measure the unpruned entries of tensors, with the norms p and q.
+
+        Raises:
+            ValueError: if an entry is NaN or infinite; the tensor is named.
+        """
+        scopes: tuple[Scope, ...] = get_args(Scope)
+        with torch.no_grad():
+            return cls(
+                {scope: measure(entries, scope, p, q) for scope in scopes},
+                {scope: measure_gini(entries, scope) for scope in scopes} if gini else None,
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +15,22 @@ from torch.nn.utils import prune
 from torch.optim import Optimizer
 
 from torch_sap.bounds import Hyperparameters
+from torch_sap.checkpoint import differences
 from torch_sap.collective import local
 from torch_sap.fsdp import reshard
 from torch_sap.functional import check_copies, count_remaining, hold_masks
 from torch_sap.groups import Entry, Scope
 from torch_sap.guarding import guard, unguard
 from torch_sap.history import History
-from torch_sap.measures import measure, measure_gini
-from torch_sap.metrics import Metrics, as_metrics, check_callable, evaluate
+from torch_sap.interrupts import complete, held_back
+from torch_sap.linking import hooks_of
+from torch_sap.metrics import Metrics, as_metrics, check_callable, evaluate, modes_of, set_modes
 from torch_sap.parameters import entries_of, resolve
 from torch_sap.reparametrised import warn_of_reparametrised
-from torch_sap.rewinding import State, check_state, restore, snapshot
+from torch_sap.rewinding import Rewind, State, check_state, restore, rewind_point, snapshot
 from torch_sap.rounds import Round, Sparsity
 from torch_sap.step import prune_step
 
-Rewind = Literal["init", "none"] | Mapping[str, Tensor]
-SCOPES: tuple[Scope, ...] = ("global", "layer", "neuron")
 FORMAT = 1
 
 
@@ -63,10 +63,9 @@ class Stepper:
         optimizer: Optimizer | None,
         gini: bool,
     ) -> None:
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got scope={scope!r}")
-        if isinstance(rewind, str) and rewind not in ("init", "none"):
-            raise ValueError(f'rewind must be "init", "none" or a state_dict, got rewind={rewind!r}')
+        scopes = get_args(Scope)
+        if scope not in scopes:
+            raise ValueError(f"scope must be one of {', '.join(map(repr, scopes))}, got scope={scope!r}")
         if optimizer is not None and not hasattr(optimizer, "state"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not isinstance(model, nn.Module):
@@ -77,18 +76,19 @@ class Stepper:
         self._prunables = resolve(model, exclude)
         warn_of_reparametrised(model, stacklevel=3)
         self._sparsity()  # raises here if a weight is not finite
-        self._rewinds = rewind != "none" if isinstance(rewind, str) else True
-        self._rewind_point: State | None = None
-        if rewind == "init":
-            self._rewind_point = snapshot(model)
-        elif not isinstance(rewind, str):
-            self._rewind_point = check_state(model, rewind)
+        self._rewind_point = rewind_point(model, rewind)
+        self._rewinds = self._rewind_point is not None
         self._at_rewind_point = rewind == "init"
         self._new = [prunable for prunable in self._prunables if prunable.mask is None]
-        hold_masks(self._prunables, [prunable.mask for prunable in self._prunables])
-        guard(model)
         self._kept: Kept | None = None
         self._ended = time.perf_counter()
+        try:
+            with held_back():
+                hold_masks(self._prunables, [prunable.mask for prunable in self._prunables])
+                guard(model)
+        except BaseException:
+            self.undo()
+            raise
 
     def step(self, metrics: Metrics = None, eval_fn: Callable[[nn.Module], Metrics] | None = None) -> Round:
         """Measure the trained model, prune it, and rewind what is left.
@@ -140,14 +140,19 @@ class Stepper:
         """
         with torch.no_grad():
             check_copies(self.model, self._prunables, plan.masks)
-            hold_masks(self._prunables, plan.masks)
-        found = replace(plan.round, pruned=self._sparsity(), tensors_after=count_remaining(self._prunables))
-        try:
-            if eval_fn is not None:
-                found = replace(found, pruned_metrics=evaluate(self.model, eval_fn))
-        finally:
-            self._rewind()
-            found = self._append(found)
+            masks = [p.whole(mask) for p, mask in zip(self._prunables, plan.masks, strict=True)]
+        after = count_remaining(self._prunables, plan.masks)
+        found = replace(plan.round, pruned=self._sparsity(plan.masks), tensors_after=after)
+        rewind = self._prepare_rewinding()
+        with held_back():  # from here on to the end, whatever is raised
+            try:
+                with torch.no_grad():
+                    hold_masks(self._prunables, masks)
+                if eval_fn is not None:
+                    found = replace(found, pruned_metrics=evaluate(self.model, eval_fn))
+            finally:
+                complete(rewind)
+                found = self._append(found)
         return found
 
     def record(self, metrics: Metrics = None) -> Round:
@@ -170,11 +175,19 @@ class Stepper:
     def give_back(self) -> None:
         """Give the model the weights, buffers and masks that were kept last, if any were."""
         if self._kept is not None:
-            with torch.no_grad():
-                hold_masks(self._prunables, self._kept.masks)
-            restore(self.model, self._kept.state, self._prunables)
+            self.put(self._kept.state, self._kept.masks)
             self.history.returned = self._kept.number
             self._kept = None
+
+    def put(self, state: State, masks: Sequence[Tensor | None]) -> None:
+        """Give the model a state and masks: all of it or, if there is no memory, nothing."""
+        with torch.no_grad():
+            whole = [p.whole(mask) for p, mask in zip(self._prunables, masks, strict=True)]
+            with held_back():
+                try:
+                    hold_masks(self._prunables, whole)
+                finally:
+                    complete(lambda: restore(self.model, state, self._prunables))
 
     def set_rewind_point(self) -> None:
         """Make the model's state at this moment the one that later rounds rewind to (late rewinding).
@@ -209,11 +222,8 @@ class Stepper:
         """
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise ValueError(f"state must be a state_dict of a torch_sap stepper of format {FORMAT}")
-        own, other = self._settings(), dict(state["settings"])
-        different = sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
-        if different:
-            listed = "; ".join(f"{key}: {own.get(key)!r} here, {other.get(key)!r} in the state" for key in different)
-            raise ValueError(f"state must come from a stepper with the same settings, but they differ: {listed}")
+        if different := differences(self._settings(), state["settings"], "in the state"):
+            raise ValueError(f"state must come from a stepper with the same settings, but they differ: {different}")
         point, history = state["rewind_point"], History.from_dict(state["history"])
         self._rewind_point = None if point is None else check_state(self.model, point)
         self._kept = None if state["kept"] is None else Kept(**state["kept"])
@@ -230,29 +240,34 @@ class Stepper:
             "tensors": tensors,
         }
 
-    def _norms(self) -> dict[str, float]:
-        return {key: value for key, value in self.rule.to_dict().items() if key != "ratio"}
-
     def _entries(self) -> list[Entry]:
         """What is ranked: the weights."""
         reshard(self.model.modules())
         return entries_of(self._prunables, None)
 
-    def _sparsity(self) -> Sparsity:
+    def _sparsity(self, masks: Sequence[Tensor | None] | None = None) -> Sparsity:
+        """Of the model as it is, or with other masks."""
         reshard(self.model.modules())
         entries = entries_of(self._prunables, None)
-        with torch.no_grad():
-            pqi: dict[str, Any] = {str(scope): measure(entries, scope, self.rule.p, self.rule.q) for scope in SCOPES}
-            gini: dict[str, Any] = {str(scope): measure_gini(entries, scope) for scope in SCOPES if self.gini}
-        return Sparsity(pqi, gini or None)
+        if masks is not None:
+            entries = [replace(entry, mask=mask) for entry, mask in zip(entries, masks, strict=True)]
+        return Sparsity.of(entries, self.rule.p, self.rule.q, gini=self.gini)
 
-    def _rewind(self) -> None:
-        if self._rewind_point is not None:
-            restore(self.model, self._rewind_point, self._prunables)
+    def _prepare_rewinding(self) -> Callable[[], None]:
+        """What rewinds model and optimizer, with nothing left to compute."""
+        point, optimizer = self._rewind_point, self.optimizer
+        if point is None:
+            return lambda: None
+        # not just cleared: some fill their state when they are made. Copied: the optimizer writes into what it takes
+        state = None if optimizer is None else {**optimizer.state_dict(), "state": copy.deepcopy(self._optimizer_state)}
+
+        def rewind() -> None:
+            restore(self.model, point, self._prunables)
+            if optimizer is not None and state is not None:
+                optimizer.load_state_dict(state)
             self._at_rewind_point = True
-            if self.optimizer is not None:  # not just cleared: some fill their state when they are made
-                state = copy.deepcopy(self._optimizer_state)  # the optimizer takes the tensors, and writes into them
-                self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+        return rewind
 
     def _append(self, found: Round) -> Round:
         now = time.perf_counter()
@@ -263,21 +278,25 @@ class Stepper:
 
     @contextmanager
     def unchanged_on_error(self) -> Iterator[None]:
-        """Put the model's values back to what they are now if a training fails."""
-        start = self._rewind_point if self._at_rewind_point else snapshot(self.model)
+        """Put the model's values and modes back to what they are now if a training fails."""
+        start, modes = self._rewind_point if self._at_rewind_point else snapshot(self.model), modes_of(self.model)
+        assert start is not None
         self._at_rewind_point = False
         try:
             yield
-        except Exception:
-            assert start is not None
-            restore(self.model, start, self._prunables)
+        except BaseException:
+            with held_back():
+                set_modes(modes)
+                complete(lambda: restore(self.model, start, self._prunables))
             raise
 
     def undo(self) -> None:
         """Take masks away that this stepper brought, before it has pruned anything."""
         reshard(self.model.modules())
-        for prunable in self._new:
-            for module, name in prunable.holders:
-                prune.remove(module, name)
-        if len(self._new) == len(self._prunables):
-            unguard(self.model)
+        with held_back():
+            for prunable in self._new:
+                for module, name in prunable.holders:
+                    if hooks_of(module, name):
+                        prune.remove(module, name)
+            if len(self._new) == len(self._prunables):
+                unguard(self.model)
