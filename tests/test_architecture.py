@@ -49,6 +49,7 @@ ORDER = [
     "metrics",
     "stopping",
     "stepper",
+    "resuming",
     "iterative",
     "baselines",
     "__init__",

@@ -68,5 +68,8 @@ class OneShot(LotteryTicket):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As of :class:`SAP`."""
+        first = state.get("first")
+        if first is not None:
+            first = {prunable.name: first[prunable.name].to(prunable.weight.device) for prunable in self._prunables}
         super().load_state_dict(state)
-        self._first = None if state["first"] is None else dict(state["first"])
+        self._first = first

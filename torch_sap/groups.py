@@ -252,11 +252,16 @@ def split(entries: Sequence[Entry], scope: Scope) -> list[Group]:
     Raises:
         ValueError: if there is no such scope.
     """
+    check_scope(scope)
     if scope == "global":
         return [Pool("global", entries)]
     if scope == "layer":
         return [Pool(entry.name, [entry]) for entry in entries]
-    if scope == "neuron":
-        return [Rows(entry) for entry in entries]
-    scopes = ", ".join(repr(known) for known in get_args(Scope))
-    raise ValueError(f"scope must be one of {scopes}, got scope={scope!r}")
+    return [Rows(entry) for entry in entries]
+
+
+def check_scope(scope: object) -> None:
+    """Raise a ValueError unless there is such a scope."""
+    if scope not in get_args(Scope):
+        scopes = ", ".join(repr(known) for known in get_args(Scope))
+        raise ValueError(f"scope must be one of {scopes}, got scope={scope!r}")

@@ -5,6 +5,7 @@ Source: Diao et al., ICLR 2023 (arXiv 2302.05601).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch_sap.bounds import Hyperparameters
 from torch_sap.groups import Scope
 from torch_sap.history import History
 from torch_sap.interrupts import held_back
-from torch_sap.metrics import Metrics, as_metrics, check_callable, evaluate
+from torch_sap.metrics import Metrics, check_callable, evaluate
+from torch_sap.resuming import Run
 from torch_sap.rewinding import Rewind
 from torch_sap.rounds import Round
 from torch_sap.stepper import Stepper
@@ -89,6 +91,7 @@ def iterative_sap(
     eval_fn: Callable[[nn.Module], Metrics] | None = None,
     callback: Callable[[Round], object] | None = None,
     stop: StoppingRule | Iterable[StoppingRule] = (),
+    checkpoint: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> History:
     """Prune a model by SAP: train, measure, prune, rewind, ``iterations`` times, and train once more.
@@ -105,6 +108,9 @@ def iterative_sap(
         stop: When to end before that, and which model to give back: :class:`TargetDensity`,
             :class:`WithinTolerance`, :class:`Collapse`, :class:`NothingLeft`, a :class:`StoppingRule` of your own, or
             several: it ends when one of them says so, and the model is that of the sparsest round which all accept.
+        checkpoint: A file that makes the run survive its process. If it exists the run goes on from it, bit for bit as
+            if it had not been interrupted; otherwise it begins. It is written at the start, after each training and
+            after each pruning; see ``docs/checkpoints.md``.
         settings: Keyword arguments of :class:`SAP`: scope, p, q, eta_r, gamma, beta, rewind, exclude, optimizer, gini.
 
     Returns:
@@ -114,6 +120,8 @@ def iterative_sap(
     Raises:
         ValueError, TypeError: as :class:`SAP` does.
         TypeError: if train_fn or eval_fn return something else.
+        ValueError: if the checkpoint is damaged, or of a run with other arguments or another model; nothing is changed.
+        OSError: if the checkpoint cannot be written; the one before stays.
         Whatever train_fn and eval_fn raise. The model's values are then those from before the training that failed;
         if it was the first, the model is as if nothing had been called.
 
@@ -130,7 +138,8 @@ def iterative_sap(
     stop = as_rules(stop)
     sap = SAP(model, **settings)
     try:
-        for found in sap_rounds(sap, train_fn, iterations=iterations, eval_fn=eval_fn, stop=stop):
+        rounds = sap_rounds(sap, train_fn, iterations=iterations, eval_fn=eval_fn, stop=stop, checkpoint=checkpoint)
+        for found in rounds:
             if callback is not None:
                 callback(found)
     except BaseException:
@@ -147,6 +156,7 @@ def sap_rounds(
     iterations: int = 10,
     eval_fn: Callable[[nn.Module], Metrics] | None = None,
     stop: StoppingRule | Iterable[StoppingRule] = (),
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Iterator[Round]:
     """The rounds of :func:`iterative_sap` one by one, with a stepper of yours.
 
@@ -157,15 +167,17 @@ def sap_rounds(
         iterations: Prunings altogether.
         eval_fn: As of iterative_sap.
         stop: As of iterative_sap.
+        checkpoint: As of iterative_sap. What you change between two rounds is in the file too.
 
     Yields:
         Each round when it is complete; after the last one the model is the one to give back.
     """
     _check_functions(train_fn, eval_fn, iterations)
     rules = as_rules(stop)
-    while len(sap.history) <= iterations:
+    run = Run(sap, checkpoint, iterations, rules)
+    while len(sap.history) <= iterations and not run.finished:
         with sap.unchanged_on_error():
-            metrics = as_metrics(train_fn(sap.model), "train_fn")
+            metrics = run.train(train_fn)
             if eval_fn is not None:
                 metrics |= evaluate(sap.model, eval_fn)
             plan = sap.plan(metrics)
@@ -179,8 +191,10 @@ def sap_rounds(
                 sap.give_back()
                 last = sap.end(plan)
             yield last
+            run.end_round(finished=True)
             return
         yield sap.apply(plan, eval_fn)
+        run.end_round()
 
 
 def _check_functions(train_fn: object, eval_fn: object, iterations: object) -> None:

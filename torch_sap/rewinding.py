@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from torch_sap.agreement import unwrap
 from torch_sap.collective import place
@@ -21,16 +23,25 @@ Rewind = Literal["init", "none"] | Mapping[str, Tensor]
 def snapshot(model: nn.Module) -> State:
     """Copies of all parameters and buffers (batch-norm statistics too) but for masks, by their names before pruning."""
     with torch.no_grad():
-        return {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+        return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor], prunables: Sequence[Prunable]) -> None:
     """Copy a state into a model, in place; pruned entries become zeros."""
     with torch.no_grad():
-        for name, tensor in _tensors(model).items():
+        for name, tensor in tensors_of(model).items():
             if name in state:
                 tensor.copy_(state[name])
         restore_all_zeros_([(p.weight, mask) for p in prunables if (mask := p.mask) is not None])
+
+
+def anew(optimizer: Optimizer, start: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer is to load in order to start anew with the learning rate of now.
+
+    Its state is not just cleared: some fill it when they are made. Copied, because the optimizer writes into what it
+    loads.
+    """
+    return {**optimizer.state_dict(), "state": copy.deepcopy(start["state"])}
 
 
 def rewind_point(model: nn.Module, rewind: Rewind) -> State | None:
@@ -72,7 +83,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
     }
     if unwrap(model) is not model:  # names are those inside DistributedDataParallel
         plain, model = {key.removeprefix("module."): value for key, value in plain.items()}, unwrap(model)
-    own = _tensors(model)
+    own = tensors_of(model)
     every = {_plain_name(model, key) for key in model.state_dict()} | set(own)
     persistent = {_plain_name(model, key) for key in model.state_dict()} & set(own)
     missing, unknown = sorted(persistent - set(plain)), sorted(set(plain) - every)
@@ -87,7 +98,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
     return {key: place(value.detach(), like=own[key]).clone() for key, value in plain.items() if key in own}
 
 
-def _tensors(model: nn.Module) -> State:
+def tensors_of(model: nn.Module) -> State:
     """Parameters and buffers by their names before pruning, without masks, each once."""
     found: State = {}
     model = unwrap(model)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch_sap.checkpoint import differences
 from torch_sap.collective import local
 from torch_sap.fsdp import reshard
 from torch_sap.functional import check_copies, count_remaining, hold_masks
-from torch_sap.groups import Entry, Scope
+from torch_sap.groups import Entry, Scope, check_scope
 from torch_sap.guarding import guard, unguard
 from torch_sap.history import History
 from torch_sap.interrupts import complete, held_back
@@ -27,7 +27,7 @@ from torch_sap.linking import hooks_of
 from torch_sap.metrics import Metrics, as_metrics, check_callable, evaluate, modes_of, set_modes
 from torch_sap.parameters import entries_of, resolve
 from torch_sap.reparametrised import warn_of_reparametrised
-from torch_sap.rewinding import Rewind, State, check_state, restore, rewind_point, snapshot
+from torch_sap.rewinding import Rewind, State, anew, check_state, restore, rewind_point, snapshot
 from torch_sap.rounds import Round, Sparsity
 from torch_sap.step import prune_step
 
@@ -63,16 +63,14 @@ class Stepper:
         optimizer: Optimizer | None,
         gini: bool,
     ) -> None:
-        scopes = get_args(Scope)
-        if scope not in scopes:
-            raise ValueError(f"scope must be one of {', '.join(map(repr, scopes))}, got scope={scope!r}")
+        check_scope(scope)
         if optimizer is not None and not hasattr(optimizer, "state"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.model, self.rule, self.scope, self.optimizer, self.gini = model, rule, scope, optimizer, gini
         self.history = History()
-        self._optimizer_state = None if optimizer is None else copy.deepcopy(optimizer.state_dict()["state"])
+        self._optimizer_start = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
         self._prunables = resolve(model, exclude)
         warn_of_reparametrised(model, stacklevel=3)
         self._sparsity()  # raises here if a weight is not finite
@@ -224,20 +222,21 @@ class Stepper:
             raise ValueError(f"state must be a state_dict of a torch_sap stepper of format {FORMAT}")
         if different := differences(self._settings(), state["settings"], "in the state"):
             raise ValueError(f"state must come from a stepper with the same settings, but they differ: {different}")
-        point, history = state["rewind_point"], History.from_dict(state["history"])
-        self._rewind_point = None if point is None else check_state(self.model, point)
-        self._kept = None if state["kept"] is None else Kept(**state["kept"])
-        self.history = history
-        self._at_rewind_point = False
+        point, kept = state["rewind_point"], state["kept"]
+        if point is not None:
+            point = check_state(self.model, point)
+        if kept is not None:
+            kept = Kept(kept["number"], check_state(self.model, kept["state"]), kept["masks"])
+        self.history = History.from_dict(state["history"])
+        self._rewind_point, self._kept, self._at_rewind_point = point, kept, False
 
     def _settings(self) -> dict[str, Any]:
-        tensors = {prunable.name: list(prunable.weight.shape) for prunable in self._prunables}
         return {
             "class": type(self).__name__,
             "scope": self.scope,
             **self.rule.to_dict(),
             "rewinds": self._rewinds,
-            "tensors": tensors,
+            "tensors": {prunable.name: list(prunable.weight.shape) for prunable in self._prunables},
         }
 
     def _entries(self) -> list[Entry]:
@@ -255,16 +254,15 @@ class Stepper:
 
     def _prepare_rewinding(self) -> Callable[[], None]:
         """What rewinds model and optimizer, with nothing left to compute."""
-        point, optimizer = self._rewind_point, self.optimizer
+        point, optimizer, start = self._rewind_point, self.optimizer, self._optimizer_start
         if point is None:
             return lambda: None
-        # not just cleared: some fill their state when they are made. Copied: the optimizer writes into what it takes
-        state = None if optimizer is None else {**optimizer.state_dict(), "state": copy.deepcopy(self._optimizer_state)}
+        fresh = None if optimizer is None or start is None else anew(optimizer, start)
 
         def rewind() -> None:
             restore(self.model, point, self._prunables)
-            if optimizer is not None and state is not None:
-                optimizer.load_state_dict(state)
+            if optimizer is not None and fresh is not None:
+                optimizer.load_state_dict(fresh)
             self._at_rewind_point = True
 
         return rewind
