@@ -252,6 +252,28 @@ def test_a_foreign_method_on_top_and_ours_again(foreign):
     assert set(model.state_dict()) == set(mlp().state_dict())
 
 
+def every_hook(module):
+    kinds = [kind for kind in vars(module) if kind.endswith("_hooks")]
+    tensor_hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    on_tensors = [getattr(tensor, kind, None) or () for tensor in module.parameters() for kind in tensor_hooks]
+    return {kind: len(getattr(module, kind)) for kind in kinds}, sorted(len(hooks) for hooks in on_tensors)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_methods_in_turn_leave_nothing_that_grows(removed):
+    """PyTorch tells our hook neither of the method on top of it nor of the removal of both."""
+    model, _ = half_pruned()
+    once, dense = every_hook(model[0]), every_hook(mlp()[0])
+    for _ in range(3):
+        prune.random_unstructured(model[0], "weight", amount=2)
+        if removed:
+            prune.remove(model[0], "weight")
+        layer_unstructured(model, gamma=0)
+        assert every_hook(model[0]) == once
+    prune.random_unstructured(model[0], "weight", amount=2)
+    assert every_hook(remove(model)[0]) == dense
+
+
 def test_a_foreign_method_on_top_then_prune_remove():
     model, _ = half_pruned()
     prune.l1_unstructured(model[0], "weight", amount=4)

@@ -18,6 +18,7 @@ from torch_sap.guarding import guard, unguard
 from torch_sap.host import map_pieces
 from torch_sap.interrupts import complete, held_back
 from torch_sap.keys import count_true
+from torch_sap.linking import load_hooks_of
 from torch_sap.masking import hold_mask
 from torch_sap.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
 from torch_sap.records import PruningReport, TensorRecord
@@ -164,6 +165,8 @@ def remove(model: Model) -> Model:
             hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)]
             for hook in hooks:
                 prune.remove(module, hook._tensor_name)
+            for left in load_hooks_of(module):
+                left.release(module)
         unguard(model)
     return model
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -12,6 +14,15 @@ def hooks_of(module: nn.Module, name: str) -> list[prune.BasePruningMethod]:
     """The pruning hooks of a tensor of a module, ours and foreign ones."""
     hooks = module._forward_pre_hooks.values()
     return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name]
+
+
+def load_hooks_of(module: nn.Module) -> set[Any]:
+    """Our pruning hooks that look after the loading of a module, those of tensors that others hold now too.
+
+    PyTorch tells a hook neither that another method was applied on top of it nor that the two were removed.
+    """
+    owners = {getattr(hook, "__self__", None) for hook in module._load_state_dict_post_hooks.values()}
+    return {owner for owner in owners if isinstance(owner, prune.BasePruningMethod)}
 
 
 def rename_parameter(module: nn.Module, old: str, new: str) -> None:

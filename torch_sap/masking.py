@@ -26,7 +26,7 @@ from torch.nn.utils import prune
 from torch_sap.collective import is_dtensor, place, same_placement
 from torch_sap.fsdp import manages
 from torch_sap.gradients import GradientMask
-from torch_sap.linking import hooks_of, link, rename_parameter
+from torch_sap.linking import hooks_of, link, load_hooks_of, rename_parameter
 from torch_sap.optimizers import unwatch, watch
 from torch_sap.stamps import Probe, Stamp
 from torch_sap.standardised import fold_
@@ -278,6 +278,9 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
         return
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook in hooks]:
         del module._forward_pre_hooks[key]
+    for left in load_hooks_of(module):
+        if left._tensor_name == name:
+            left.release(module)
     if name in module._parameters:
         rename_parameter(module, name, name + "_orig")
     hook = InPlaceMask(module, name)
