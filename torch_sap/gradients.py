@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import unserializable_hook
 
 from torch_sap.collective import same_placement
 from torch_sap.stamps import Stamp
@@ -55,6 +56,7 @@ class GradientMask:
             restore_zeros_(weight.grad, mask)
             self._masked = Stamp(weight.grad, mask)
 
+    @unserializable_hook  # the hook of the module that a copy gets makes a new one
     def _mask_asked_for(self, gradient: Tensor) -> Tensor | None:
         weight = self._weight()
         if weight is None or _will_accumulate():
