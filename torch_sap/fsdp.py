@@ -2,7 +2,7 @@
 
 ``fully_shard`` replaces a module's Parameter by a DTensor, and for a forward and a backward by the gathered weight,
 each time under the name that the parameter had when the model was sharded. Pruning renames it, so FSDP has to be told.
-The records are private to PyTorch (read in torch 2.14); when they cannot be found the error says so.
+The records are private to PyTorch (read in torch 2.9 and 2.14); when they cannot be found the error says so.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def _records() -> Iterator[tuple[Any, Any]]:
 
     for module in list(_module_state_mapping):
         if is_fsdp(module):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)
+            if groups is None:  # PyTorch 2.9 has one group, or None for a module without parameters of its own
+                groups = [group for group in [state._fsdp_param_group] if group is not None]
+            for group in groups:
                 for record in group.fsdp_params:
                     yield module, record
 
