@@ -56,7 +56,7 @@ class GradientMask:
             restore_zeros_(weight.grad, mask)
             self._masked = Stamp(weight.grad, mask)
 
-    @unserializable_hook  # the hook of the module that a copy gets makes a new one
+    @unserializable_hook  # type: ignore[untyped-decorator]  # the hook of a copied module makes one of its own
     def _mask_asked_for(self, gradient: Tensor) -> Tensor | None:
         weight = self._weight()
         if weight is None or _will_accumulate():
