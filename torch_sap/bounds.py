@@ -87,6 +87,17 @@ class Hyperparameters:
         return np.maximum(np.where(np.isnan(c), 0.0, c), 0.0).astype(np.int64)
 
 
+def _check_groups(index: Any, d: Any) -> None:
+    """Raise unless these are PQ Indices (or NaN) and sizes of groups."""
+    for name, values in (("index", index), ("d", d)):
+        if not isinstance(values, Tensor) and np.asarray(values).dtype.kind not in "iuf":
+            raise TypeError(f"{name} must be a real number, or an array or tensor of them, got {values!r}")
+    if bool((torch.as_tensor(index) > 1).any()):
+        raise ValueError(f"index must not be larger than 1, got index={index}")
+    if bool((torch.as_tensor(d) < 0).any()):
+        raise ValueError(f"d must not be negative, got d={d}")
+
+
 def _retain(index: Any, d: Any, rule: Hyperparameters) -> Any:
     """r, for float64 arrays or tensors."""
     p, q = rule.p, rule.q
@@ -141,7 +152,7 @@ def retention_bound(index: Any, d: Any, *, p: float = 0.5, q: float = 1.0, eta_r
         NaN where the index is NaN.
 
     Raises:
-        ValueError: if not ``0 < p < q``, or if ``eta_r`` is negative.
+        ValueError: if not ``0 < p < q``, if ``eta_r`` or d is negative, or if an index is larger than 1.
         TypeError: if one of them is no number.
 
     Example:
@@ -153,6 +164,7 @@ def retention_bound(index: Any, d: Any, *, p: float = 0.5, q: float = 1.0, eta_r
     Source: Theorem 2 of the paper.
     """
     rule = Hyperparameters(p, q, eta_r)
+    _check_groups(index, d)
     if isinstance(index, Tensor) or isinstance(d, Tensor):
         device = index.device if isinstance(index, Tensor) else d.device
         index = torch.as_tensor(index, dtype=torch.float64, device=device)
@@ -229,6 +241,7 @@ def prune_count(
     Source: Algorithm 1 of the paper; the floor is taken of the whole minimum, so that no entry is lost to rounding.
     """
     rule = Hyperparameters(p, q, eta_r, gamma, beta)
+    _check_groups(index, d)
     if isinstance(index, Tensor) or isinstance(d, Tensor):
         r = retention_bound(index, d, p=p, q=q, eta_r=eta_r)
         d = torch.as_tensor(d, device=r.device).to(torch.float64)

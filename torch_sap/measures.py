@@ -45,7 +45,7 @@ def pq_index(
 
     Raises:
         ValueError: if not ``0 < p < q``, if w has NaN or infinite entries, or if mask has another shape.
-        TypeError: if w is no real floating-point tensor.
+        TypeError: if w is no real floating-point tensor, mask no tensor, or dim no int.
         IndexError: if w has no such dimension.
 
     Example:
@@ -78,7 +78,7 @@ def gini_index(w: Tensor, *, dim: int | None = None, mask: Tensor | None = None)
 
     Raises:
         ValueError: if w has NaN or infinite entries, or if mask has another shape.
-        TypeError: if w is no real floating-point tensor.
+        TypeError: if w is no real floating-point tensor, mask no tensor, or dim no int.
         IndexError: if w has no such dimension.
 
     Example:
@@ -96,11 +96,15 @@ def _entry(w: Tensor, dim: int | None, mask: Tensor | None) -> Entry:
         raise TypeError(f"w must be a tensor, got {type(w).__name__}")
     check_dtype(w, "w")
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor or None, got {type(mask).__name__}")
         if mask.shape != w.shape:
             raise ValueError(f"mask must have the shape of w, {tuple(w.shape)}, got {tuple(mask.shape)}")
         mask = mask.detach().to(w.device) != 0
     if dim is None:
         return Entry("w", w.detach(), mask)
+    if not isinstance(dim, int):
+        raise TypeError(f"dim must be an int or None, got dim={dim!r}")
     if not -w.dim() <= dim < w.dim():
         raise IndexError(f"dim must be a dimension of w, of shape {tuple(w.shape)}, got dim={dim}")
     return Entry("w", _as_rows(w.detach(), dim), None if mask is None else _as_rows(mask, dim))

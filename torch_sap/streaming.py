@@ -41,7 +41,7 @@ def prune_stream(stream: Stream, rule: Hyperparameters) -> tuple[GroupValues, It
 
     Raises:
         ValueError: if the sums of the magnitudes' powers are not finite: an entry is NaN or infinite, or too large.
-        TypeError: if a tensor is not of a real floating-point type.
+        TypeError: if stream is no function, or a tensor is not of a real floating-point type.
 
     Example:
         >>> from torch_sap.bounds import Hyperparameters
@@ -52,8 +52,14 @@ def prune_stream(stream: Stream, rule: Hyperparameters) -> tuple[GroupValues, It
 
     Source: Algorithm 1 of the paper.
     """
+    if not callable(stream):
+        raise TypeError(
+            f"stream must be a function that gives the tensors, each time anew, got {type(stream).__name__}"
+        )
     tables, d, dtype = [], 0, torch.float16
     for number, tensor in enumerate(stream()):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"tensor {number} of the stream must be a tensor, got {type(tensor).__name__}")
         check_dtype(tensor, f"tensor {number} of the stream")
         flat = flatten(tensor, tensor)
         (table,), _ = flat_sums([(flat, None)], tensor.dtype, (rule.p, rule.q), on_host=True)
