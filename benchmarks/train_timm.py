@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> torch_sap.History:
     start = 0
     if args.resume:
         start = resume_checkpoint(model, args.resume, optimizer)
-        sap.load_state_dict(torch.load(Path(args.resume).with_name("sap.pt")))  # added
+        sap.load_state_dict(torch.load(Path(args.resume).with_name("sap.pt"), weights_only=True))  # added
     ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
     if args.resume and ema is not None:
         load_checkpoint(ema.module, args.resume, use_ema=True)

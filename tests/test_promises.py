@@ -1,0 +1,37 @@
+"""The page of promises names tests that exist, and the library does none of what SECURITY.md rules out."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import torch_sap
+
+TESTS = Path(__file__).parent
+PAGE = (TESTS.parent / "docs" / "promises.md").read_text(encoding="utf-8")
+ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "subprocess", "socket", "urllib", "http", "requests", "ctypes"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.hub.load"}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip()[:60])
+def test_every_promise_names_tests_that_exist(row):
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+    assert named, "a promise without a test"
+    for file, name in named:
+        tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+        assert any(isinstance(node, ast.FunctionDef) and node.name == name for node in ast.walk(tree)), (file, name)
+
+
+def imported(node):
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
+@pytest.mark.parametrize("path", sorted(Path(torch_sap.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_pickle_no_network_no_process_no_code_from_text(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not {name.partition(".")[0] for name in imported(node)} & FORBIDDEN_MODULES
+        assert not (isinstance(node, ast.Call) and ast.unparse(node.func) in FORBIDDEN_CALLS), ast.unparse(node)
