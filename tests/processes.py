@@ -12,7 +12,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs gloo", allow_module_level=True)
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):
-    pytest.skip("FSDP2 needs torch 2.6 or newer", allow_module_level=True)
+    pytest.skip("needs torch.distributed.fsdp.fully_shard, of PyTorch 2.6 or newer", allow_module_level=True)
 
 
 def run_all(rank, size, folder, cases):

@@ -76,7 +76,7 @@ def needs_fake_cuda():
         with FakeTensorMode():
             torch.empty(2, device="cuda")[:1]
     except RuntimeError:
-        pytest.skip("fake CUDA tensors of this torch need a GPU's driver")
+        pytest.skip("needs a GPU: this PyTorch asks its driver for fake CUDA tensors too")
 
 
 @pytest.mark.parametrize("scope", SCOPES)

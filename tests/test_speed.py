@@ -11,10 +11,12 @@ from torch import nn
 
 import torch_sap
 
+pytest.importorskip("timm")
+
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-import overhead
-import speed
+import overhead  # noqa: E402
+import speed  # noqa: E402
 
 
 def model_and_report(scope):

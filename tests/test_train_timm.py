@@ -130,7 +130,7 @@ def test_a_mistake_ends_in_one_line(tmp_path, arguments, rule):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(fashion_mnist.find(Path("data")) is None, reason="FashionMNIST is not installed")
+@pytest.mark.skipif(fashion_mnist.find(Path("data")) is None, reason="needs the package dataset-fashion-mnist")
 def test_the_commands_of_the_page_run_on_less_of_fashion_mnist(tmp_path):
     page = (ROOT / "docs" / "guide-timm.md").read_text()
     commands = re.findall(r"^python benchmarks/train_timm\.py(.*)$", page, re.MULTILINE)

@@ -93,7 +93,7 @@ def test_compiled_before_the_first_pruning(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a compiler")
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs the package g++, for inductor")
 @pytest.mark.parametrize("kind", ["efficientnet", "eva"])
 def test_inductor(kind):
     """Losses and gradients of each step, beside those of the model itself in the same state."""
