@@ -15,8 +15,8 @@ pytest.importorskip("timm")
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-import overhead  # noqa: E402
-import speed  # noqa: E402
+import overhead
+import speed
 
 
 def model_and_report(scope):
