@@ -14,6 +14,8 @@ from torch_sap.parameters import prunable_parameters
 from torch_sap.records import PruningReport
 from torch_sap.rounds import Round
 from torch_sap.stopping import Collapse, NothingLeft, StoppingRule, TargetDensity, WithinTolerance
+from torch_sap.sparse_loading import load_masks, load_sparse
+from torch_sap.sparse_saving import save_masks, save_sparse
 from torch_sap.verify import Verification, VerifiedWeight, verify
 
 __version__ = "0.1.0"
@@ -39,6 +41,8 @@ __all__ = [
     "global_unstructured",
     "iterative_sap",
     "layer_unstructured",
+    "load_masks",
+    "load_sparse",
     "neuron_unstructured",
     "pq_index",
     "prunable_parameters",
@@ -46,5 +50,7 @@ __all__ = [
     "remove",
     "retention_bound",
     "sap_rounds",
+    "save_masks",
+    "save_sparse",
     "verify",
 ]
