@@ -110,8 +110,8 @@ def verify(model: nn.Module, example_input: Any) -> Verification:
     if not pruned:
         raise ValueError("model must have a pruned weight, but no mask and no weight of it has a zero; prune it first")
     places = [(prunable.weight, torch.where(kept, KEPT, PRUNED).to(torch.uint8)) for prunable, kept in pruned]
-    with _as_it_was(model), torch.no_grad():
-        args, kwargs = _arguments(example_input)
+    with as_it_was(model), torch.no_grad():
+        args, kwargs = arguments_of(example_input)
         tensors = [leaf for leaf in tree_leaves(example_input) if isinstance(leaf, Tensor)]
         with Follow(places, tensors) as follow:
             model(*args, **kwargs)
@@ -130,7 +130,8 @@ def _kept(prunable: Prunable) -> Tensor:
     return prunable.weight.detach() != 0 if mask is None else mask
 
 
-def _arguments(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+def arguments_of(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Positional and keyword arguments of an example: a tensor, a tuple or a dict."""
     if isinstance(example, Mapping):
         return (), example
     return (example if isinstance(example, tuple) else (example,)), {}
@@ -163,7 +164,7 @@ def _reason(prunable: Prunable, received: Received) -> str:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """Eval mode, after which modes, attributes, buffers and random numbers are as before."""
     modules = list(model.modules())
     modes = [module.training for module in modules]  # of TorchScript's modules this is no attribute
