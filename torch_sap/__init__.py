@@ -16,6 +16,7 @@ from torch_sap.rounds import Round
 from torch_sap.stopping import Collapse, NothingLeft, StoppingRule, TargetDensity, WithinTolerance
 from torch_sap.sparse_loading import load_masks, load_sparse
 from torch_sap.sparse_saving import save_masks, save_sparse
+from torch_sap.summary import LayerSummary, Summary, summary
 from torch_sap.verify import Verification, VerifiedWeight, verify
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "SAP",
     "Collapse",
     "History",
+    "LayerSummary",
     "LotteryTicket",
     "NothingLeft",
     "OneShot",
@@ -34,6 +36,7 @@ __all__ = [
     "Round",
     "StoppingRule",
     "TargetDensity",
+    "Summary",
     "Verification",
     "VerifiedWeight",
     "WithinTolerance",
@@ -52,5 +55,6 @@ __all__ = [
     "sap_rounds",
     "save_masks",
     "save_sparse",
+    "summary",
     "verify",
 ]

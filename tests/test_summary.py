@@ -1,0 +1,230 @@
+"""summary: counts, PQI and MACs against independent ones, and a model that is left as it was."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers import assert_unchanged, bits, convnet, mask_of, mlp, snapshot, zoo
+from reference import pq_index as reference_pq_index
+from timm_training import make
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import torch_sap
+from torch_sap import summary
+
+pytest.importorskip("pandas")
+
+
+def flops(model, example):
+    """What PyTorch's own counter gives, with attention and recurrent layers in operations that it knows."""
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mkldnn.enabled = False
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+        torch.backends.mkldnn.enabled = True
+    return counter.get_total_flops()
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.embedding(x))
+
+
+class Often(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(self.linear(self.linear(x)))
+
+
+IMAGES = torch.randn(2, 3, 32, 32)
+MODELS = {
+    "mlp": (mlp, torch.randn(3, 6), {"0.weight": 3 * 54, "3.weight": 3 * 36}, 0),
+    "convnet": (convnet, torch.randn(3, 2, 6, 6), {"0.weight": 3 * 16 * 108, "3.weight": 3 * 4 * 108}, 0),
+    "shared": (Tied, torch.arange(5), {"embedding.weight": 5 * 72}, 0),
+    "called three times": (Often, torch.randn(2, 8), {"linear.weight": 3 * 2 * 64}, 0),
+    "lstm": (lambda: nn.LSTM(8, 4), torch.randn(5, 3, 8), {"weight_ih_l0": 15 * 128, "weight_hh_l0": 15 * 64}, 0),
+    "transformer": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        torch.randn(2, 5, 8),
+        {"self_attn.in_proj_weight": 10 * 192, "self_attn.out_proj.weight": 10 * 64, "linear1.weight": 10 * 128},
+        2 * 2 * 5 * 5 * 8,
+    ),
+    "eva": (lambda: make("eva"), IMAGES, {"blocks.0.attn.qkv.weight": 2 * 17 * 16 * 48}, 2 * 2 * 2 * 17 * 17 * 16),
+    "resnet": (lambda: make("resnet"), IMAGES, {}, 0),
+    "efficientnet": (lambda: make("efficientnet"), IMAGES, {}, 0),
+    "vit": (lambda: make("vit"), IMAGES, {}, None),
+}
+each_model = pytest.mark.parametrize("kind", MODELS)
+
+
+@each_model
+@pytest.mark.parametrize("pruned", [False, True])
+def test_macs_are_those_of_pytorchs_counter(kind, pruned):
+    build, example, of_weights, others = MODELS[kind]
+    model = build()
+    if pruned:
+        torch_sap.layer_unstructured(model, gamma=3.0)
+    found = summary(model, example)
+    assert found.macs == flops(model, example) // 2 > 0
+    by_name = {layer.name: layer for layer in found.layers}
+    for name, macs in of_weights.items():
+        assert by_name[name].macs == macs, name
+    if others is not None:
+        assert found.other_macs == others
+    for layer in found.layers:
+        assert layer.sparse_macs == round(layer.macs * int(mask_of(model, layer.name).sum()) / layer.weights)
+    assert found.sparse_macs == found.other_macs + sum(layer.sparse_macs for layer in found.layers)
+    assert (found.sparse_macs < found.macs) == pruned
+
+
+@pytest.mark.parametrize("form", ["dense", "pruned"])
+def test_counts_and_index_against_the_reference(form):
+    model = zoo()
+    if form == "pruned":
+        torch_sap.layer_unstructured(model, gamma=2.0)
+    found = summary(model)
+    assert found.macs is found.sparse_macs is found.other_macs is None
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    kept = {layer.name: mask_of(model, layer.name) for layer in found.layers}
+    assert found.weights == sum(mask.numel() for mask in kept.values())
+    assert found.remaining == sum(int(mask.sum()) for mask in kept.values())
+    for layer in found.layers:
+        module = model.get_submodule(layer.name.rpartition(".")[0])
+        mask = kept[layer.name]
+        assert (layer.module, layer.shape) == (type(module).__name__, tuple(module.weight.shape))
+        assert (layer.weights, layer.remaining) == (mask.numel(), int(mask.sum()))
+        values = module.weight.detach()[mask].double().numpy()
+        assert layer.pqi == pytest.approx(reference_pq_index(values, 0.5, 1.0), rel=1e-12)
+
+
+def test_removing_the_masks_keeps_the_counts():
+    model = convnet()
+    torch_sap.layer_unstructured(model, gamma=3.0)
+    before = summary(model)
+    after = summary(torch_sap.remove(model))
+    assert [layer.remaining for layer in after.layers] == [layer.remaining for layer in before.layers]
+    assert after.remaining < after.weights
+
+
+def test_empty_rows_are_output_channels():
+    model = nn.ModuleDict({"linear": nn.Linear(3, 4), "transposed": nn.ConvTranspose2d(4, 6, 2, groups=2)})
+    torch_sap.layer_unstructured(model, gamma=0.0)
+    model["linear"].weight_mask[[1, 3]] = False
+    model["transposed"].weight_mask[:2, 1] = False  # channel 1, of the first group
+    model["transposed"].weight_mask[2:, 2] = False  # channel 5, of the second
+    found = summary(model)
+    assert found.empty_rows == {"linear.weight": (1, 3), "transposed.weight": (1, 5)}
+    assert found.to_frame()["empty_rows"].tolist() == [2, 2]
+
+
+class Restless(nn.Module):
+    """Changes what a forward can change, in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.norm(self.linear(x)) + torch.rand_like(x)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_the_model_is_left_exactly_as_it_was(pruned):
+    model = Restless().train()
+    model.norm.eval()
+    if pruned:
+        torch_sap.layer_unstructured(model)
+    model(torch.randn(4, 8)).sum().backward()
+    gradients = [bits(parameter.grad) for parameter in model.parameters()]
+    before, rng = snapshot(model), torch.get_rng_state()
+    example = torch.ones(4, 8)
+    summary(model, example)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert_unchanged(model, before)
+    assert all(torch.equal(bits(p.grad), g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mkldnn.enabled
+
+
+def test_settings_are_put_back_though_the_model_fails():
+    with pytest.raises(RuntimeError):
+        summary(mlp(), torch.randn(3, 7))
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mkldnn.enabled
+
+
+def test_arguments_of_all_kinds():
+    class Two(nn.Linear):
+        def forward(self, x, scale):
+            return super().forward(x) * scale
+
+    macs = [
+        summary(Two(4, 3), example).macs for example in [(torch.ones(2, 4), 3.0), {"x": torch.ones(2, 4), "scale": 1}]
+    ]
+    assert macs == [24, 24]
+
+
+def test_in_a_terminal_in_a_notebook_and_as_values():
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    torch_sap.layer_unstructured(model)
+    with torch.no_grad():
+        model[2].weight.zero_()
+    found = summary(model, torch.ones(1, 64))
+    lines = str(found).splitlines()
+    assert len({len(line) for line in lines[:2]}) == 1
+    kept = int(model[0].weight_mask.sum())
+    assert lines[2].split() == [
+        *["0.weight", "Linear", "(32,", "64)", "2,048", f"{kept:,}", f"{1 - kept / 2048:.1%}"],
+        *[f"{found.layers[0].pqi:.3f}", "0", "2.048k", f"{kept / 1000:.4g}k"],
+    ]
+    assert "undefined" in lines[3]
+    assert lines[-1].startswith("total")
+    page = found._repr_html_()
+    assert page.startswith("<table>")
+    assert page.count("<tr>") == 4
+    assert f'<td style="text-align:right">{kept:,}</td>' in page
+    values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert values["layers"][1]["pqi"] is None
+    assert math.isnan(found.layers[1].pqi)
+    assert (values["layers"][0]["remaining"], values["sparse_macs"]) == (kept, found.sparse_macs)
+    assert found.to_frame()["remaining"].sum() == found.remaining
+    assert list(summary(model).to_frame()) == list(found.to_frame())[:-2]
+
+
+def test_names_are_escaped_in_a_notebook():
+    model = nn.ModuleDict({"<b>": nn.Linear(3, 4)})
+    assert "&lt;b&gt;.weight" in summary(model)._repr_html_()
+
+
+def test_a_note_says_what_has_no_weight():
+    build, example, _, others = MODELS["transformer"]
+    assert str(summary(build(), example)).splitlines()[-1].startswith(f"total MACs with {others} in which no weight")
+
+
+def test_what_is_refused():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        summary("model")
+    with pytest.raises(ValueError, match="must have a parameter to prune"):
+        summary(nn.ReLU())
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"0.weight of shape \(9, 6\) has NaN entries"):
+        summary(model)
