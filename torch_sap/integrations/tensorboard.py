@@ -1,0 +1,97 @@
+"""Rounds of an iterative pruning in TensorBoard, while they are made or afterwards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from torch_sap.history import Round, Sparsity
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError as error:
+    raise ImportError("torch_sap.integrations.tensorboard needs it: pip install 'torch_sap[tensorboard]'") from error
+
+
+class TensorBoardCallback:
+    """Writes each round that it is called with as event data, with the round's number as the step.
+
+    The tags, of the retrained model and, with the prefix "pruned_", of the pruned model before rewinding:
+
+    - ``sap/density``, ``sap/remaining``, ``sap/pruned``, ``sap/seconds``;
+    - ``pqi/global``, ``pqi/layer_mean``, ``pqi/neuron_mean``, and ``gini/...`` where it was measured;
+    - ``metrics/NAME``;
+    - for each tensor ``layer_density/NAME``, ``layer_pqi/NAME``, and the histogram ``neuron_pqi/NAME``.
+
+    Args:
+        writer: A SummaryWriter of yours, which stays open, or the folder for a new one, which :meth:`close` and the
+            end of a with-block close.
+        layers: Whether each tensor gets tags of its own.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> with TensorBoardCallback("runs/sap") as tensorboard:
+        ...     history = iterative_sap(model, train_fn=lambda model: None, iterations=2, callback=tensorboard)
+
+        Afterwards, of a history that was saved: ``for found in history: tensorboard(found)``.
+    """
+
+    def __init__(self, writer: SummaryWriter | str | os.PathLike[str], *, layers: bool = True) -> None:
+        self._owned = not isinstance(writer, SummaryWriter)
+        self.writer: Any = SummaryWriter(os.fspath(writer)) if not isinstance(writer, SummaryWriter) else writer
+        self.layers = layers
+
+    def __call__(self, round: Round) -> None:
+        """Write a round."""
+        self._scalars("sap/", {"density": round.density, "remaining": round.remaining, "seconds": round.seconds}, round)
+        self._scalars("sap/", {"pruned": round.pruned_count}, round)
+        self._scalars("metrics/", round.metrics, round)
+        self._scalars("pruned_metrics/", round.pruned_metrics, round)
+        self._sparsity("", round.retrained, round)
+        if round.pruned is not None:
+            self._sparsity("pruned_", round.pruned, round)
+        if self.layers:
+            self._layers(round)
+        self.writer.flush()
+
+    def _scalars(self, prefix: str, values: Mapping[str, float], round: Round) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(prefix + name, value, round.number)
+
+    def _sparsity(self, prefix: str, sparsity: Sparsity, round: Round) -> None:
+        for measure, scopes in (("pqi", sparsity.pqi), ("gini", sparsity.gini)):
+            for scope, groups in (scopes or {}).items():
+                defined = _defined(np.concatenate(list(groups.values())))
+                if len(defined):
+                    name = f"{prefix}{measure}/{scope}" + ("" if scope == "global" else "_mean")
+                    self.writer.add_scalar(name, float(defined.mean()), round.number)
+
+    def _layers(self, round: Round) -> None:
+        for tensor in round.tensors:
+            self.writer.add_scalar(
+                f"layer_density/{tensor.name}", tensor.remaining / max(tensor.total, 1), round.number
+            )
+        for name, index in round.retrained.pqi["layer"].items():
+            if len(defined := _defined(index)):
+                self.writer.add_scalar(f"layer_pqi/{name}", float(defined[0]), round.number)
+        for name, index in round.retrained.pqi["neuron"].items():
+            if len(defined := _defined(index)):
+                self.writer.add_histogram(f"neuron_pqi/{name}", defined, round.number)
+
+    def close(self) -> None:
+        """Close the writer, unless it is yours."""
+        if self._owned:
+            self.writer.close()
+
+    def __enter__(self) -> TensorBoardCallback:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _defined(values: Any) -> Any:
+    return values[~np.isnan(values)]
