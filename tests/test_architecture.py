@@ -57,9 +57,12 @@ ORDER = [
     "tensor_files",
     "sparse_saving",
     "sparse_loading",
+    "macs",
+    "summary",
     "__init__",
     "integrations.__init__",
     "integrations.lightning",
+    "integrations.tensorboard",
 ]
 
 
