@@ -14,6 +14,7 @@ from torch_sap.parameters import prunable_parameters
 from torch_sap.records import PruningReport
 from torch_sap.rounds import Round
 from torch_sap.stopping import Collapse, NothingLeft, StoppingRule, TargetDensity, WithinTolerance
+from torch_sap.shrinking import Shrunk, shrink
 from torch_sap.sparse_loading import load_masks, load_sparse
 from torch_sap.sparse_saving import save_masks, save_sparse
 from torch_sap.summary import LayerSummary, Summary, summary
@@ -36,6 +37,7 @@ __all__ = [
     "Round",
     "StoppingRule",
     "TargetDensity",
+    "Shrunk",
     "Summary",
     "Verification",
     "VerifiedWeight",
@@ -55,6 +57,7 @@ __all__ = [
     "sap_rounds",
     "save_masks",
     "save_sparse",
+    "shrink",
     "summary",
     "verify",
 ]
