@@ -59,6 +59,8 @@ ORDER = [
     "sparse_loading",
     "macs",
     "summary",
+    "channels",
+    "shrinking",
     "__init__",
     "integrations.__init__",
     "integrations.lightning",
