@@ -11,6 +11,7 @@ import torch_sap
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import inference
+import sparse_files
 
 
 @pytest.mark.parametrize("case", inference.CASES)
@@ -52,3 +53,14 @@ def test_rows_and_picture(tmp_path):
     assert all(row["turns"] >= 4 and row["milliseconds"] > 0 for row in rows)
     inference.plot(rows, tmp_path / "inference.png", "this machine")
     assert (tmp_path / "inference.png").stat().st_size > 5000
+
+
+def test_sizes_and_times_of_files(tmp_path, monkeypatch):
+    rows = {row["kind"]: row for row in sparse_files.measure("test_vit", 0.9, 1, tmp_path)}
+    assert rows["torch.save, dense"]["share_of_dense"] == 1
+    assert rows["save_sparse"]["bytes"] < 0.25 * rows["torch.save, pruned"]["bytes"]
+    assert rows["save_sparse"]["load_ms"] > 0
+
+    monkeypatch.setattr(torch_sap, "load_sparse", lambda model, path: model)
+    with pytest.raises(AssertionError, match="other"):
+        sparse_files.measure("test_vit", 0.9, 1, tmp_path)

@@ -279,3 +279,14 @@ def test_masks_take_the_place_of_others(tmp_path):
         assert torch.equal(mask, mask_of(other, name))
         module = other.get_submodule(name.rpartition(".")[0])
         assert torch.equal(module.weight != 0, values[name])
+
+
+def test_a_resnet50_of_ten_percent_takes_fourteen_percent_of_the_dense_file(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet50")
+    torch_sap.OneShot(model, ratio=0.9, scope="layer", rewind="none").step()
+    save_sparse(model, tmp_path / "sparse")
+    other = load_sparse(timm.create_model("resnet50"), tmp_path / "sparse")
+    assert_same(other, model)
+    torch.save(remove(model).state_dict(), tmp_path / "dense")
+    assert (tmp_path / "sparse").stat().st_size <= 0.14 * (tmp_path / "dense").stat().st_size
