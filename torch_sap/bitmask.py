@@ -78,13 +78,13 @@ def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
 
 def gather_values(tensor: Tensor, mask: Tensor) -> Tensor:
     """The entries of a tensor where a mask of its shape is True, in order, bit for bit; one dimension."""
-    return _bits_of(tensor)[mask].view(tensor.dtype)
+    return torch.from_numpy(_bits_of(tensor).numpy()[mask.numpy()]).view(tensor.dtype)
 
 
 def scatter_values(values: Tensor, mask: Tensor) -> Tensor:
     """The tensor with values where a mask is True, in order, bit for bit, and +0.0 elsewhere."""
     bits = torch.zeros(mask.shape, dtype=INTEGER_OF[values.dtype])
-    bits[mask] = _bits_of(values)
+    bits.numpy()[mask.numpy()] = _bits_of(values).numpy()  # twice as fast as by torch, on one thread
     return bits.view(values.dtype)
 
 

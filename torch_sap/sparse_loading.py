@@ -14,7 +14,7 @@ from torch_sap.bitmask import matrix_shape, row_offsets, scatter_values, unpack
 from torch_sap.functional import hold_masks
 from torch_sap.guarding import guard
 from torch_sap.held import Held, held_tensors
-from torch_sap.keys import check_dtype
+from torch_sap.keys import check_dtype, count_true
 from torch_sap.sparse_saving import FORMAT
 from torch_sap.tensor_files import PathLike, TensorFile, damaged, reading
 
@@ -176,7 +176,7 @@ def _check_counts(file: TensorFile, there: _Stored, parts: Mapping[str, str]) ->
     if there.shape is not None and rows != matrix_shape(there.shape):
         raise ValueError(f"its rows and columns must be {matrix_shape(there.shape)}, got {rows}")
     mask = there.mask(file)
-    remaining = int(mask.sum())
+    remaining = int(count_true(mask))
     if there.remaining not in (None, remaining):
         raise ValueError(f"{there.remaining} entries must remain by its description, but {remaining} do by its bits")
     if "compressed" in parts and file.shape(parts["compressed"]) != (remaining,):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torch_sap.bitmask import gather_values, matrix_shape, not_zero, pack, unpack
 from torch_sap.held import Held, held_tensors
-from torch_sap.keys import INTEGER_OF, check_dtype
+from torch_sap.keys import INTEGER_OF, check_dtype, count_true
 from torch_sap.tensor_files import PathLike, Piece, write
 
 FORMAT = 1
@@ -106,7 +106,7 @@ def _kept(held: Held) -> tuple[Tensor | None, bool]:
         return None, False
     kept = not_zero(held.tensor.cpu())
     rows, columns = matrix_shape(kept.shape)
-    packed = int(kept.sum()) * held.tensor.itemsize + rows * (-(-columns // 8) + 8) + 16
+    packed = int(count_true(kept)) * held.tensor.itemsize + rows * (-(-columns // 8) + 8) + 16
     return (kept, False) if packed < held.tensor.nbytes else (None, False)
 
 
@@ -134,7 +134,7 @@ def _about(held: Held, kept: Tensor, *, masked: bool) -> dict[str, Any]:
     return {
         "prefix": _prefix(held.name),
         "shape": list(held.tensor.shape),
-        "remaining": int(kept.sum()),
+        "remaining": int(count_true(kept)),
         "masked": masked,
     }
 

@@ -85,7 +85,8 @@ def write(path: PathLike, pieces: Sequence[Piece], about: Mapping[str, Any]) -> 
 
 
 def _bytes(tensor: Tensor) -> Any:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.reshape(-1).as_strided((tensor.numel(),), (1,))  # strides of one or no entry may be anything
+    return flat.view(torch.uint8).numpy()
 
 
 def _header(pieces: Sequence[Piece], about: Mapping[str, Any], checksums: Mapping[str, int]) -> bytes:
