@@ -121,7 +121,10 @@ class Machine(RuleBasedStateMachine):
             np.testing.assert_allclose(group.index[alive], [record.index for record in wanted], rtol=0, atol=1e-10)
             for c, record in zip(group.c[alive], wanted, strict=True):
                 if c != record.c:  # the two round I differently, which shows where d - r is a whole number
+                    share = report.hyperparameters["gamma"] * (record.d - record.r)
+                    limit = min(share, report.hyperparameters["beta"] * record.d)
                     assert abs(c - record.c) == 1, name
+                    assert abs(limit - round(limit)) < 1e-6, f"{name}: {c} pruned, not {record.c}"
                     exact = False
         for name, mask in masks.items():
             now = found[name][3].numpy()
