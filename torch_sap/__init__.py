@@ -13,10 +13,10 @@ from torch_sap.methods import PQIGlobal, PQILayer, PQINeuron
 from torch_sap.parameters import prunable_parameters
 from torch_sap.records import PruningReport
 from torch_sap.rounds import Round
-from torch_sap.stopping import Collapse, NothingLeft, StoppingRule, TargetDensity, WithinTolerance
 from torch_sap.shrinking import Shrunk, shrink
 from torch_sap.sparse_loading import load_masks, load_sparse
 from torch_sap.sparse_saving import save_masks, save_sparse
+from torch_sap.stopping import Collapse, NothingLeft, StoppingRule, TargetDensity, WithinTolerance
 from torch_sap.summary import LayerSummary, Summary, summary
 from torch_sap.verify import Verification, VerifiedWeight, verify
 
@@ -35,10 +35,10 @@ __all__ = [
     "PQINeuron",
     "PruningReport",
     "Round",
-    "StoppingRule",
-    "TargetDensity",
     "Shrunk",
+    "StoppingRule",
     "Summary",
+    "TargetDensity",
     "Verification",
     "VerifiedWeight",
     "WithinTolerance",

@@ -17,11 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_sap.bounds import Hyperparameters
 from torch_sap.functional import global_unstructured, remove
-from torch_sap.groups import Scope
+from torch_sap.groups import Scope, check_scope
 from torch_sap.history import History
 from torch_sap.iterative import SAP
 from torch_sap.parameters import prunable_parameters
-from torch_sap.stepper import SCOPES
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -87,8 +86,7 @@ class SAPCallback(Callback):
     ) -> None:
         Hyperparameters(p, q, eta_r, gamma, beta)  # raises here if one is out of its range
         _check_epochs(epochs_per_round, rewind)
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got scope={scope!r}")
+        check_scope(scope)
         if not isinstance(exclude, Iterable):
             raise TypeError(f"exclude must be a pattern or an iterable of patterns, got {exclude!r}")
         self.epochs_per_round, self.rewind = epochs_per_round, rewind
