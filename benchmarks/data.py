@@ -171,6 +171,19 @@ def load(name: str, data_dir: Path | str | None = None) -> Dataset:
     raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
 
 
+def first(split: Split, images: int | None) -> Split:
+    """Return a split of its first images only; None is all of them.
+
+    Raises:
+        ValueError: the split has fewer images, or does not lie in memory.
+    """
+    if images is None:
+        return split
+    if not isinstance(split, MemorySplit) or images > len(split):
+        raise ValueError(f"images must be at most {len(split)}, of a data set in memory, got images={images}")
+    return replace(split, images=split.images[:images], labels=split.labels[:images])
+
+
 def random_crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
     """Shift every image by up to `padding` pixels and mirror half of them: the usual augmentation of CIFAR.
 

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class Recipe:
         momentum: Nesterov momentum of SGD.
         weight_decay: added to the gradient as this times the weight.
         clip: largest norm of the gradient over all parameters.
+        anneal: whether the learning rate falls after each "step" or after each "epoch".
     """
 
     epochs: int = 8
@@ -35,6 +37,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     clip: float = 1.0
+    anneal: Literal["step", "epoch"] = "step"
 
 
 def seed_everything(seed: int) -> None:
@@ -68,11 +71,13 @@ def fit(model: nn.Module, split: Split, recipe: Recipe, on_epoch: OnEpoch | None
         weight_decay=recipe.weight_decay,
         nesterov=recipe.momentum > 0,
     )
-    steps = recipe.epochs * max(1, len(split) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    steps = max(1, len(split) // recipe.batch_size) if recipe.anneal == "step" else 1
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * steps)
     loss = math.nan
     for epoch in range(1, recipe.epochs + 1):
-        loss = _train_one_epoch(model, split, recipe, optimizer, schedule)
+        loss = _train_one_epoch(model, split, recipe, optimizer, schedule if recipe.anneal == "step" else None)
+        if recipe.anneal == "epoch":
+            schedule.step()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"training diverged in epoch {epoch}: the loss is {loss}; try a smaller learning rate"
@@ -102,7 +107,7 @@ def _train_one_epoch(
     split: Split,
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None,
 ) -> float:
     model.train()
     total: Tensor | float = 0.0
@@ -113,7 +118,8 @@ def _train_one_epoch(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
-        schedule.step()
+        if schedule is not None:
+            schedule.step()
         # Summed on the device and read once an epoch: reading it each step would make a GPU wait.
         total = total + loss.detach()
         steps += 1

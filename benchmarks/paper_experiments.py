@@ -1,0 +1,72 @@
+"""Which runs each experiment of the paper needs, and how much of the paper's budget they get here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from paper_runs import Run
+
+# The paper trains 200 epochs a round, 30 rounds, ResNets 15. What a CPU can do is less, and the page says so.
+REDUCED = {
+    "mlp": Run(model="mlp", rounds=30, epochs=10),
+    "cnn": Run(model="cnn", width=16, rounds=12, epochs=3, images=5000, test_images=5000),
+    "test_resnet": Run(model="test_resnet", rounds=12, epochs=3, images=5000, test_images=5000),
+}
+PAPER_ROUNDS, PAPER_ROUNDS_RESNET, PAPER_EPOCHS = 30, 15, 200
+ABLATION = Run(model="mlp", rounds=12, epochs=3, images=20_000)
+ANCHORS = Run(model="mlp", rounds=10, epochs=5)
+
+SEEDS = (0, 1, 2)
+FEWER_SEEDS = (0, 1)
+DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+NORMS = ((0.2, 1.0), (0.4, 1.0), (0.5, 1.0), (0.6, 1.0), (0.8, 1.0), (1.0, 1.5), (1.0, 2.0), (1.0, 4.0), (0.5, 2.0))
+ETA_R = (0.0, 0.001, 0.01, 0.1, 1.0)
+GAMMA = (1.0, 3.0, 5.0, 7.0)
+
+
+def figure2(base: Run, seeds: Sequence[int] = SEEDS) -> list[Run]:
+    """SAP (0.5, 1), SAP (1, 2), Lottery Ticket and One Shot in the global scope."""
+    methods = [
+        replace(base, method="sap"),
+        replace(base, method="sap", p=1.0, q=2.0),
+        replace(base, method="lottery-ticket"),
+        replace(base, method="one-shot"),
+    ]
+    return _seeded(methods, seeds)
+
+
+def figure3(base: Run, seeds: Sequence[int] = SEEDS) -> list[Run]:
+    """SAP in its three scopes, Lottery Ticket and One Shot."""
+    methods = [replace(base, method="sap", scope=scope) for scope in ("neuron", "layer", "global")]
+    return _seeded([*methods, replace(base, method="lottery-ticket"), replace(base, method="one-shot")], seeds)
+
+
+def figure4(base: Run, seeds: Sequence[int] = FEWER_SEEDS) -> list[Run]:
+    """SAP with other p and q, global scope."""
+    return _seeded([replace(base, method="sap", p=p, q=q) for p, q in NORMS], seeds)
+
+
+def figure5(base: Run, seeds: Sequence[int] = FEWER_SEEDS) -> list[Run]:
+    """SAP with other eta_r and gamma, global scope."""
+    changed = [replace(base, method="sap", eta_r=eta_r) for eta_r in ETA_R]
+    changed += [replace(base, method="sap", gamma=gamma) for gamma in GAMMA[1:]]
+    return _seeded(changed, seeds)
+
+
+def audit(base: Run, seeds: Sequence[int] = SEEDS) -> list[Run]:
+    """All methods at the same number of epochs a round, and plain pruning at once to the densities of the table."""
+    runs = list(dict.fromkeys([*figure2(base, seeds), *figure3(base, seeds)]))
+    random = [replace(base, method="random")]
+    plain = [replace(base, method="plain", rounds=1, ratio=1 - density) for density in DENSITIES]
+    return sorted([*runs, *_seeded(random, seeds), *_seeded(plain, seeds)], key=lambda run: run.seed)
+
+
+def anchors(base: Run = ANCHORS, seeds: Sequence[int] = FEWER_SEEDS) -> list[Run]:
+    """The six configurations that the authors' own code was run with."""
+    runs = list(dict.fromkeys([*figure2(base, seeds), *figure3(base, seeds)]))
+    return sorted(runs, key=lambda run: run.seed)
+
+
+def _seeded(runs: Sequence[Run], seeds: Sequence[int]) -> list[Run]:
+    return [replace(run, seed=seed) for seed in seeds for run in runs]
