@@ -5,6 +5,8 @@ Initial values: convolutions by He's rule over the outgoing connections, biases 
 
 from __future__ import annotations
 
+import itertools
+
 from collections.abc import Sequence
 
 import torch
@@ -52,16 +54,16 @@ def build(name: str, *, in_chans: int, image_size: int, num_classes: int, width:
 def perceptron(widths: Sequence[int]) -> nn.Sequential:
     """Linear layers of these widths, from the flat image to the classes, with ReLU between."""
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 def cnn(in_chans: int, num_classes: int, width: int) -> nn.Sequential:
-    """Four times convolution, batch norm, ReLU and max pooling, doubling the width; then the mean and a linear layer."""
+    """Four times convolution, batch norm, ReLU and max pooling, doubling the width; the mean; a linear layer."""
     channels = [in_chans, width, 2 * width, 4 * width, 8 * width]
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(channels[:-1], channels[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(channels):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes))
 
