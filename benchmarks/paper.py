@@ -19,7 +19,7 @@ from paper_jobs import Machine, complete_all
 from paper_runs import Run
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("anchors", "figure2", "figure3", "figure4", "figure5", "audit")
+NAMES = ("anchors", "differences", "figure2", "figure3", "figure4", "figure5", "audit")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def chosen(arguments: argparse.Namespace) -> list[Run]:
     """The runs of the experiment that the arguments name, with the budget that they give."""
-    if arguments.experiment == "anchors":
+    if arguments.experiment in ("anchors", "differences"):
         base = experiments.ANCHORS
     elif arguments.experiment in ("figure4", "figure5"):
         base = experiments.ABLATION

@@ -68,5 +68,15 @@ def anchors(base: Run = ANCHORS, seeds: Sequence[int] = FEWER_SEEDS) -> list[Run
     return sorted(runs, key=lambda run: run.seed)
 
 
+def differences(base: Run = ANCHORS, seeds: Sequence[int] = FEWER_SEEDS) -> list[Run]:
+    """Runs of `anchors` with what the authors' code does in another way, one thing at a time and together."""
+    ticket = replace(base, method="lottery-ticket")
+    changed = [replace(ticket, authors="clip")]
+    for scope in ("layer", "neuron"):
+        sap = replace(base, method="sap", scope=scope)
+        changed += [replace(sap, authors=authors) for authors in ("clip", "count", "clip+count")]
+    return _seeded(changed, seeds)
+
+
 def _seeded(runs: Sequence[Run], seeds: Sequence[int]) -> list[Run]:
     return [replace(run, seed=seed) for seed in seeds for run in runs]

@@ -6,7 +6,6 @@ Initial values: convolutions by He's rule over the outgoing connections, biases 
 from __future__ import annotations
 
 import itertools
-
 from collections.abc import Sequence
 
 import torch

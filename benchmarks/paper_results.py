@@ -1,4 +1,4 @@
-"""Saved histories of the paper's experiments: packed small, read again, and the numbers that the page takes from them."""
+"""Saved histories of the paper's experiments: packed small, read again, and the numbers taken from them."""
 
 from __future__ import annotations
 

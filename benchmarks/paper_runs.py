@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import data
+import paper_authors
 import paper_models
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class Run:
         width: of the model cnn.
         images: of the training images, the first so many; None is all of them.
         test_images: of the test images, likewise.
+        authors: what is done as the authors' code does it, see `paper_authors`: "", "clip", "count" or "clip+count".
     """
 
     model: str = "mlp"
@@ -66,6 +68,7 @@ class Run:
     width: int | None = None
     images: int | None = None
     test_images: int | None = None
+    authors: Literal["", "clip", "count", "clip+count"] = ""
 
     @property
     def name(self) -> str:
@@ -73,7 +76,7 @@ class Run:
         images = "all" if self.images is None else str(self.images)
         tested = "" if self.test_images is None else f"-{self.test_images}"
         head = f"{self.model}{self.width or ''}-{self.data}-{images}{tested}-{self.rounds}x{self.epochs}"
-        return f"{head}-{self.label}-{self.scope}-seed{self.seed}"
+        return f"{head}-{self.label}-{self.scope}{self.authors and '-' + self.authors}-seed{self.seed}"
 
     @property
     def label(self) -> str:
@@ -101,7 +104,8 @@ def make_stepper(run: Run, model: nn.Module) -> Stepper:
     """The stepper of a run's method on its model."""
     settings: dict[str, Any] = {"scope": run.scope, "p": run.p, "q": run.q, "gini": True}
     if run.method == "sap":
-        return torch_sap.SAP(model, eta_r=run.eta_r, gamma=run.gamma, beta=run.beta, **settings)
+        sap = paper_authors.AuthorsSAP if "count" in run.authors else torch_sap.SAP
+        return sap(model, eta_r=run.eta_r, gamma=run.gamma, beta=run.beta, **settings)
     settings["ratio"] = run.ratio
     if run.method == "one-shot":
         return torch_sap.OneShot(model, **settings)
@@ -133,14 +137,19 @@ def complete(
     seed_everything(run.seed)
     dataset = _dataset(run.data, data_dir, run.images, run.test_images).to(torch.device(device))
     shape = {"in_chans": dataset.in_chans, "image_size": dataset.image_size, "num_classes": dataset.num_classes}
-    model = paper_models.build(run.model, width=run.width, **shape).to(device)
+    build = functools.partial(paper_models.build, run.model, width=run.width, **shape)
+    model = build().to(device)
     stepper = make_stepper(run, model)
     if (folder / "state.pt").exists():
         _load(stepper, folder / "state.pt")
     recipe = Recipe(run.epochs, BATCH_SIZE, anneal="epoch")
 
     def train(model: nn.Module) -> dict[str, float]:
-        return fit(model, dataset.train, recipe, on_epoch)
+        if "clip" not in run.authors:
+            return fit(model, dataset.train, recipe, on_epoch)
+        with torch.random.fork_rng():
+            twin = build().to(device)
+        return fit(twin, dataset.train, recipe, on_epoch, paper_authors.dense_twin(model, twin))
 
     def test(model: nn.Module) -> dict[str, float]:
         return {**evaluate(model, dataset.test), "pqi_half_1": pq_index_of(model)}

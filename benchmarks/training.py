@@ -49,7 +49,13 @@ def seed_everything(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def fit(model: nn.Module, split: Split, recipe: Recipe, on_epoch: OnEpoch | None = None) -> dict[str, float]:
+def fit(
+    model: nn.Module,
+    split: Split,
+    recipe: Recipe,
+    on_epoch: OnEpoch | None = None,
+    before_step: Callable[[], None] | None = None,
+) -> dict[str, float]:
     """Train a model in place, with an optimizer and a schedule of its own.
 
     Args:
@@ -57,6 +63,7 @@ def fit(model: nn.Module, split: Split, recipe: Recipe, on_epoch: OnEpoch | None
         split: the training images.
         recipe: how to train.
         on_epoch: called after each epoch with its number (from 1) and its mean loss, for a progress bar.
+        before_step: called after each clipping, before the optimizer's step.
 
     Returns:
         `{"train_loss": mean loss over the last epoch}`.
@@ -75,7 +82,8 @@ def fit(model: nn.Module, split: Split, recipe: Recipe, on_epoch: OnEpoch | None
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * steps)
     loss = math.nan
     for epoch in range(1, recipe.epochs + 1):
-        loss = _train_one_epoch(model, split, recipe, optimizer, schedule if recipe.anneal == "step" else None)
+        each_step = schedule if recipe.anneal == "step" else None
+        loss = _train_one_epoch(model, split, recipe, optimizer, each_step, before_step)
         if recipe.anneal == "epoch":
             schedule.step()
         if not math.isfinite(loss):
@@ -108,6 +116,7 @@ def _train_one_epoch(
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler | None,
+    before_step: Callable[[], None] | None,
 ) -> float:
     model.train()
     total: Tensor | float = 0.0
@@ -117,6 +126,8 @@ def _train_one_epoch(
         loss = F.cross_entropy(model(images), labels)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        if before_step is not None:
+            before_step()
         optimizer.step()
         if schedule is not None:
             schedule.step()
