@@ -21,11 +21,6 @@ Value = Callable[[torch_sap.Round], float]
 Column = tuple[str, Value]
 
 LABELS = {"lottery-ticket": "Lottery Ticket", "one-shot": "One Shot", "random": "random", "plain": "plain"}
-    "lottery-ticket": "Lottery Ticket",
-    "one-shot": "One Shot",
-    "random": "random",
-    "plain": "prune once, train on",
-}
 
 RETRAINED: tuple[Column, ...] = (
     ("accuracy (%)", lambda found: 100 * found.metrics["accuracy"]),

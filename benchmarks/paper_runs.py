@@ -27,7 +27,7 @@ from torch_sap.stepper import Stepper
 
 Method = Literal["sap", "lottery-ticket", "one-shot", "random", "plain"]
 OnEpoch = Callable[[int, float], None]
-BATCH_SIZE = 250
+PAPER_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Run:
         scope: "global", "layer" or "neuron".
         p, q, eta_r, gamma, beta: of SAP; p and q say which PQ Index the other methods record.
         ratio: share of what is left that a round prunes, of the methods but SAP.
+        batch_size: images a step; the paper's is 250.
         width: of the model cnn.
         images: of the training images, the first so many; None is all of them.
         test_images: of the test images, likewise.
@@ -65,6 +66,7 @@ class Run:
     gamma: float = 1.0
     beta: float = 0.9
     ratio: float = 0.2
+    batch_size: int = PAPER_BATCH
     width: int | None = None
     images: int | None = None
     test_images: int | None = None
@@ -76,6 +78,7 @@ class Run:
         images = "all" if self.images is None else str(self.images)
         tested = "" if self.test_images is None else f"-{self.test_images}"
         head = f"{self.model}{self.width or ''}-{self.data}-{images}{tested}-{self.rounds}x{self.epochs}"
+        head += "" if self.batch_size == PAPER_BATCH else f"-batch{self.batch_size}"
         return f"{head}-{self.label}-{self.scope}{self.authors and '-' + self.authors}-seed{self.seed}"
 
     @property
@@ -142,7 +145,7 @@ def complete(
     stepper = make_stepper(run, model)
     if (folder / "state.pt").exists():
         _load(stepper, folder / "state.pt")
-    recipe = Recipe(run.epochs, BATCH_SIZE, anneal="epoch")
+    recipe = Recipe(run.epochs, run.batch_size, anneal="epoch")
 
     def train(model: nn.Module) -> dict[str, float]:
         if "clip" not in run.authors:

@@ -1,0 +1,113 @@
+"""The tables of docs/does-it-work.md, from saved histories."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from paper_figures import describe, grouped, over_seeds, phases
+from paper_results import SHARES, Curve, Histories, curve, joined, mean_and_std
+from paper_runs import Run
+from zoo_page import table
+
+# Where the area under the curve ends, in percent: where every method that prunes on has been, and a sparse end.
+AREA_ENDS = (20.0, 2.0)
+EPOCHS_TO = (10.0, 2.0)
+NOT_REACHED = "-"
+
+
+def curves(histories: Histories) -> dict[str, list[Curve]]:
+    """The curves of each method, one a seed; runs that prune once to different densities are joined."""
+    found: dict[str, list[Curve]] = {}
+    once: dict[int, list[Curve]] = {}
+    for run, history in histories.items():
+        if run.method == "plain":
+            once.setdefault(run.seed, []).append(curve(run, history))
+        else:
+            found.setdefault(describe(run), []).append(curve(run, history))
+    if once:
+        found["prune once, train on"] = [joined(of_seed) for of_seed in once.values()]
+    return found
+
+
+def accuracy_table(histories: Histories) -> str:
+    """Test accuracy of each method at the densities of the audit, mean and deviation over seeds."""
+    head = ["method", "seeds", "dense", *(f"{share:g} %" for share in SHARES)]
+    lines = []
+    for name, of_method in curves(histories).items():
+        at = [[one.accuracy_at(share / 100) for one in of_method] for share in (100.0, *SHARES)]
+        lines.append([name, f"{len(of_method)}", *map(percent, at)])
+    return table(head, lines)
+
+
+def area_table(histories: Histories) -> str:
+    """Mean accuracy over log(remaining weights), the lowest density reached, and the epochs to reach two densities."""
+    head = ["method", *(f"mean accuracy, 100 to {end:g} %" for end in AREA_ENDS), "smallest remaining"]
+    head += [f"epochs to {share:g} %" for share in EPOCHS_TO]
+    lines = []
+    for name, of_method in curves(histories).items():
+        areas = [percent([one.mean_accuracy(end / 100) for one in of_method]) for end in AREA_ENDS]
+        smallest, _ = mean_and_std(one.points[-1][0] for one in of_method)
+        epochs = [_epochs(mean_and_std(one.epochs_to(share / 100) for one in of_method)[0]) for share in EPOCHS_TO]
+        lines.append([name, *areas, f"{100 * smallest:.2f} %", *epochs])
+    return table(head, lines)
+
+
+def ablation_table(histories: Histories) -> str:
+    """What rounds end at, and the phases of the hypothesis on the way."""
+    head = ["setting", "remaining after 1 pruning", "at the end", "accuracy: dense", "best", "last"]
+    head += ["PQ Index: first", "smallest (round)", "last", "phases"]
+    lines = []
+    for name, members in grouped(histories).items():
+        density = 100 * over_seeds(members, lambda found: found.density).mean(0)
+        accuracy = 100 * over_seeds(members, lambda found: found.metrics["accuracy"]).mean(0)
+        index = over_seeds(members, lambda found: found.pqi).mean(0)
+        lowest = int(index.argmin())
+        line = [name, f"{density[1]:.1f} %", f"{density[-1]:.2f} %", f"{accuracy[0]:.2f}", f"{accuracy.max():.2f}"]
+        line += [f"{accuracy[-1]:.2f}", f"{index[0]:.3f}", f"{index[lowest]:.3f} ({lowest})", f"{index[-1]:.3f}"]
+        lines.append([*line, phase_line(phases(members))])
+    return table(head, lines)
+
+
+def phase_table(histories: Histories) -> str:
+    """How many rounds of each method are in which phase of the hypothesis, and the rounds in order."""
+    head = ["method", "regularisation", "compression", "collapse", "none of them", "in order"]
+    lines = []
+    for name, members in grouped(histories).items():
+        labels = phases(members)[1:]
+        counts = [f"{sum(label == wanted for label in labels)}" for wanted in (*PHASES, None)]
+        lines.append([name, *counts, phase_line([None, *labels])])
+    return table(head, lines)
+
+
+PHASES = ("regularisation", "compression", "collapse")
+
+
+def phase_line(labels: Sequence[str | None]) -> str:
+    """Phases as a word: R, C, X for the three, a dot for none, without round 0."""
+    letters = {"regularisation": "R", "compression": "C", "collapse": "X", None: "."}
+    return f"`{''.join(letters[label] for label in labels[1:])}`"
+
+
+def percent(values: Iterable[float]) -> str:
+    """Mean and deviation of shares, in percent; a dash if a seed has none."""
+    mean, deviation = mean_and_std(values)
+    if math.isnan(mean):
+        return NOT_REACHED
+    return f"{100 * mean:.2f}" if math.isnan(deviation) else f"{100 * mean:.2f} ± {100 * deviation:.2f}"
+
+
+def selected(histories: Histories, runs: Sequence[Run]) -> Histories:
+    """The histories of these runs, in their order.
+
+    Raises:
+        FileNotFoundError: one is missing.
+    """
+    missing = [run.name for run in runs if run not in histories]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(runs)} runs have no saved history: {missing[0]}, ...")
+    return {run: histories[run] for run in runs}
+
+
+def _epochs(mean: float) -> str:
+    return NOT_REACHED if math.isinf(mean) else f"{mean:.0f}"
