@@ -3,8 +3,11 @@
     python benchmarks/paper.py audit run --jobs 2
     python benchmarks/paper.py audit draw
 
-`run` does what is left of an experiment's runs (killed ones go on where they were) and packs their histories into
-docs/results/paper; `draw` makes the figure and the tables from there.
+`run` does what is left of an experiment's runs (a killed one goes on where it was), shares them with the other
+experiments, and packs their histories into docs/results/paper. `draw` makes the figures and the tables of
+docs/does-it-work.md from there. Without further arguments both do what that page shows; with them the paper's own:
+
+    python benchmarks/paper.py figure2 run --data cifar10 --model cnn --width 64 --rounds 30 --epochs 200 --device cuda
 """
 
 from __future__ import annotations
@@ -14,57 +17,99 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import data
 import paper_experiments as experiments
-from paper_jobs import Machine, complete_all
 from paper_runs import Run
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "paper"
+IMAGES = ROOT / "docs" / "images"
+PAGE = ROOT / "docs" / "does-it-work.md"
 NAMES = ("anchors", "differences", "figure2", "figure3", "figure4", "figure5", "audit")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     arguments = _parser().parse_args(argv)
+    try:
+        if arguments.action == "run":
+            run(arguments)
+        else:
+            draw(arguments.experiment, base_of(arguments), arguments.results, arguments.images_dir, arguments.page)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"paper: {error}") from error
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what is left of an experiment's runs, and pack their histories."""
+    from paper_jobs import Machine, complete_all
+    from paper_results import pack
+
+    runs = runs_of(arguments)
     machine = Machine(arguments.out, arguments.jobs, arguments.threads, arguments.device, arguments.data_dir)
-    failures = complete_all(chosen(arguments), machine)
+    failures = complete_all(runs, machine)
+    pack(runs, arguments.out, arguments.results)
     if failures:
         raise SystemExit("paper: " + "; ".join(failures))
 
 
-def chosen(arguments: argparse.Namespace) -> list[Run]:
-    """The runs of the experiment that the arguments name, with the budget that they give."""
-    if arguments.experiment in ("anchors", "differences"):
-        base = experiments.ANCHORS
-    elif arguments.experiment in ("figure4", "figure5"):
-        base = experiments.ABLATION
-    else:
-        base = experiments.REDUCED.get(arguments.model, experiments.REDUCED["mlp"])
-    if arguments.model != base.model:
-        base = replace(base, model=arguments.model)
-    named = {name: getattr(arguments, name) for name in ("data", "rounds", "epochs", "width", "images", "test_images")}
-    base = replace(base, **{name: value for name, value in named.items() if value is not None})
+def draw(experiment: str, base: Run, results: Path, images: Path, page: Path) -> None:
+    """Make the figures and the tables of an experiment from packed histories."""
+    import paper_draw
+    from paper_results import read
+    from zoo_page import fill
+
+    tables, figures = getattr(paper_draw, experiment)(read(results), base, results)
+    images.mkdir(parents=True, exist_ok=True)
+    for name, save in figures.items():
+        save(images / name)
+    if page.exists():
+        page.write_text(fill(page.read_text("utf-8"), tables), "utf-8")
+    for text in tables.values():
+        print(text, end="\n\n")
+
+
+def runs_of(arguments: argparse.Namespace) -> list[Run]:
+    """The runs of the experiment that the arguments name."""
     seeds = {} if arguments.seeds is None else {"seeds": arguments.seeds}
-    return list(getattr(experiments, arguments.experiment)(base, **seeds))
+    return list(getattr(experiments, arguments.experiment)(base_of(arguments), **seeds))
+
+
+def base_of(arguments: argparse.Namespace) -> Run:
+    """The budget that the arguments give: this page's, or the paper's for a model that the page does not have."""
+    own = experiments.BASES.get(arguments.experiment)
+    base = own if own and own.model == arguments.model else experiments.REDUCED.get(arguments.model)
+    base = base or experiments.paper_budget(arguments.model)
+    names = ("data", "rounds", "epochs", "batch_size", "width", "images", "test_images")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return replace(base, **given)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    lines = __doc__.split("\n")
+    parser = argparse.ArgumentParser(
+        description=lines[0], epilog="\n".join(lines[2:]), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("experiment", choices=NAMES)
     add("action", choices=("run", "draw"))
-    add("--model", default="mlp")
-    add("--data", default=None)
-    add("--rounds", type=int)
-    add("--epochs", type=int)
-    add("--width", type=int)
-    add("--images", type=int)
-    add("--test-images", type=int)
-    add("--seeds", type=int, nargs="+")
-    add("--out", type=Path, default=Path("runs/paper"))
-    add("--data-dir", type=Path)
-    add("--jobs", type=int, default=1)
-    add("--threads", type=int, default=1)
-    add("--device", default="cpu")
+    add("--model", default="mlp", help="linear, mlp, cnn, resnet18, wresnet28x8, or a model of timm (default: mlp)")
+    add("--data", choices=data.NAMES, help="the images")
+    add("--rounds", type=int, help="prunings; there is one training more")
+    add("--epochs", type=int, help="epochs of each training")
+    add("--batch-size", type=int, help="images a step")
+    add("--width", type=int, help="channels of the first convolution of cnn (the paper's: 64)")
+    add("--images", type=int, help="the first so many training images only")
+    add("--test-images", type=int, help="the first so many test images only")
+    add("--seeds", type=int, nargs="+", help="of the initial weights and the order of the images")
+    add("--jobs", type=int, default=1, help="runs at a time")
+    add("--threads", type=int, default=1, help="of the CPU, for each run")
+    add("--device", default="cpu", help="where to train")
+    add("--data-dir", type=Path, help="where the images lie, or are downloaded to")
+    add("--out", type=Path, default=Path("runs/paper"), help="a folder for each run is made in it")
+    add("--results", type=Path, default=RESULTS, help="folder of the packed histories")
+    add("--images-dir", type=Path, default=IMAGES, help="folder of the figures")
+    add("--page", type=Path, default=PAGE, help="the page whose tables are filled")
     return parser
 
 

@@ -18,6 +18,8 @@ REDUCED = {
 PAPER_ROUNDS, PAPER_ROUNDS_RESNET, PAPER_EPOCHS = 30, 15, 200
 ABLATION = Run(model="mlp", rounds=12, epochs=3, images=20_000)
 ANCHORS = Run(model="mlp", rounds=10, epochs=5)
+# Experiments with a budget of their own.
+BASES = {"anchors": ANCHORS, "differences": ANCHORS, "figure4": ABLATION, "figure5": ABLATION}
 
 SEEDS = (0, 1, 2)
 FEWER_SEEDS = (0, 1)
@@ -26,6 +28,12 @@ RANDOM_ROUNDS = 21  # 0.8 ** 21 is less than 1 %
 NORMS = ((0.2, 1.0), (0.4, 1.0), (0.5, 1.0), (0.6, 1.0), (0.8, 1.0), (1.0, 1.5), (1.0, 2.0), (1.0, 4.0), (0.5, 2.0))
 ETA_R = (0.0, 0.001, 0.01, 0.1, 1.0)
 GAMMA = (1.0, 3.0, 5.0, 7.0)
+
+
+def paper_budget(model: str) -> Run:
+    """The paper's own budget for a model."""
+    rounds = PAPER_ROUNDS_RESNET if "resnet" in model else PAPER_ROUNDS
+    return Run(model=model, rounds=rounds, epochs=PAPER_EPOCHS)
 
 
 def figure2(base: Run, seeds: Sequence[int] = SEEDS) -> list[Run]:

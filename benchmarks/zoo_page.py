@@ -91,7 +91,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def filled(page: str, structure: Sequence[Row], real: Sequence[Row]) -> str:
-    """A page with the parts between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` made anew."""
+    """A page with the tables of the zoo made anew."""
     parts = {
         "structure summary": table(["", ""], summary(structure).items()),
         "real summary": table(["", ""], summary(real).items()),
@@ -99,6 +99,11 @@ def filled(page: str, structure: Sequence[Row], real: Sequence[Row]) -> str:
         "structure": structure_table(structure),
         "real": real_table(real),
     }
+    return fill(page, parts)
+
+
+def fill(page: str, parts: Mapping[str, str]) -> str:
+    """A page with the parts between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` made anew."""
     for name, text in parts.items():
         before, begin, rest = page.partition(f"<!-- begin {name} -->\n")
         _, end, after = rest.partition(f"<!-- end {name} -->")

@@ -1,0 +1,111 @@
+"""What `paper.py NAME draw` makes of saved histories: figures in docs/images, tables in docs/does-it-work.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import paper_anchors
+import paper_experiments as experiments
+import paper_figures as figures
+import paper_tables as tables
+from matplotlib.figure import Figure
+from paper_results import Histories, mean_and_std
+from paper_runs import Run
+
+AUTHORS = "authors_mlp_fmnist.csv"
+Drawing = tuple[Mapping[str, str], Mapping[str, Callable[[Path], None]]]
+
+
+def anchors(histories: Histories, base: Run, results: Path) -> Drawing:
+    """Our curves over those of the authors' code."""
+    authors = paper_anchors.read_authors(results / AUTHORS)
+    own = _grouped_by_method(tables.selected(histories, experiments.anchors(base)))
+    return (
+        {"anchors": paper_anchors.comparison_table(own, authors)},
+        {"paper_anchors.png": lambda path: paper_anchors.draw(own, authors, path)},
+    )
+
+
+def differences(histories: Histories, base: Run, results: Path) -> Drawing:
+    """The same with what the authors' code does in another way."""
+    authors = paper_anchors.read_authors(results / AUTHORS)
+    own = tables.selected(histories, experiments.differences(base))
+    return {"differences": paper_anchors.comparison_table(own, authors)}, {}
+
+
+def figure2(histories: Histories, base: Run, results: Path) -> Drawing:
+    """Figure 2, and how its rounds lie in the phases of the hypothesis."""
+    own = _grouped_by_method(tables.selected(histories, experiments.figure2(base)))
+    name = f"{base.model} phases"
+    return (
+        {name: tables.phase_table(own)},
+        {f"paper_figure2_{base.model}.png": lambda path: figures.figure2(figures.grouped(own), path)},
+    )
+
+
+def figure3(histories: Histories, base: Run, results: Path) -> Drawing:
+    """Figure 3."""
+    own = _grouped_by_method(tables.selected(histories, experiments.figure3(base)))
+    return {}, {f"paper_figure3_{base.model}.png": lambda path: figures.figure3(figures.grouped(own), path)}
+
+
+def figure4(histories: Histories, base: Run, results: Path) -> Drawing:
+    """Figure 4."""
+    own = _grouped_by_method(tables.selected(histories, experiments.figure4(base)))
+    parts = [
+        {run: found for run, found in own.items() if run.q == 1},
+        {run: found for run, found in own.items() if run.q != 1},
+    ]
+    return {"figure4": tables.ablation_table(own)}, {"paper_figure4.png": _ablation(parts)}
+
+
+def figure5(histories: Histories, base: Run, results: Path) -> Drawing:
+    """Figure 5."""
+    own = _grouped_by_method(tables.selected(histories, experiments.figure5(base)))
+    parts = [
+        {run: found for run, found in own.items() if run.gamma == 1},
+        {run: found for run, found in own.items() if run.eta_r == 0},
+    ]
+    return {"figure5": tables.ablation_table(own)}, {"paper_figure5.png": _ablation(parts)}
+
+
+def audit(histories: Histories, base: Run, results: Path) -> Drawing:
+    """All methods at equal compute."""
+    own = _grouped_by_method(tables.selected(histories, experiments.audit(base)))
+    found = {
+        f"{base.model} accuracy": tables.accuracy_table(own),
+        f"{base.model} area": tables.area_table(own),
+    }
+    return found, {f"paper_audit_{base.model}.png": lambda path: draw_audit(own, path)}
+
+
+def draw_audit(histories: Histories, path: Path) -> None:
+    """Accuracy against remaining weights of all methods on a log axis; a point for each plain pruning."""
+    iterative = {run: found for run, found in histories.items() if run.method != "plain"}
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    groups = figures.grouped(iterative)
+    figures.against_remaining(axes, groups)
+    points: dict[float, list[float]] = {}
+    for run, found in histories.items():
+        if run.method == "plain":
+            points.setdefault(100 * found[-1].density, []).append(100 * found[-1].metrics["accuracy"])
+    if points:
+        values = [mean_and_std(accuracies) for accuracies in points.values()]
+        means, deviations = zip(*values, strict=True)
+        label = "prune once, train on"
+        axes.errorbar(list(points), means, deviations, fmt="k.", capsize=2, linewidth=1, label=label)
+    axes.legend(fontsize="small")
+    axes.set_xlabel("remaining weights (%)")
+    figure.savefig(path, dpi=100)
+
+
+def _grouped_by_method(histories: Histories) -> Histories:
+    """The runs with the seeds of a method behind each other, as tables and legends list them."""
+    order = list(dict.fromkeys(figures.describe(run) for run in histories))
+    return dict(sorted(histories.items(), key=lambda item: order.index(figures.describe(item[0]))))
+
+
+def _ablation(parts: Sequence[Histories]) -> Callable[[Path], None]:
+    return lambda path: figures.ablation([figures.grouped(part) for part in parts], path)
