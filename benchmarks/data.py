@@ -1,4 +1,4 @@
-"""The data sets of the benchmarks: digits, FashionMNIST, CIFAR-10 and folders of images.
+"""The data sets of the benchmarks: digits, FashionMNIST, CIFAR-10 and -100, TinyImageNet and folders of images.
 
 `load` gives a `Dataset` of two splits. A split yields batches of normalised images and labels on its device.
 Small data sets lie in memory and are shuffled, resized and augmented there, a batch at a time; folders of
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import fashion_mnist
+import tiny_imagenet
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 Batch = tuple[Tensor, Tensor]
 Augment = Callable[[Tensor], Tensor]
 
-NAMES = ("digits", "fashion-mnist", "cifar10", "imagefolder")
+NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagefolder")
 DEFAULT_DATA_DIR = Path("data")
+CIFAR = {"cifar10": ("CIFAR-10", "cifar-10-batches-py"), "cifar100": ("CIFAR-100", "cifar-100-python")}
 
 # The usual normalisation of colour photographs (torchvision, timm).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -151,7 +153,7 @@ def load(name: str, data_dir: Path | str | None = None) -> Dataset:
     """Load a data set by its name.
 
     Args:
-        name: "digits", "fashion-mnist", "cifar10" or "imagefolder".
+        name: "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet" or "imagefolder".
         data_dir: where the data lie, or are downloaded to (default: `data`); "imagefolder" needs it.
 
     Raises:
@@ -162,8 +164,11 @@ def load(name: str, data_dir: Path | str | None = None) -> Dataset:
         return _digits()
     if name == "fashion-mnist":
         return _fashion_mnist(Path(data_dir or DEFAULT_DATA_DIR))
-    if name == "cifar10":
-        return _cifar10(Path(data_dir or DEFAULT_DATA_DIR))
+    if name in ("cifar10", "cifar100"):
+        return _cifar(name, Path(data_dir or DEFAULT_DATA_DIR))
+    if name == "tiny-imagenet":
+        halves = tiny_imagenet.load(Path(data_dir or DEFAULT_DATA_DIR))
+        return _in_memory(name, *halves, augment=random_crop_and_flip)
     if name == "imagefolder":
         if data_dir is None:
             raise ValueError("imagefolder needs a data_dir with the folders train and val (or test) in it")
@@ -218,22 +223,23 @@ def _fashion_mnist(data_dir: Path) -> Dataset:
     return _in_memory("fashion-mnist", *fashion_mnist.load(data_dir))
 
 
-def _cifar10(data_dir: Path) -> Dataset:
-    from torchvision.datasets import CIFAR10
+def _cifar(name: str, data_dir: Path) -> Dataset:
+    from torchvision import datasets
 
     def read(train: bool) -> Batch:
-        found = CIFAR10(str(data_dir), train=train, download=True)
+        found = getattr(datasets, name.upper())(str(data_dir), train=train, download=True)
         return torch.as_tensor(found.data).permute(0, 3, 1, 2), torch.as_tensor(found.targets)
 
     try:
         train, test = read(True), read(False)
     except (OSError, RuntimeError) as error:
+        title, folder = CIFAR[name]
         raise FileNotFoundError(
-            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}). Unpack "
-            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz, and name the folder that holds "
-            "cifar-10-batches-py with --data-dir"
+            f"{title} is not in {data_dir} and could not be downloaded ({error}). Unpack "
+            f"https://www.cs.toronto.edu/~kriz/{title.lower()}-python.tar.gz, and name the folder that holds "
+            f"{folder} with --data-dir"
         ) from error
-    return _in_memory("cifar10", train, test, augment=random_crop_and_flip)
+    return _in_memory(name, train, test, augment=random_crop_and_flip)
 
 
 def _imagefolder(data_dir: Path) -> Dataset:
