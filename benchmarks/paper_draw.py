@@ -45,9 +45,12 @@ def figure2(histories: Histories, base: Run, results: Path) -> Drawing:
 
 
 def figure3(histories: Histories, base: Run, results: Path) -> Drawing:
-    """Figure 3."""
+    """Figure 3, and its tensors in the last round."""
     own = _grouped_by_method(tables.selected(histories, experiments.figure3(base)))
-    return {}, {f"paper_figure3_{base.model}.png": lambda path: figures.figure3(figures.grouped(own), path)}
+    name = f"{base.model} tensors"
+    return {name: tables.tensor_table(own)}, {
+        f"paper_figure3_{base.model}.png": lambda path: figures.figure3(figures.grouped(own), path)
+    }
 
 
 def figure4(histories: Histories, base: Run, results: Path) -> Drawing:
@@ -77,6 +80,9 @@ def audit(histories: Histories, base: Run, results: Path) -> Drawing:
         f"{base.model} accuracy": tables.accuracy_table(own),
         f"{base.model} area": tables.area_table(own),
     }
+    if base.model == "mlp":
+        stopped = {run: history for run, history in own.items() if run in experiments.figure2(base)}
+        found["stopping"] = tables.stopping_table(stopped)
     return found, {f"paper_audit_{base.model}.png": lambda path: draw_audit(own, path)}
 
 

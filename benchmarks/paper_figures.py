@@ -89,11 +89,11 @@ def figure3(groups: Groups, path: Path) -> None:
     figure = Figure(figsize=(15, 7), layout="constrained")
     axes: Any = figure.subplots(2, 4)
     for row in (0, 1):
-        against_remaining(axes[row, 0], groups)
+        againstremaining_of(axes[row, 0], groups)
     axes[1, 0].set_xscale("linear")
     for number, place in enumerate(("first", "middle", "last"), 1):
-        against_rounds(axes[0, number], groups, f"remaining weights of the {place} tensor (%)", _remaining(place))
-        against_rounds(axes[1, number], groups, f"PQ Index of the {place} tensor", _index(place))
+        against_rounds(axes[0, number], groups, f"remaining weights of the {place} tensor (%)", remaining_of(place))
+        against_rounds(axes[1, number], groups, f"PQ Index of the {place} tensor", index_of(place))
     legend(figure, axes[0, 0])
     figure.savefig(path, dpi=90)
 
@@ -105,7 +105,7 @@ def ablation(parts: Sequence[Groups], path: Path) -> None:
     for row, groups in zip(rows, parts, strict=True):
         for axes, (name, value) in zip(row, RETRAINED[:3], strict=False):
             against_rounds(axes, groups, name, value)
-        against_remaining(row[3], groups)
+        againstremaining_of(row[3], groups)
         row[3].legend(fontsize="x-small")
     figure.savefig(path, dpi=90)
 
@@ -123,7 +123,7 @@ def against_rounds(axes: Any, groups: Groups, title: str, value: Value) -> None:
     axes.grid(alpha=0.3)
 
 
-def against_remaining(axes: Any, groups: Groups) -> None:
+def againstremaining_of(axes: Any, groups: Groups) -> None:
     """Draw accuracy against remaining weights on a log axis, dense on the left."""
     for number, (name, histories) in enumerate(groups.items()):
         densities = over_seeds(histories, RETRAINED[1][1]).mean(0)
@@ -162,7 +162,9 @@ def _position(count: int, place: str) -> int:
     return {"first": 0, "middle": count // 2, "last": count - 1}[place]
 
 
-def _remaining(place: str) -> Value:
+def remaining_of(place: str) -> Value:
+    """Remaining weights of the "first", "middle" or "last" tensor, in percent."""
+
     def value(found: torch_sap.Round) -> float:
         tensor = found.tensors[_position(len(found.tensors), place)]
         return 100 * tensor.remaining / tensor.total
@@ -170,7 +172,9 @@ def _remaining(place: str) -> Value:
     return value
 
 
-def _index(place: str) -> Value:
+def index_of(place: str) -> Value:
+    """PQ Index of the "first", "middle" or "last" tensor, with the p and q that the run prunes by."""
+
     def value(found: torch_sap.Round) -> float:
         tensors = found.retrained.pqi["layer"]
         return float(tensors[found.tensors[_position(len(found.tensors), place)].name][0])

@@ -5,15 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from paper_figures import describe, grouped, over_seeds, phases
+from paper_figures import describe, grouped, index_of, over_seeds, phases, remaining_of
 from paper_results import SHARES, Curve, Histories, curve, joined, mean_and_std
 from paper_runs import Run
 from zoo_page import table
+
+import torch_sap
 
 # Where the area under the curve ends, in percent: where every method that prunes on has been, and a sparse end.
 AREA_ENDS = (20.0, 2.0)
 EPOCHS_TO = (10.0, 2.0)
 NOT_REACHED = "-"
+PHASES = ("regularisation", "compression", "collapse")
+PLACES = ("first", "middle", "last")
+TOLERANCE = "WithinTolerance(0.01)"
+RULES = {
+    "TargetDensity(0.1)": torch_sap.TargetDensity(0.1),
+    TOLERANCE: torch_sap.WithinTolerance(0.01, metric="accuracy"),
+    "Collapse()": torch_sap.Collapse(metric="accuracy"),
+}
 
 
 def curves(histories: Histories) -> dict[str, list[Curve]]:
@@ -80,7 +90,43 @@ def phase_table(histories: Histories) -> str:
     return table(head, lines)
 
 
-PHASES = ("regularisation", "compression", "collapse")
+def tensor_table(histories: Histories) -> str:
+    """Remaining weights and PQ Index of the first, a middle and the last tensor, in the last round of each method."""
+    head = ["method", "remaining, all", *(f"{place} tensor" for place in PLACES)]
+    head += [f"PQ Index of the {place} tensor: dense, last" for place in PLACES]
+    lines = []
+    for name, members in grouped(histories).items():
+        density = 100 * over_seeds(members, lambda found: found.density).mean(0)[-1]
+        remaining = [over_seeds(members, remaining_of(place)).mean(0)[-1] for place in PLACES]
+        index = [over_seeds(members, index_of(place)).mean(0)[[0, -1]] for place in PLACES]
+        line = [name, *(f"{share:.1f} %" for share in (density, *remaining))]
+        lines.append([*line, *(f"{first:.3f}, {last:.3f}" for first, last in index)])
+    return table(head, lines)
+
+
+def stopping_table(histories: Histories) -> str:
+    """Where the stopping rules of torch_sap would have ended each run, and the model that they would have given back."""
+    head = ["method", "seed", *(f"`{name}`: trainings" for name in RULES)]
+    head += ["model given back by `WithinTolerance(0.01)`: round", "remaining", "accuracy", "dense"]
+    lines = []
+    for run, history in histories.items():
+        ends = {name: stop(history, rule) for name, rule in RULES.items()}
+        found = history[ends[TOLERANCE][1]]
+        line = [describe(run), f"{run.seed}", *(f"{trainings}" for trainings, _ in ends.values()), f"{found.number}"]
+        accuracies = [f"{100 * one.metrics['accuracy']:.2f}" for one in (found, history[0])]
+        lines.append([*line, f"{100 * found.density:.2f} %", *accuracies])
+    return table(head, lines)
+
+
+def stop(history: torch_sap.History, rule: torch_sap.StoppingRule) -> tuple[int, int]:
+    """Trainings until a rule ends a run (all, if it never does), and the last round that it accepts."""
+    accepted = 0
+    for number in range(len(history)):
+        seen = history[: number + 1]
+        accepted = number if rule.accepts(seen) else accepted
+        if rule.ends(seen):
+            return number + 1, accepted
+    return len(history), accepted
 
 
 def phase_line(labels: Sequence[str | None]) -> str:

@@ -12,6 +12,7 @@ import torch_sap
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import data
 import paper_models
 
 FASHION = {"in_chans": 1, "image_size": 28, "num_classes": 10}
