@@ -37,20 +37,24 @@ def differences(histories: Histories, base: Run, results: Path) -> Drawing:
 def figure2(histories: Histories, base: Run, results: Path) -> Drawing:
     """Figure 2, and how its rounds lie in the phases of the hypothesis."""
     own = _grouped_by_method(tables.selected(histories, experiments.figure2(base)))
-    name = f"{base.model} phases"
+    groups = figures.grouped(own)
     return (
-        {name: tables.phase_table(own)},
-        {f"paper_figure2_{base.model}.png": lambda path: figures.figure2(figures.grouped(own), path)},
+        {f"{base.model} phases": tables.phase_table(own)},
+        {
+            f"paper_figure2_{base.model}.png": lambda path: figures.figure2(groups, path),
+            f"paper_phases_{base.model}.png": lambda path: figures.draw_phases(groups, path),
+        },
     )
 
 
 def figure3(histories: Histories, base: Run, results: Path) -> Drawing:
     """Figure 3, and its tensors in the last round."""
     own = _grouped_by_method(tables.selected(histories, experiments.figure3(base)))
-    name = f"{base.model} tensors"
-    return {name: tables.tensor_table(own)}, {
-        f"paper_figure3_{base.model}.png": lambda path: figures.figure3(figures.grouped(own), path)
-    }
+    groups = figures.grouped(own)
+    return (
+        {f"{base.model} tensors": tables.tensor_table(own)},
+        {f"paper_figure3_{base.model}.png": lambda path: figures.figure3(groups, path)},
+    )
 
 
 def figure4(histories: Histories, base: Run, results: Path) -> Drawing:
@@ -87,24 +91,24 @@ def audit(histories: Histories, base: Run, results: Path) -> Drawing:
 
 
 def draw_audit(histories: Histories, path: Path) -> None:
-    """Accuracy against remaining weights of all methods on a log axis; a point for each plain pruning."""
-    iterative = {run: found for run, found in histories.items() if run.method != "plain"}
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
-    groups = figures.grouped(iterative)
-    figures.against_remaining(axes, groups)
+    """Accuracy against remaining weights of all methods, and a detail; a point for each density pruned to at once."""
+    groups = figures.grouped({run: found for run, found in histories.items() if run.method != "plain"})
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
+    whole, detail = figure.subplots(1, 2)
+    figures.against_remaining(whole, groups)
+    figures.against_remaining(detail, {name: members for name, members in groups.items() if name != "random"})
+    figures.zoom(detail)
     points: dict[float, list[float]] = {}
     for run, found in histories.items():
         if run.method == "plain":
-            points.setdefault(100 * found[-1].density, []).append(100 * found[-1].metrics["accuracy"])
-    if points:
-        values = [mean_and_std(accuracies) for accuracies in points.values()]
-        means, deviations = zip(*values, strict=True)
-        label = "prune once, train on"
-        axes.errorbar(list(points), means, deviations, fmt="k.", capsize=2, linewidth=1, label=label)
-    axes.legend(fontsize="small")
-    axes.set_xlabel("remaining weights (%)")
-    figure.savefig(path, dpi=100)
+            points.setdefault(run.ratio, []).append(100 * found[-1].metrics["accuracy"])
+    values = [mean_and_std(accuracies) for accuracies in points.values()]
+    means, deviations = zip(*values, strict=True)
+    for axes in (whole, detail):
+        shares = [100 * (1 - ratio) for ratio in points]
+        axes.errorbar(shares, means, deviations, fmt="k.", capsize=2, linewidth=1, label="prune once, train on")
+    whole.legend(fontsize="small")
+    figure.savefig(path, dpi=90)
 
 
 def _grouped_by_method(histories: Histories) -> Histories:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from paper_results import Histories
 from paper_runs import Run
 
 import torch_sap
 from torch_sap.phases import label_phases
-from torch_sap.plots import shade_phases
+from torch_sap.plots import PHASE_COLOURS, shade_phases
 
 Groups = Mapping[str, Histories]
 Value = Callable[[torch_sap.Round], float]
@@ -71,7 +72,7 @@ def over_seeds(histories: Histories, value: Value) -> Any:
 
 
 def figure2(groups: Groups, path: Path) -> None:
-    """(a) retrained and (b) pruned models against rounds, one curve a method; phases of the first method as bands."""
+    """(a) retrained and (b) pruned models against rounds, one curve a method."""
     figure = Figure(figsize=(15, 7), layout="constrained")
     halves: Any = figure.subfigures(2, 1)
     titles = ("(a) retrained models", "(b) pruned models, before rewinding")
@@ -79,8 +80,26 @@ def figure2(groups: Groups, path: Path) -> None:
         half.suptitle(title, fontsize="medium")
         for axes, (name, value) in zip(half.subplots(1, 4), columns, strict=True):
             against_rounds(axes, groups, name, value)
-            shade_phases(axes, phases(next(iter(groups.values()))))
-    legend(figure, halves[0].axes[0], "background: phases of the first method by the hypothesis")
+    legend(figure, halves[0].axes[0])
+    figure.savefig(path, dpi=90)
+
+
+def draw_phases(groups: Groups, path: Path) -> None:
+    """Accuracy and PQ Index of each method against rounds, with the phases of the hypothesis as bands."""
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    axes: Any = figure.subplots(2, len(groups), sharex=True)
+    for column, (name, histories) in enumerate(groups.items()):
+        index: Column = ("PQ Index that the method records", lambda found: found.pqi)
+        for row, (title, value) in enumerate((RETRAINED[0], index)):
+            against_rounds(axes[row, column], {name: histories}, title, value)
+            shade_phases(axes[row, column], phases(histories))
+        axes[0, column].set_title(f"{name}\n{RETRAINED[0][0]}", fontsize="small")
+    figure.legend(
+        handles=[Patch(color=colour, alpha=0.3, label=name) for name, colour in PHASE_COLOURS.items()],
+        loc="outside lower center",
+        ncols=len(PHASE_COLOURS),
+        fontsize="small",
+    )
     figure.savefig(path, dpi=90)
 
 
@@ -138,10 +157,23 @@ def againstremaining_of(axes: Any, groups: Groups) -> None:
     axes.grid(alpha=0.3)
 
 
-def legend(figure: Figure, axes: Any, title: str | None = None) -> None:
+def zoom(axes: Any, sparsest: float = 10.0) -> None:
+    """Show only what lies between 100 and `sparsest` percent of remaining weights."""
+    accuracies = [
+        accuracy
+        for line in axes.get_lines()
+        for share, accuracy in zip(line.get_xdata(), line.get_ydata(), strict=True)
+        if share >= sparsest
+    ]
+    margin = (max(accuracies) - min(accuracies)) / 10
+    axes.set_xlim(100, sparsest)
+    axes.set_ylim(min(accuracies) - margin, max(accuracies) + margin)
+
+
+def legend(figure: Figure, axes: Any) -> None:
     """One legend for the whole figure, below it."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", title=title)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
 
 
 def phases(histories: Histories) -> list[Any]:

@@ -105,7 +105,7 @@ def tensor_table(histories: Histories) -> str:
 
 
 def stopping_table(histories: Histories) -> str:
-    """Where the stopping rules of torch_sap would have ended each run, and the model that they would have given back."""
+    """Where the stopping rules would have ended each run, and the model that they would have given back."""
     head = ["method", "seed", *(f"`{name}`: trainings" for name in RULES)]
     head += ["model given back by `WithinTolerance(0.01)`: round", "remaining", "accuracy", "dense"]
     lines = []
