@@ -69,7 +69,8 @@ def audit(base: Run, seeds: Sequence[int] = SEEDS) -> list[Run]:
     """All methods at the same number of epochs a round, and plain pruning at once to the densities of the table."""
     runs = list(dict.fromkeys([*figure2(base, seeds), *figure3(base, seeds)]))
     random = [replace(base, method="random", rounds=min(base.rounds, RANDOM_ROUNDS))]
-    plain = [replace(base, method="plain", rounds=1, ratio=1 - density) for density in DENSITIES]
+    reached = [density for density in DENSITIES if density >= (1 - base.ratio) ** base.rounds]
+    plain = [replace(base, method="plain", rounds=1, ratio=1 - density) for density in reached]
     return sorted([*runs, *_seeded(random, seeds), *_seeded(plain, seeds)], key=lambda run: run.seed)
 
 

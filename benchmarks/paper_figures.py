@@ -108,7 +108,7 @@ def figure3(groups: Groups, path: Path) -> None:
     figure = Figure(figsize=(15, 7), layout="constrained")
     axes: Any = figure.subplots(2, 4)
     for row in (0, 1):
-        againstremaining_of(axes[row, 0], groups)
+        against_remaining(axes[row, 0], groups)
     axes[1, 0].set_xscale("linear")
     for number, place in enumerate(("first", "middle", "last"), 1):
         against_rounds(axes[0, number], groups, f"remaining weights of the {place} tensor (%)", remaining_of(place))
@@ -124,7 +124,7 @@ def ablation(parts: Sequence[Groups], path: Path) -> None:
     for row, groups in zip(rows, parts, strict=True):
         for axes, (name, value) in zip(row, RETRAINED[:3], strict=False):
             against_rounds(axes, groups, name, value)
-        againstremaining_of(row[3], groups)
+        against_remaining(row[3], groups)
         row[3].legend(fontsize="x-small")
     figure.savefig(path, dpi=90)
 
@@ -142,7 +142,7 @@ def against_rounds(axes: Any, groups: Groups, title: str, value: Value) -> None:
     axes.grid(alpha=0.3)
 
 
-def againstremaining_of(axes: Any, groups: Groups) -> None:
+def against_remaining(axes: Any, groups: Groups) -> None:
     """Draw accuracy against remaining weights on a log axis, dense on the left."""
     for number, (name, histories) in enumerate(groups.items()):
         densities = over_seeds(histories, RETRAINED[1][1]).mean(0)
