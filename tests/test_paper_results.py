@@ -34,6 +34,7 @@ SHOWN = [
     ("differences", paper_experiments.ANCHORS),
     ("figure2", paper_experiments.REDUCED["mlp"]),
     ("figure3", paper_experiments.REDUCED["mlp"]),
+    ("figure3", paper_experiments.REDUCED["cnn"]),
     ("figure4", paper_experiments.ABLATION),
     ("figure5", paper_experiments.ABLATION),
     ("audit", paper_experiments.REDUCED["mlp"]),

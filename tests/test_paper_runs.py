@@ -189,3 +189,25 @@ def test_parallel_runs_give_what_single_ones_give(tmp_path):
         torch.set_num_threads(1)
         assert histories_are_equal(saved, paper_runs.complete(run, tmp_path / "one"))
         torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_after_the_command_line_is_killed_its_processes_end_and_it_goes_on(tmp_path):
+    pytest.importorskip("rich")
+    budget = ["--data", "digits", "--rounds", "400", "--epochs", "2", "--seeds", "0", "--threads", "1"]
+    command = [sys.executable, str(BENCHMARKS / "paper.py"), "anchors", "run", *budget, "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (states := list(tmp_path.glob("*/state.pt"))):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    time.sleep(3)
+    (state,) = states
+    written = state.stat().st_mtime_ns
+    time.sleep(3)
+    assert state.stat().st_mtime_ns == written
+    done = len(torch.load(state, weights_only=True)["stepper"]["history"]["rounds"])
+    assert 0 < done < 400
+    run = paper_runs.Run(data="digits", rounds=400, epochs=2)
+    assert state.parent.name == run.name
