@@ -109,7 +109,7 @@ def figure3(groups: Groups, path: Path) -> None:
     axes: Any = figure.subplots(2, 4)
     for row in (0, 1):
         against_remaining(axes[row, 0], groups)
-    axes[1, 0].set_xscale("linear")
+    zoom(axes[1, 0])
     for number, place in enumerate(("first", "middle", "last"), 1):
         against_rounds(axes[0, number], groups, f"remaining weights of the {place} tensor (%)", remaining_of(place))
         against_rounds(axes[1, number], groups, f"PQ Index of the {place} tensor", index_of(place))

@@ -190,7 +190,7 @@ def test_every_number_in_the_text_is_in_a_table():
     tables = "".join(re.findall(r"<!-- begin .*?<!-- end ", page, re.DOTALL))
     text = re.sub(r"<!-- begin .*?<!-- end .*?-->|```.*?```|`[^`]*`|\(p=[^)]*\)", "", page, flags=re.DOTALL)
     numbers = set(re.findall(r"\d+\.\d\d+", text))
-    assert numbers
+    assert {"89.13", "1.22"} <= numbers
     assert numbers <= set(re.findall(r"\d+\.\d\d+", tables))
 
 
