@@ -143,8 +143,6 @@ def complete(
     build = functools.partial(paper_models.build, run.model, width=run.width, **shape)
     model = build().to(device)
     stepper = make_stepper(run, model)
-    if (folder / "state.pt").exists():
-        _load(stepper, folder / "state.pt")
     recipe = Recipe(run.epochs, run.batch_size, anneal="epoch")
 
     def train(model: nn.Module) -> dict[str, float]:
@@ -157,10 +155,12 @@ def complete(
     def test(model: nn.Module) -> dict[str, float]:
         return {**evaluate(model, dataset.test), "pqi_half_1": pq_index_of(model)}
 
-    for _ in torch_sap.sap_rounds(stepper, train, iterations=run.rounds, eval_fn=test):
-        write_whole(folder / "state.pt", functools.partial(_save, stepper))
+    # The checkpoint holds the random state too: a killed run goes on bit for bit.
+    state = folder / "state.pt"
+    for _ in torch_sap.sap_rounds(stepper, train, iterations=run.rounds, eval_fn=test, checkpoint=state):
+        pass
     write_whole(folder / "history.json", stepper.history.to_json)
-    (folder / "state.pt").unlink(missing_ok=True)
+    state.unlink(missing_ok=True)
     return stepper.history
 
 
@@ -179,21 +179,6 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     write(unfinished)
     os.replace(unfinished, path)
-
-
-def _save(stepper: Stepper, path: Path) -> None:
-    state = {"model": stepper.model.state_dict(), "stepper": stepper.state_dict(), "cpu": torch.get_rng_state()}
-    # Only PyTorch's random numbers are used: for initial weights, orders, augmentation and dropout.
-    torch.save({**state, "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}, path)
-
-
-def _load(stepper: Stepper, path: Path) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    stepper.model.load_state_dict(state["model"])
-    stepper.load_state_dict(state["stepper"])
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 @functools.lru_cache(maxsize=1)

@@ -117,6 +117,25 @@ paper_runs.complete(paper_runs.Run(**{run.__dict__!r}), pathlib.Path({str(tmp_pa
     assert {path.name for path in folder.iterdir()} == {"config.json", "history.json"}
 
 
+@pytest.mark.parametrize(
+    "settings", [{"method": "one-shot"}, {"method": "random"}, {"authors": "clip+count"}, {"method": "sap"}]
+)
+def test_every_method_goes_on_where_it_was_interrupted(settings, tmp_path):
+    run = replace(TINY, rounds=3, **settings)
+    whole = paper_runs.complete(run, tmp_path / "whole")
+    trained = []
+
+    def interrupt(epoch, loss):
+        trained.append(epoch)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        paper_runs.complete(run, tmp_path, on_epoch=interrupt)
+    torch.manual_seed(99)
+    assert histories_are_equal(paper_runs.complete(run, tmp_path), whole)
+
+
 def test_a_run_killed_while_it_saves_keeps_the_state_before(tmp_path):
     path = tmp_path / "state.pt"
     paper_runs.write_whole(path, lambda part: part.write_text("first"))
@@ -207,7 +226,7 @@ def test_after_the_command_line_is_killed_its_processes_end_and_it_goes_on(tmp_p
     written = state.stat().st_mtime_ns
     time.sleep(3)
     assert state.stat().st_mtime_ns == written
-    done = len(torch.load(state, weights_only=True)["stepper"]["history"]["rounds"])
+    done = len(torch.load(state, weights_only=True)["sap"]["history"]["rounds"])
     assert 0 < done < 400
     run = paper_runs.Run(data="digits", rounds=400, epochs=2)
     assert state.parent.name == run.name
