@@ -49,7 +49,8 @@ def test_refused_by_name_and_nothing_is_changed(call, error, message, tmp_path):
     before = state_of(world, tmp_path)
     with pytest.raises(Exception) as caught:  # noqa: PT011  # its type and text are compared below
         eval(call, world)
-    assert (type(caught.value).__name__, str(caught.value)) == (error, message)
+    found = " ".join(str(caught.value).split())  # PyTorch 2.5 has more blanks in one of its own
+    assert (type(caught.value).__name__, found) == (error, message)
     after = state_of(world, tmp_path)
     for name, value in before.items():
         assert repr(after[name]) == repr(value), name
