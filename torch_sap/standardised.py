@@ -123,4 +123,5 @@ def centred(weight: Tensor, mask: Tensor) -> Tensor:
     pruned = mask == 0
     kept = (~pruned).sum(dims, keepdim=True)
     mean = weight.masked_fill(pruned, 0).sum(dims, keepdim=True) / kept.clamp(min=1)
-    return (weight - mean * pruned.any(dims, keepdim=True)).masked_fill(pruned, 0)
+    lost_some = kept < mask.shape[1:].numel()  # any() over several dimensions is unknown to DTensors of PyTorch 2.9
+    return (weight - mean * lost_some).masked_fill(pruned, 0)
