@@ -49,12 +49,10 @@ def complete_all(runs: Sequence[Run], machine: Machine) -> list[str]:
     if not open_runs:
         return []
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, _bars(console) as bars:
-        finished: Any = manager.Queue()
-        with ProcessPoolExecutor(machine.jobs, context, _start, (machine, finished, os.getpid())) as pool:
-            futures = {pool.submit(_complete, run): run for run in open_runs}
-            failures = _watch(futures, finished, bars)
-    return failures
+    finished: Any = context.Queue()
+    pool = ProcessPoolExecutor(machine.jobs, context, _start, (machine, finished, os.getpid()))
+    with _bars(console) as bars, pool:
+        return _watch({pool.submit(_complete, run): run for run in open_runs}, finished, bars)
 
 
 def is_complete(run: Run, out: Path) -> bool:
