@@ -161,3 +161,10 @@ def test_a_mask_of_another_shape_is_refused(measure):
 def test_a_dim_out_of_range_is_refused(measure):
     with pytest.raises((ValueError, IndexError), match="dim"):
         measure(torch.randn(2, 3), dim=2)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    w = torch.randn(5, 9001)
+    together = pq_index(w, dim=1)
+    alone = torch.cat([pq_index(row[None], dim=1) for row in w])
+    assert torch.equal(together, alone)
