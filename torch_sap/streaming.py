@@ -1,30 +1,55 @@
-"""The SAP step for one group that is never in memory as a whole: its tensors come one by one, several times."""
+"""The SAP step for one group that is never in memory as a whole: its tensors come one by one, or in pieces."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.bounds import Hyperparameters
-from torch_sap.keys import check_dtype, flatten
+from torch_sap.host import map_pieces, scratch
+from torch_sap.keys import check_dtype, chunks, flatten, keys_of, magnitudes
 from torch_sap.selection import _find_on_host, masks_above
 from torch_sap.step import GroupValues
-from torch_sap.sums import flat_sums, index_from_sums
+from torch_sap.sums import _block_sums, _exact_sum, _power_sums, index_from_sums
 
 Stream = Callable[[], Iterable[Tensor]]
 """Gives the tensors of a group on the CPU, in order of position: the same ones each time that it is called."""
 
+MARGIN = 0.02
+"""Distance of the two keys of a guess from the one expected, as a share of the sample."""
 
-class _Flats:
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
+MOST_KEYS = 2**22
+"""Keys between the two at most: so many numbers are kept of a group while its sums are made."""
 
-    def __iter__(self) -> Iterator[tuple[Tensor, None]]:
-        return ((flatten(tensor, tensor), None) for tensor in self.stream())
+
+class Piece(NamedTuple):
+    """A tensor on the CPU or the next part of one: a number of sums.BLOCK entries unless it is the last."""
+
+    name: str
+    values: Tensor
+    is_last: bool = True
+
+
+Pieces = Callable[[], Iterable[Piece]]
+"""Gives the pieces of a group in order of position: the same ones each time that it is called."""
+
+
+class Threshold(NamedTuple):
+    """What goes: entries with a smaller key, and the first ``left`` of those with just this key."""
+
+    key: int
+    left: int
+    dtype: torch.dtype
+
+    def masks(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Masks of the group's tensors or pieces, in order of position, one for each that is taken."""
+        return masks_above(((tensor, None) for tensor in tensors), self.key, self.left, self.dtype, on_host=True)
 
 
 def prune_stream(stream: Stream, rule: Hyperparameters) -> tuple[GroupValues, Iterator[Tensor]]:
@@ -56,27 +81,142 @@ def prune_stream(stream: Stream, rule: Hyperparameters) -> tuple[GroupValues, It
         raise TypeError(
             f"stream must be a function that gives the tensors, each time anew, got {type(stream).__name__}"
         )
-    tables, d, dtype = [], 0, torch.float16
-    for number, tensor in enumerate(stream()):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"tensor {number} of the stream must be a tensor, got {type(tensor).__name__}")
-        check_dtype(tensor, f"tensor {number} of the stream")
-        flat = flatten(tensor, tensor)
-        (table,), _ = flat_sums([(flat, None)], tensor.dtype, (rule.p, rule.q), on_host=True)
-        if not np.isfinite(table).all():
-            raise ValueError(f"tensor {number} of the stream must be finite and so must the sums of its powers")
-        dtype = tensor.dtype if number == 0 else torch.promote_types(dtype, tensor.dtype)
-        tables.append(table)
-        d += tensor.numel()
-    sum_p, sum_q = (np.array([math.fsum(row)]) for row in np.hstack([np.zeros((2, 1)), *tables]))
-    size = np.array([d])
-    index = index_from_sums(sum_p, sum_q, size, p=rule.p, q=rule.q)
-    values = GroupValues(size, index, rule.retain(index, size), rule.count(index, size))
-    return values, _masks(stream, int(values.c[0]), dtype)
+
+    def pieces() -> Iterator[Piece]:
+        return (Piece(f"tensor {number} of the stream", tensor) for number, tensor in enumerate(stream()))
+
+    values, threshold = decide(pieces, rule)
+    if threshold is None:
+        return values, (torch.ones_like(tensor, dtype=torch.bool) for tensor in stream())
+    return values, threshold.masks(stream())
 
 
-def _masks(stream: Stream, count: int, dtype: torch.dtype) -> Iterator[Tensor]:
+def decide(pieces: Pieces, rule: Hyperparameters, guess: Guess | None = None) -> tuple[GroupValues, Threshold | None]:
+    """What SAP prunes of a group of pieces.
+
+    Args:
+        pieces: The group, all of whose entries are unpruned.
+        rule: The five numbers.
+        guess: Where the last entry to go should be. With a good one the pieces are read once, without one (or with a
+            wrong one) two or three times more.
+
+    Returns:
+        d, I, r and c, arrays of one value, equal to those of the whole tensors in memory; and what goes, None if
+        nothing does.
+
+    Raises:
+        ValueError: if the sums are not finite; the piece is named.
+        TypeError: if a piece is not of a real floating-point type.
+    """
+    sums = _Sums(rule, guess)
+    for piece in pieces():
+        sums.add(piece)
+    values = sums.values()
+    count = int(values.c[0])
     if count == 0:
-        return (torch.ones_like(tensor, dtype=torch.bool) for tensor in stream())
-    key, below, _ = _find_on_host(_Flats(stream), count, dtype, add_up=lambda counts: counts)
-    return masks_above(((tensor, None) for tensor in stream()), key, count - below, dtype, on_host=True)
+        return values, None
+    found = None if guess is None else guess.find(count)
+    if found is None:
+        found = _find_on_host(_Flats(pieces), count, sums.dtype, add_up=lambda counts: counts)[:2]
+    key, below = found
+    return values, Threshold(key, count - below, sums.dtype)
+
+
+class Guess:
+    """Two keys between which the last entry to go should lie, and how often each key in between occurs.
+
+    They are far apart, so that the guess is seldom wrong: an entry in between costs little.
+
+    Args:
+        sample: Keys of some entries of the group.
+        dtype: Type that they are keys of: the common one of the group.
+        rule: The five numbers.
+    """
+
+    def __init__(self, sample: NDArray[Any], dtype: torch.dtype, rule: Hyperparameters) -> None:
+        sample = np.sort(sample)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            values = magnitudes(sample, dtype)
+            sum_p, sum_q = (np.asarray(np.sum(values**exponent)) for exponent in (rule.p, rule.q))
+            index = index_from_sums(sum_p, sum_q, np.array(len(sample)), p=rule.p, q=rule.q)
+        rank, margin = int(rule.count(index, np.array(len(sample)))), int(MARGIN * len(sample)) + 1
+        middle, low, high = (int(sample[np.clip(i, 0, len(sample) - 1)]) for i in (rank, rank - margin, rank + margin))
+        self.dtype, self.below = dtype, 0
+        self.low, self.high = max(low, middle - MOST_KEYS // 2), min(high, middle + MOST_KEYS // 2) + 1
+        self.counts = np.zeros(self.high - self.low, np.int64)
+
+    def look(self, keys: NDArray[Any]) -> tuple[int, NDArray[Any]]:
+        """How many keys of a piece are below, and those in between."""
+        smaller = np.less(keys, self.low, out=scratch("smaller", keys.shape, np.bool_))
+        inside = np.less(keys, self.high, out=scratch("inside", keys.shape, np.bool_))
+        inside ^= smaller
+        return int(np.count_nonzero(smaller)), keys[np.flatnonzero(inside)]
+
+    def add(self, seen: Iterable[tuple[int, NDArray[Any]]]) -> None:
+        """Remember what was seen."""
+        for below, inside in seen:
+            self.below += below
+            keys, counts = np.unique(inside, return_counts=True)
+            self.counts[keys - self.low] += counts
+
+    def find(self, rank: int) -> tuple[int, int] | None:
+        """The rank-th smallest key (from 1) and how many are smaller; None if it lies elsewhere."""
+        cumulative = self.below + np.cumsum(self.counts)
+        if not self.below < rank <= cumulative[-1]:
+            return None
+        place = int(np.searchsorted(cumulative, rank))
+        return self.low + place, int(cumulative[place] - self.counts[place])
+
+
+class _Flats:
+    def __init__(self, pieces: Pieces) -> None:
+        self.pieces = pieces
+
+    def __iter__(self) -> Iterator[tuple[Tensor, None]]:
+        return ((flatten(piece.values, piece.values), None) for piece in self.pieces())
+
+
+class _Sums:
+    """Power sums of a group, of each tensor for itself as in memory, and the counts of a guess in the same pass."""
+
+    def __init__(self, rule: Hyperparameters, guess: Guess | None) -> None:
+        self.rule, self.guess = rule, guess
+        self.dtype = torch.float16 if guess is None else guess.dtype
+        self.d = 0
+        self.tables: list[list[float]] = []
+        self.blocks: tuple[list[Any], list[Any]] = ([], [])
+
+    def add(self, piece: Piece) -> None:
+        if not isinstance(piece.values, Tensor):
+            raise TypeError(f"{piece.name} must be a tensor, got {type(piece.values).__name__}")
+        check_dtype(piece.values, piece.name)
+        flat, dtype = flatten(piece.values, piece.values), piece.values.dtype
+        if self.guess is None:
+            self.dtype = dtype if self.d == 0 else torch.promote_types(self.dtype, dtype)
+
+        def work(scores: Any, _: None) -> tuple[list[Any], Any]:
+            keys = keys_of(scores, None, self.dtype, on_host=True, reuse=True)
+            seen = None if self.guess is None else self.guess.look(keys)
+            return _power_sums(keys, self.dtype, (self.rule.p, self.rule.q), 1.0, _block_sums), seen
+
+        found = map_pieces(work, list(chunks(flat, None, on_host=True)), on_host=True)
+        if self.guess is not None:
+            self.guess.add(seen for _, seen in found)
+        for sums, _ in found:
+            for blocks, more in zip(self.blocks, sums, strict=True):
+                blocks += more
+        self.d += flat.numel()
+        if piece.is_last:
+            self._end_tensor(piece.name)
+
+    def _end_tensor(self, name: str) -> None:
+        self.tables.append([_exact_sum(blocks) for blocks in self.blocks])
+        if not np.isfinite(self.tables[-1]).all():
+            raise ValueError(f"{name} must be finite and so must the sums of its powers")
+        self.blocks = ([], [])
+
+    def values(self) -> GroupValues:
+        sum_p, sum_q = (np.array([math.fsum(table[i] for table in self.tables)]) for i in (0, 1))
+        size = np.array([self.d])
+        index = index_from_sums(sum_p, sum_q, size, p=self.rule.p, q=self.rule.q)
+        return GroupValues(size, index, self.rule.retain(index, size), self.rule.count(index, size))
