@@ -1,0 +1,6 @@
+"""``python -m torch_sap``, the same as ``torch-sap``."""
+
+from torch_sap.cli import run
+
+if __name__ == "__main__":
+    run()
