@@ -14,6 +14,7 @@ ORDER = [
     "interrupts",
     "host",
     "keys",
+    "histogram",
     "collective",
     "sums",
     "selection",
@@ -65,6 +66,18 @@ ORDER = [
     "integrations.__init__",
     "integrations.lightning",
     "integrations.tensorboard",
+    "checkpoint_files",
+    "checkpoint_reading",
+    "checkpoint_zip",
+    "checkpoint_pruning",
+    "scanning",
+    "report",
+    "__init__",
+    "integrations.__init__",
+    "integrations.lightning",
+    "commands",
+    "cli",
+    "__main__",
 ]
 
 
