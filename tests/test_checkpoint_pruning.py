@@ -23,7 +23,7 @@ def small_pieces(monkeypatch):
     """Pieces, and samples, of which even the small files of these tests have several."""
     monkeypatch.setattr(checkpoint_reading, "PIECE", 2**13)
     monkeypatch.setattr(checkpoint_pruning, "PIECE", 2**13)
-    monkeypatch.setattr(checkpoint_reading, "SAMPLE", 2**12)
+    monkeypatch.setattr(checkpoint_reading, "SAMPLE", (2**12, 2**12))
 
 
 def in_order(path, values):
@@ -57,7 +57,7 @@ def test_a_file_is_pruned_as_memory_is(tmp_path, scope, dtype, suffix):
 def test_a_guess_that_is_wrong_costs_time_only(tmp_path, monkeypatch, spread):
     monkeypatch.setattr(streaming, "MARGIN", spread)
     monkeypatch.setattr(checkpoint_reading, "RUN", 1)
-    monkeypatch.setattr(checkpoint_reading, "SAMPLE", 64)
+    monkeypatch.setattr(checkpoint_reading, "SAMPLE", (64, 64))
     values = weights()
     path, out = write(values, tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
     prune_checkpoint(path, out, "global", RULE)

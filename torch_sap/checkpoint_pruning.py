@@ -20,7 +20,8 @@ from torch_sap.checkpoint_files import Checkpoint, StoredTensor, open_checkpoint
 from torch_sap.checkpoint_reading import PIECE, StoredPiece, as_pieces, pieces_of, read_into, sample_keys
 from torch_sap.checkpoint_zip import renew_checksums
 from torch_sap.groups import Entry, Scope
-from torch_sap.keys import count_true
+from torch_sap.host import map_pieces
+from torch_sap.keys import INTEGER_OF, chunks, count_true, flatten
 from torch_sap.records import PruningReport, TensorRecord
 from torch_sap.step import GroupValues, prune_step
 from torch_sap.streaming import Guess, decide
@@ -70,7 +71,7 @@ def prune_checkpoint(
         remaining = dict.fromkeys((tensor.name for tensor in weights), 0)
         for piece, mask in _masks(weights, scope, rule, groups):
             remaining[piece.tensor.name] += count_true(mask)
-            piece.values.masked_fill_(mask.logical_not_(), 0)
+            _zero_(piece, mask)
             output.write(piece.tensor.path, piece.offset, piece.memory)
         output.finish(weights)
     tensors = tuple(TensorRecord(t.name, t.shape, remaining[t.name], t.numel) for t in weights)
@@ -96,6 +97,16 @@ def _masks(
             yield from _pooled(tensor.name, [tensor], rule, groups)
     else:
         yield from _pooled("global", weights, rule, groups)
+
+
+def _zero_(piece: StoredPiece, mask: Tensor) -> None:
+    """Set the pruned entries of a piece to zero."""
+    if not mask.is_contiguous() or not piece.values.is_contiguous():
+        piece.values.masked_fill_(mask.logical_not_(), 0)
+        return
+    bits = flatten(piece.values.view(INTEGER_OF[piece.values.dtype]), mask)
+    work = list(chunks(bits, flatten(mask, mask), on_host=True))
+    map_pieces(lambda values, keep: np.multiply(values, keep.view(np.int8), out=values), work, on_host=True)
 
 
 def _pooled(

@@ -20,8 +20,8 @@ from torch_sap.sums import BLOCK
 PIECE = 2**24
 """Bytes that are read at once, or one row of a tensor if that is more."""
 
-SAMPLE = 2**20
-"""Entries of a group that the guess of the last one to go is made from."""
+SAMPLE = (2**16, 2**20)
+"""The guess of the last entry to go is made from one in 128 of a group, but from so many at least and at most."""
 
 RUN = 2**10
 """Neighbours that are read together for the sample."""
@@ -117,8 +117,9 @@ def as_pieces(stored: Iterable[StoredPiece]) -> Iterator[Piece]:
 
 
 def sample_keys(tensors: Sequence[StoredTensor], dtype: torch.dtype) -> NDArray[Any]:
-    """Keys of about SAMPLE entries from all over a group: short runs at regular distances in each tensor."""
-    stride = max(1, sum(tensor.numel for tensor in tensors) // SAMPLE)
+    """Keys of entries from all over a group: short runs at regular distances in each tensor."""
+    total = sum(tensor.numel for tensor in tensors)
+    stride = max(1, total // min(max(SAMPLE[0], total // 128), SAMPLE[1]))
     found = [np.empty(0, f"i{dtype.itemsize}")]
     for tensor in tensors:
         assert tensor.dtype is not None

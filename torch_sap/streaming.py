@@ -21,7 +21,7 @@ from torch_sap.sums import _block_sums, _exact_sum, _power_sums, index_from_sums
 Stream = Callable[[], Iterable[Tensor]]
 """Gives the tensors of a group on the CPU, in order of position: the same ones each time that it is called."""
 
-MARGIN = 0.02
+MARGIN = 0.01
 """Distance of the two keys of a guess from the one expected, as a share of the sample."""
 
 MOST_KEYS = 2**22
@@ -49,7 +49,18 @@ class Threshold(NamedTuple):
 
     def masks(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         """Masks of the group's tensors or pieces, in order of position, one for each that is taken."""
-        return masks_above(((tensor, None) for tensor in tensors), self.key, self.left, self.dtype, on_host=True)
+        left = self.left
+        for tensor in tensors:
+            ties = self._ties(tensor) if left else 0
+            key, go = (self.key, left) if left else (self.key - 1, 0)
+            yield from masks_above(
+                [(tensor, None)], key, go, self.dtype, on_host=True, all_ties_go=not left or ties <= left
+            )
+            left = max(0, left - ties)
+
+    def _ties(self, tensor: Tensor) -> int:
+        pieces = chunks(flatten(tensor, tensor), None, on_host=True)
+        return sum(int(np.count_nonzero(keys_of(*piece, self.dtype, on_host=True) == self.key)) for piece in pieces)
 
 
 def prune_stream(stream: Stream, rule: Hyperparameters) -> tuple[GroupValues, Iterator[Tensor]]:
@@ -156,8 +167,11 @@ class Guess:
         """Remember what was seen."""
         for below, inside in seen:
             self.below += below
-            keys, counts = np.unique(inside, return_counts=True)
-            self.counts[keys - self.low] += counts
+            if len(self.counts) < 2**16:
+                self.counts += np.bincount(inside - self.low, minlength=len(self.counts))
+            else:
+                keys, counts = np.unique(inside, return_counts=True)
+                self.counts[keys - self.low] += counts
 
     def find(self, rank: int) -> tuple[int, int] | None:
         """The rank-th smallest key (from 1) and how many are smaller; None if it lies elsewhere."""

@@ -1,0 +1,255 @@
+"""The command line: what it prints, what it writes, and how it says no."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoints import pruned_in_memory, weights, write
+from safetensors.torch import load_file
+from torch import nn
+
+import torch_sap
+from torch_sap.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def in_file_order(scan, values):
+    return {layer["name"]: values[layer["name"]] for layer in scan["layers"]}
+
+
+def test_scan_of_a_file(folder, capsys):
+    values = weights(torch.bfloat16)
+    write(values, folder / "a.safetensors")
+    assert main(["scan", "a.safetensors", "--json", "--csv", "a.csv", "--plot", "a.png", "--eta-r", "0.1"]) == 0
+    scan = json.loads(capsys.readouterr().out)
+    assert scan["source"] == "a.safetensors"
+    assert scan["hyperparameters"]["eta_r"] == 0.1
+    _, report = pruned_in_memory(in_file_order(scan, values), "global", eta_r=0.1)
+    assert scan["overall"]["pruned_global"] == report.pruned / report.total
+    with open("a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [*(layer["name"] for layer in scan["layers"]), "overall"]
+    assert float(rows[-1]["pqi"]) == scan["overall"]["pqi"]
+    assert rows[0]["shape"] == "x".join(map(str, scan["layers"][0]["shape"]))
+    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scan_of_a_timm_model(folder, capsys):
+    pytest.importorskip("timm")
+    assert main(["scan", "test_resnet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == [
+        "layer",
+        "shape",
+        "weights",
+        "PQI",
+        "Gini",
+        "global",
+        "%",
+        "layer",
+        "%",
+        "neuron",
+        "%",
+        "dead",
+    ]
+    name, weights_of_all, pqi, _, in_global, *_ = lines[-1].split()
+    assert (name, weights_of_all) == ("overall", "466,608")
+    assert float(in_global) == pytest.approx(100 * float(pqi), abs=0.1)
+    main(["scan", "test_resnet", "--seed", "1", "--exclude", "layer*", "--exclude", "conv1"])
+    assert "layer" not in "".join(capsys.readouterr().out.splitlines()[1:])
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "neuron"])
+def test_prune(folder, capsys, scope):
+    values = weights()
+    write(values, folder / "a.pt")
+    assert main(["prune", "a.pt", "-o", "b.pt", "--scope", scope, "--json", "--gamma", "0.5", "--exclude", "stem"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    expected, report = pruned_in_memory(values, scope, gamma=0.5, exclude="stem")
+    assert told == {"out": "b.pt", **report.to_dict()}
+    found = torch.load("b.pt", weights_only=True)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_prune_says_what_it_did(folder, capsys):
+    write(weights(), folder / "a.safetensors")
+    assert main(["prune", "a.safetensors", "-o", "b.safetensors", "--csv", "b.csv"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    total = sum(v.numel() for k, v in load_file("a.safetensors").items() if "weight" in k and v.dim() > 1)
+    assert last[:2] == ["overall", f"{total:,}"]
+    with open("b.csv", newline="") as file:
+        assert int(list(csv.DictReader(file))[-1]["total"]) == total
+    assert main(["prune", "a.safetensors", "-o", "b.safetensors"]) == 1
+    assert "b.safetensors exists; choose another name, or overwrite it by --overwrite" in capsys.readouterr().err
+    assert main(["prune", "a.safetensors", "-o", "b.safetensors", "--overwrite"]) == 0
+
+
+def make_run(path, seed=0, config=None, iterations=3):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 4))
+    accuracy = iter([0.9, 0.91, 0.895, 0.7, 0.6])
+    history = torch_sap.iterative_sap(
+        model, lambda model: None, iterations=iterations, eval_fn=lambda model: {"accuracy": next(accuracy, 0.5)}
+    )
+    path.mkdir()
+    history.to_json(path / "history.json")
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(config))
+    return history
+
+
+def test_report(folder, capsys):
+    history = make_run(folder / "run")
+    assert main(["report", "run", "--plot", "run.png", "--csv", "run.csv"]) == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["round", "remaining"]
+    assert len(lines) == len(history)
+    assert [line.split()[1] for line in lines] == [f"{round.remaining:,}" for round in history]
+    assert (folder / "run.png").stat().st_size > 1000
+    assert main(["report", "run/history.json", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["remaining"] for row in told["rounds"]] == [round.remaining for round in history]
+
+
+def test_compare(folder, capsys):
+    first = make_run(folder / "a", config={"scope": "global", "lr": 0.1, "seed": 3})
+    make_run(folder / "b", seed=1, config={"scope": "global", "lr": 0.2, "seed": 3})
+    assert main(["compare", "a", "b", "--plot", "runs.svg", "--json", "--tolerance", "0.02"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["metric"] == "accuracy"
+    assert [row["lr"] for row in told["runs"]] == [0.1, 0.2]
+    assert "seed" not in told["runs"][0]
+    values = [round.metrics["accuracy"] for round in first]
+    row = told["runs"][0]
+    assert row["accuracy, first"] == values[0]
+    assert row["accuracy, best"] == max(values)
+    within = [round.density for round in first if round.metrics["accuracy"] >= values[0] - 0.02]
+    assert row["remaining within 0.02"] == min(within)
+    svg = (folder / "runs.svg").read_text()
+    assert svg.startswith("<?xml")
+    assert main(["compare", "a", "b"]) == 0
+    assert "remaining within 0.01" in capsys.readouterr().out
+
+
+def refuse(capsys, *argv):
+    """The one line on stderr of a command that cannot be done."""
+    assert main(list(argv)) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("torch-sap: ")
+    assert "Traceback" not in told.err
+    return told.err
+
+
+def test_inputs_that_cannot_be_used(folder, capsys):
+    (folder / "text.safetensors").write_text("no tensors here, only words")
+    (folder / "text.pt").write_text("no tensors here, only words")
+    (folder / "empty").mkdir()
+    write({"bias": torch.ones(3)}, folder / "bias.pt")
+    write(weights() | {"bad.weight": torch.full((2, 2), float("nan"))}, folder / "nan.safetensors")
+    assert "no safetensors file" in refuse(capsys, "scan", "text.safetensors")
+    assert "or is damaged" in refuse(capsys, "scan", "text.pt")
+    assert "holds no checkpoint" in refuse(capsys, "scan", "empty")
+    assert "No such file" in refuse(capsys, "scan", "missing.pt")
+    assert "no weight to prune" in refuse(capsys, "scan", "bias.pt")
+    assert "bad.weight must be finite" in refuse(capsys, "scan", "nan.safetensors")
+    assert "bad.weight must be finite" in refuse(capsys, "prune", "nan.safetensors", "-o", "out.safetensors")
+    assert "exclude must match" in refuse(capsys, "scan", "nan.safetensors", "--exclude", "nothing")
+    assert "key chooses in PyTorch's files" in refuse(capsys, "scan", "nan.safetensors", "--key", "ema")
+    assert "similar: test_resnet" in refuse(capsys, "scan", "test_resnett")
+    assert "--pretrained goes with the name" in refuse(capsys, "scan", "bias.pt", "--pretrained")
+    assert "No such file" in refuse(capsys, "report", "missing")
+    (folder / "history.json").write_text('{"format": 1, "rounds": [{}]}')
+    assert "no history that torch_sap wrote" in refuse(capsys, "report", "history.json")
+    (folder / "history.json").write_text('{"format": 1, "rounds": []}')
+    assert "must have a round" in refuse(capsys, "report", ".")
+    make_run(folder / "run")
+    assert "metric must be one that all runs have, of ['accuracy'], got metric='loss'" in refuse(
+        capsys, "compare", "run", "--metric", "loss"
+    )
+    (folder / "run" / "config.json").write_text("[1]")
+    assert "must hold an object with settings" in refuse(capsys, "report", "run")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "COMMAND"),
+        (["dance"], "invalid choice: 'dance'"),
+        (["scan"], "MODEL"),
+        (["scan", "a.pt", "--p", "x"], "invalid float value: 'x'"),
+        (["scan", "a.pt", "--p", "2"], "p must be smaller than q, got p=2.0, q=1.0"),
+        (["prune", "a.pt", "-o", "b.pt", "--beta", "1.5"], "beta must lie in [0, 1], got beta=1.5"),
+        (["prune", "a.pt"], "-o/--out"),
+        (["prune", "a.pt", "-o", "b.pt", "--scope", "row"], "invalid choice: 'row'"),
+        (["report", "run", "--wrong"], "unrecognized arguments: --wrong"),
+    ],
+)
+def test_wrong_usage(capsys, argv, message):
+    with pytest.raises(SystemExit) as leaving:
+        main(argv)
+    assert leaving.value.code == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.startswith("usage: torch-sap")
+
+
+@pytest.mark.parametrize("command", [[], ["scan"], ["prune"], ["report"], ["compare"]])
+def test_help_teaches(capsys, command):
+    with pytest.raises(SystemExit) as leaving:
+        main([*command, "--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert "exit codes:" in text
+
+
+@pytest.mark.parametrize(
+    ("package", "argv", "extra"),
+    [
+        ("rich", ["scan", "a.pt"], "torch_sap[cli]"),
+        ("safetensors", ["scan", "a.safetensors"], "torch_sap[cli]"),
+        ("timm", ["scan", "test_resnet"], "torch_sap[timm]"),
+        ("matplotlib.figure", ["scan", "a.pt", "--plot", "a.png"], "torch_sap[plot]"),
+    ],
+)
+def test_a_missing_package_is_named(folder, capsys, monkeypatch, package, argv, extra):
+    write(weights(), folder / "a.pt")
+    write(weights(), folder / "a.safetensors")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert extra in refuse(capsys, *argv)
+
+
+def test_json_needs_no_rich(folder, capsys, monkeypatch):
+    write(weights(), folder / "a.pt")
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["scan", "a.pt", "--json"]) == 0
+
+
+def test_in_a_process_of_its_own(folder):
+    write(weights(), folder / "a.pt")
+
+    def call(*argv):
+        return subprocess.run(
+            [sys.executable, "-m", "torch_sap", *argv], capture_output=True, text=True, check=False, timeout=120
+        )
+
+    done = call("scan", "a.pt")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].split()[0] == "overall"
+    failed = call("prune", "b.pt", "-o", "c.pt")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.count("\n") == 1
+    command = f"{sys.executable} -m torch_sap scan a.pt --json | head -n 1; echo ${{PIPESTATUS[0]}}"
+    piped = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=120)
+    assert piped.stdout.split() == ["{", "0"]
+    assert piped.stderr == ""
