@@ -137,7 +137,7 @@ def test_compare(folder, capsys):
     svg = (folder / "runs.svg").read_text()
     assert svg.startswith("<?xml")
     assert main(["compare", "a", "b"]) == 0
-    assert "remaining within 0.01" in capsys.readouterr().out
+    assert "remaining within 0.01 %" in capsys.readouterr().out
 
 
 def refuse(capsys, *argv):

@@ -59,8 +59,9 @@ class Threshold(NamedTuple):
             left = max(0, left - ties)
 
     def _ties(self, tensor: Tensor) -> int:
-        pieces = chunks(flatten(tensor, tensor), None, on_host=True)
-        return sum(int(np.count_nonzero(keys_of(*piece, self.dtype, on_host=True) == self.key)) for piece in pieces)
+        pieces = chunks(flatten(tensor, tensor), on_host=True)
+        keys = (keys_of(piece, None, self.dtype, on_host=True, reuse=True) for (piece,) in pieces)
+        return sum(int(np.count_nonzero(some == self.key)) for some in keys)
 
 
 def prune_stream(stream: Stream, rule: Hyperparameters) -> tuple[GroupValues, Iterator[Tensor]]:
