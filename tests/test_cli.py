@@ -253,3 +253,31 @@ def test_in_a_process_of_its_own(folder):
     piped = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=120)
     assert piped.stdout.split() == ["{", "0"]
     assert piped.stderr == ""
+
+
+PEAK = """
+import sys
+from torch_sap.cli import main
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+before = peak()
+codes = main(["scan", "a.safetensors", "--json", "--csv", "a.csv"]), main(
+    ["prune", "a.safetensors", "-o", "b.safetensors", "--scope", sys.argv[1], "--json"]
+)
+assert codes == (0, 0)
+print((peak() - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("scope", ["global", "layer", "neuron"])
+def test_a_gigabyte_takes_little_memory(folder, scope):
+    """Two tensors of half a gigabyte each; what is added to the imports is pieces and counts."""
+    one = (torch.randn(2**11, 2**12) * 0.02).bfloat16()
+    write({name: one.repeat(2**5, 1) for name in ("a.weight", "b.weight")}, folder / "a.safetensors")
+    done = subprocess.run([sys.executable, "-c", PEAK, scope], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) < 400
