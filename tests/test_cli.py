@@ -272,7 +272,7 @@ print((peak() - before) // 1024)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the package procps: /proc")
 @pytest.mark.parametrize("scope", ["global", "layer", "neuron"])
 def test_a_gigabyte_takes_little_memory(folder, scope):
     """Two tensors of half a gigabyte each; what is added to the imports is pieces and counts."""
