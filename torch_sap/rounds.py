@@ -117,7 +117,7 @@ class Round:
         return float(self.retrained.pqi["global"]["global"][0])
 
     def row(self) -> dict[str, Any]:
-        """The round as a line of a table: values by column; metrics of the pruned model have the prefix "pruned_"."""
+        """The round as a line of a table: values by column; metrics of the pruned model have the prefix ``pruned_``."""
         row: dict[str, Any] = {
             "round": self.number,
             "scope": self.scope,

@@ -19,7 +19,7 @@ except ImportError as error:
 class TensorBoardCallback:
     """Writes each round that it is called with as event data, with the round's number as the step.
 
-    The tags, of the retrained model and, with the prefix "pruned_", of the pruned model before rewinding:
+    The tags, of the retrained model and, with the prefix ``pruned_``, of the pruned model before rewinding:
 
     - ``sap/density``, ``sap/remaining``, ``sap/pruned``, ``sap/seconds``;
     - ``pqi/global``, ``pqi/layer_mean``, ``pqi/neuron_mean``, and ``gini/...`` where it was measured;

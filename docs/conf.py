@@ -1,0 +1,49 @@
+"""The documentation site: python -m sphinx -W --keep-going -b html docs build/docs."""
+
+import re
+from pathlib import Path
+
+import torch_sap
+
+ROOT = Path(__file__).parents[1]
+
+project = "torch_sap"
+author = "the torch_sap developers"
+version = release = torch_sap.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+myst_enable_extensions = ["dollarmath", "html_image"]
+myst_heading_anchors = 4
+html_theme = "furo"
+html_title = f"torch_sap {version}"
+exclude_patterns = ["results/**/*.md"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+# The pages are read on a git host too, where links between folders work; here these files are pages or code to read.
+PAGES = {"../README.md": "start.md", "../CHANGELOG.md": "changelog.md", "../SECURITY.md": "security.md"}
+
+
+def keep_links_inside(app, docname, source):
+    """Links that leave docs/ lead to the page that includes the file, or become the file's name."""
+
+    def inside(match):
+        text, target = match.groups()
+        path, _, anchor = target.partition("#")
+        if path in PAGES:
+            return f"[{text}]({PAGES[path]}{'#' * bool(anchor)}{anchor})"
+        return text if text.startswith("`") else f"{text} (`{path.removeprefix('../')}`)"
+
+    source[0] = re.sub(r"\[([^\]]*)\]\((\.\./[^)\s]+)\)", inside, source[0])
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("source-read", keep_links_inside)
+    app.connect("include-read", lambda app, path, parent, source: from_the_root(source))
+
+
+def from_the_root(source):
+    """Links of a file above docs/ that is included in a page."""
+    source[0] = re.sub(r"\]\(docs/", "](", source[0])
+    for path, page in PAGES.items():
+        source[0] = source[0].replace(f"]({path.removeprefix('../')}", f"]({page}")
+    source[0] = re.sub(r"\[([^\]]*)\]\((?:CONTRIBUTING\.md|LICENSE)\)", r"\1", source[0])
