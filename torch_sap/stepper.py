@@ -149,8 +149,10 @@ class Stepper:
                 if eval_fn is not None:
                     found = replace(found, pruned_metrics=evaluate(self.model, eval_fn))
             finally:
-                complete(rewind)
-                found = self._append(found)
+                try:
+                    complete(rewind)
+                finally:
+                    found = self._append(found)
         return found
 
     def record(self, metrics: Metrics = None) -> Round:
