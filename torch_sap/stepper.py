@@ -109,10 +109,7 @@ class Stepper:
         return self.apply(self.plan(metrics), eval_fn)
 
     def plan(self, metrics: Metrics = None) -> Plan:
-        """Measure the trained model and decide what a step prunes, without changing anything.
-
-        Argument and errors are those of :meth:`step`.
-        """
+        """Measure the trained model and decide what a step prunes, changing nothing; argument and errors as of step."""
         recorded = as_metrics(metrics, "metrics")
         entries = self._entries()
         retrained, counts = self._sparsity(), count_remaining(self._prunables)
