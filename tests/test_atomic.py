@@ -1,4 +1,7 @@
-"""A pruning step is whole or not at all, whatever is raised in the middle of it."""
+"""A pruning step is whole or not at all, whatever is raised in the middle of it.
+
+The modes below see the operations of their own thread only; conftest.py lets PyTorch have no other.
+"""
 
 import copy
 import math
@@ -12,17 +15,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_sap
-
-pytestmark = pytest.mark.usefixtures("_one_thread")
-
-
-@pytest.fixture
-def _one_thread():
-    """The modes below see the operations of their own thread only."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class RaiseAt(TorchDispatchMode):

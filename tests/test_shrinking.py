@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from channel_ways import Concatenated, Functional, Gated, GivenOut, Normalised, Residual, Softmaxed, Twice
 from helpers import assert_unchanged, snapshot
 from timm_training import make, timm
 from torch import nn
@@ -117,63 +118,6 @@ def test_one_channel_stays():
     assert found.removed == {"0.weight": 5}
     assert found.kept["0.weight"] == "one channel has to stay"
     assert_equal(model, found.model, 3, 5)
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
-
-    def forward(self, x):
-        return self.last(x + self.second(torch.relu(self.first(x))))
-
-
-class Gated(Residual):
-    def forward(self, x):
-        return self.last(self.first(x) * torch.sigmoid(self.second(x)))
-
-
-class Concatenated(Residual):
-    def __init__(self):
-        super().__init__()
-        self.last = nn.Linear(12, 2)
-
-    def forward(self, x):
-        return self.last(torch.cat([self.first(x), self.second(x)], 1))
-
-
-class Normalised(Residual):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(6)
-
-    def forward(self, x):
-        return self.last(self.norm(self.first(self.second(x))))
-
-
-class GivenOut(Residual):
-    def forward(self, x):
-        middle = self.first(x)
-        return self.last(self.second(middle)), middle
-
-
-class Functional(Residual):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.ParameterDict({"weight": nn.Parameter(torch.randn(6, 6))})
-
-    def forward(self, x):
-        return self.last(nn.functional.linear(self.second(self.first(x)), self.inner["weight"]))
-
-
-class Twice(Residual):
-    def forward(self, x):
-        return self.last(self.first(self.first(self.second(x))))
-
-
-class Softmaxed(Residual):
-    def forward(self, x):
-        return self.last(self.first(self.second(x)).softmax(1))
 
 
 @pytest.mark.parametrize(

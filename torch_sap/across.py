@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torch_sap.collective import Part, add_up, common_part, gather, gather_along
 from torch_sap.keys import chunks, common_dtype, flatten, keys_of
-from torch_sap.selection import Tensors, _find_on_device, _find_on_host, _keep_larger, _keep_late_ties
+from torch_sap.selection import Tensors, _keep_larger, _keep_late_ties, find_on_device, find_on_host
 
 
 def keep_largest_across(
@@ -41,7 +41,7 @@ def keep_largest_across(
     tensors = [(scores.contiguous(), mask) for scores, mask in tensors]
     flats = [(flatten(scores, scores), mask if mask is None else flatten(mask, scores)) for scores, mask in tensors]
     counted = [flat for flat, part in zip(flats, parts, strict=True) if part is not None or shared.rank == 0]
-    find: Any = _find_on_host if on_host else _find_on_device
+    find: Any = find_on_host if on_host else find_on_device
     key, below, _ = (int(x) for x in find(counted, count + pruned, dtype, partial(add_up, part=shared)))
     masks = [torch.empty_like(scores, dtype=torch.bool) for scores, _ in tensors]
     for keep, flat in zip(masks, flats, strict=True):

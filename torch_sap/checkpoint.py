@@ -15,7 +15,7 @@ import pickle
 import secrets
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,6 @@ FORMAT = 1
 def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write a checkpoint; whatever happens meanwhile, the path leads to the whole old file or to the whole new one.
 
-    The new file is written beside the old one, forced to the disk, and takes its place in one step. Temporary files
-    that killed processes left are deleted.
-
     Args:
         path: File to write, in a folder that exists.
         state: Plain values and tensors by name, see :func:`as_plain`.
@@ -39,16 +36,9 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         OSError: if the file cannot be written (disk full, no permission). The old one is still there.
     """
     whole = {"format": FORMAT, **as_plain(state)}
-    target = os.path.realpath(path)  # a link stays a link
-    _delete_temporary(target)
-    temporary = f"{target}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
-        with open(temporary, "xb") as file:
+        with replacing(path) as file:
             _save(whole, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_folder(os.path.dirname(target))
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
@@ -57,6 +47,25 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
             "goes on from it when it is called again",
             os.fspath(path),
         ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file that takes the place of another in one step when it is complete, and is gone if it never is.
+
+    It is written beside the old one and forced to the disk before that. Temporary files that killed processes left
+    are deleted.
+    """
+    target = os.path.realpath(path)  # a link stays a link
+    _delete_temporary(target)
+    temporary = f"{target}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(os.path.dirname(target))
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

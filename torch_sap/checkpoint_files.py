@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_sap.keys import INTEGER_OF
-from torch_sap.parameters import _excluded
+from torch_sap.parameters import excluded_by
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Those that can be pruned, by their name in a file."""
@@ -95,7 +95,7 @@ class Checkpoint:
                 # empty tensors may lie at one place and be different ones
                 known = first.setdefault(key if tensor.numel else (tensor.name,), tensor)
                 paths.setdefault(id(known), []).append(tensor.name)
-        excluded = _excluded(paths, exclude)
+        excluded = excluded_by(paths, exclude)
         found = [tensor for tensor in first.values() if id(tensor) not in excluded]
         if not found:
             raise ValueError(

@@ -8,8 +8,7 @@ import zlib
 from collections.abc import Sequence
 from typing import BinaryIO
 
-PIECE = 2**24
-"""Bytes that are read at once."""
+from torch_sap.checkpoint_reading import PIECE
 
 ENTRY = struct.Struct("<4s24x3H12x")
 """An entry of the directory: its signature, and the lengths of name, extra field and comment that follow it."""

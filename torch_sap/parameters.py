@@ -180,11 +180,24 @@ def _in_model(model: nn.Module, exclude: str | Iterable[str]) -> list[Prunable]:
                 continue
             holders.setdefault(id(parameter), []).append((module, name))
             paths.setdefault(id(parameter), []).append(f"{path}.{name}".removeprefix("."))
-    excluded = _excluded(paths, exclude)
+    excluded = excluded_by(paths, exclude)
     return [Prunable(paths[key][0], tuple(pairs)) for key, pairs in holders.items() if key not in excluded]
 
 
-def _excluded(paths: Mapping[int, Sequence[str]], exclude: str | Iterable[str]) -> set[int]:
+def excluded_by(paths: Mapping[int, Sequence[str]], exclude: str | Iterable[str]) -> set[int]:
+    """The parameters that patterns exclude.
+
+    Args:
+        paths: The dotted paths of each parameter, by its key.
+        exclude: Patterns as of :func:`prunable_parameters`.
+
+    Returns:
+        Their keys.
+
+    Raises:
+        TypeError: if something is no pattern.
+        ValueError: if a pattern matches nothing.
+    """
     if not isinstance(exclude, Iterable):
         raise TypeError(f"exclude must be a pattern or an iterable of patterns, got {exclude!r}")
     patterns = [exclude] if isinstance(exclude, str) else exclude

@@ -9,14 +9,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
+from torch_sap.groups import Scope
 from torch_sap.history import History
 from torch_sap.scanning import Scan
 
 Row = Mapping[str, Any]
-
-SCOPES = ("global", "layer", "neuron")
 
 
 def scan_rows(scan: Scan) -> list[dict[str, Any]]:
@@ -174,7 +173,7 @@ def plot_scan(scan: Scan, path: str | os.PathLike[str]) -> None:
     panels[0].bar(places, [layer.weights for layer in scan.layers], color=colours)
     panels[0].set_yscale("log")
     panels[0].set_ylabel("weights")
-    for axes, scope in zip(panels[1:], SCOPES, strict=True):
+    for axes, scope in zip(panels[1:], get_args(Scope), strict=True):
         name = f"pruned_{scope}"
         axes.bar(places, [100 * getattr(layer, name) for layer in scan.layers], color=colours)
         axes.axhline(100 * getattr(scan.overall, name), color="black", linewidth=0.8, linestyle=":")

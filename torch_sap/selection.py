@@ -51,7 +51,7 @@ def keep_largest(tensors: Tensors, count: int, pruned: int, *, on_host: bool) ->
     dtype = common_dtype(scores for scores, _ in tensors)
     tensors = [(scores if is_dense(scores) else scores.contiguous(), mask) for scores, mask in tensors]
     flats = [(flatten(scores, scores), mask if mask is None else flatten(mask, scores)) for scores, mask in tensors]
-    find: Any = _find_on_host if on_host else _find_on_device
+    find: Any = find_on_host if on_host else find_on_device
     # A pruned entry has the key 0: it is smaller than all that may go, and equal only to unpruned zeros.
     key, below, equal = find(flats, count + pruned, dtype)
     left = count + pruned * (key != 0) - below  # entries with just this key that have to go
@@ -113,7 +113,7 @@ def _keep_late_ties(
     return ties
 
 
-def _find_on_host(flats: Any, rank: int, dtype: torch.dtype, add_up: AddUp | None = None) -> tuple[int, int, int]:
+def find_on_host(flats: Any, rank: int, dtype: torch.dtype, add_up: AddUp | None = None) -> tuple[int, int, int]:
     """The rank-th smallest key (from 1), how many are smaller, how many equal it; here or in all processes together."""
     if add_up is None:
         total = sum(scores.numel() for scores, _ in flats)
@@ -187,10 +187,10 @@ def _count(flats: Iterable[Any], low: int, high: int, shift: int, dtype: torch.d
     return sum(sum(map_pieces(count, list(chunks(*flat, on_host=True)), on_host=True)) for flat in flats), bins
 
 
-def _find_on_device(
+def find_on_device(
     flats: Tensors, rank: int, dtype: torch.dtype, add_up: AddUp | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_find_on_host`, without reading anything back: fixed steps of BIN_BITS bits from the highest."""
+    """As :func:`find_on_host`, without reading anything back: fixed steps of BIN_BITS bits from the highest."""
     home = flats[0][0].device
     low = torch.zeros((), dtype=torch.int64, device=home)
     below = low.clone()

@@ -97,17 +97,28 @@ def expect(tensors: Tensors, dtype: torch.dtype, rule: Hyperparameters) -> Sieve
     if sum(scores.numel() for scores, _ in tensors) < WORTHWHILE or not all(is_dense(scores) for scores, _ in tensors):
         return None
     sample = _sample(tensors, dtype)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        values = magnitudes(sample, dtype)
-        d, sum_p, sum_q = np.array(len(sample)), np.sum(values**rule.p), np.sum(values**rule.q)
-        index = index_from_sums(np.asarray(sum_p), np.asarray(sum_q), d, p=rule.p, q=rule.q)
-    count = int(rule.count(index, d))
+    count = count_in(sample, dtype, rule)
     if count == 0:
         return None
     margin = int(MARGIN * len(sample) ** 0.5)
     sample.sort()
     low, high = (int(sample[np.clip(i, 0, len(sample) - 1)]) for i in (count - margin, count + margin))
     return Sieve(tensors, low, high + 1) if low > 0 else None
+
+
+def count_in(sample: NDArray[Any], dtype: torch.dtype, rule: Hyperparameters) -> int:
+    """How many entries of a sample a rule would prune if they were the group.
+
+    Args:
+        sample: Keys, one dimension.
+        dtype: Type that they are keys of.
+        rule: The five numbers.
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        values = magnitudes(sample, dtype)
+        d, sum_p, sum_q = np.array(len(sample)), np.sum(values**rule.p), np.sum(values**rule.q)
+        index = index_from_sums(np.asarray(sum_p), np.asarray(sum_q), d, p=rule.p, q=rule.q)
+    return int(rule.count(index, d))
 
 
 def _sample(tensors: Tensors, dtype: torch.dtype) -> NDArray[Any]:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from torch_sap.bounds import Hyperparameters
 from torch_sap.host import map_pieces, scratch
-from torch_sap.keys import check_dtype, chunks, flatten, keys_of, magnitudes
-from torch_sap.selection import _find_on_host, masks_above
+from torch_sap.keys import check_dtype, chunks, flatten, keys_of
+from torch_sap.selection import find_on_host, masks_above
+from torch_sap.sieve import count_in
 from torch_sap.step import GroupValues
-from torch_sap.sums import _block_sums, _exact_sum, _power_sums, index_from_sums
+from torch_sap.sums import block_sums, exact_sum, index_from_sums, power_sums
 
 Stream = Callable[[], Iterable[Tensor]]
 """Gives the tensors of a group on the CPU, in order of position: the same ones each time that it is called."""
@@ -129,7 +130,7 @@ def decide(pieces: Pieces, rule: Hyperparameters, guess: Guess | None = None) ->
         return values, None
     found = None if guess is None else guess.find(count)
     if found is None:
-        found = _find_on_host(_Flats(pieces), count, sums.dtype, add_up=lambda counts: counts)[:2]
+        found = find_on_host(_Flats(pieces), count, sums.dtype, add_up=lambda counts: counts)[:2]
     key, below = found
     return values, Threshold(key, count - below, sums.dtype)
 
@@ -147,11 +148,7 @@ class Guess:
 
     def __init__(self, sample: NDArray[Any], dtype: torch.dtype, rule: Hyperparameters) -> None:
         sample = np.sort(sample)
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            values = magnitudes(sample, dtype)
-            sum_p, sum_q = (np.asarray(np.sum(values**exponent)) for exponent in (rule.p, rule.q))
-            index = index_from_sums(sum_p, sum_q, np.array(len(sample)), p=rule.p, q=rule.q)
-        rank, margin = int(rule.count(index, np.array(len(sample)))), int(MARGIN * len(sample)) + 1
+        rank, margin = count_in(sample, dtype, rule), int(MARGIN * len(sample)) + 1
         middle, low, high = (int(sample[np.clip(i, 0, len(sample) - 1)]) for i in (rank, rank - margin, rank + margin))
         self.dtype, self.below = dtype, 0
         self.low, self.high = max(low, middle - MOST_KEYS // 2), min(high, middle + MOST_KEYS // 2) + 1
@@ -212,7 +209,7 @@ class _Sums:
         def work(scores: Any, _: None) -> tuple[list[Any], Any]:
             keys = keys_of(scores, None, self.dtype, on_host=True, reuse=True)
             seen = None if self.guess is None else self.guess.look(keys)
-            return _power_sums(keys, self.dtype, (self.rule.p, self.rule.q), 1.0, _block_sums), seen
+            return power_sums(keys, self.dtype, (self.rule.p, self.rule.q), 1.0, block_sums), seen
 
         found = map_pieces(work, list(chunks(flat, None, on_host=True)), on_host=True)
         if self.guess is not None:
@@ -225,7 +222,7 @@ class _Sums:
             self._end_tensor(piece.name)
 
     def _end_tensor(self, name: str) -> None:
-        self.tables.append([_exact_sum(blocks) for blocks in self.blocks])
+        self.tables.append([exact_sum(blocks) for blocks in self.blocks])
         if not np.isfinite(self.tables[-1]).all():
             raise ValueError(f"{name} must be finite and so must the sums of its powers")
         self.blocks = ([], [])

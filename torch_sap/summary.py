@@ -16,6 +16,7 @@ from torch_sap.collective import is_dtensor
 from torch_sap.macs import count_macs
 from torch_sap.measures import measure
 from torch_sap.parameters import Prunable, entries_of, resolve
+from torch_sap.records import numbers
 from torch_sap.verify import arguments_of, as_it_was
 
 if TYPE_CHECKING:
@@ -130,11 +131,11 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; None for an index that is not defined."""
         layers = [
-            asdict(layer) | {"pqi": _number(layer.pqi), "sparse_macs": layer.sparse_macs} for layer in self.layers
+            asdict(layer) | {"pqi": numbers([layer.pqi])[0], "sparse_macs": layer.sparse_macs} for layer in self.layers
         ]
         for layer in layers:
             layer |= {"shape": list(layer["shape"]), "empty_rows": list(layer["empty_rows"])}
-        total = {"weights": self.weights, "remaining": self.remaining, "pqi": _number(self.pqi)}
+        total = {"weights": self.weights, "remaining": self.remaining, "pqi": numbers([self.pqi])[0]}
         total |= {"parameters": self.parameters, "other_macs": self.other_macs}
         return {**total, "macs": self.macs, "sparse_macs": self.sparse_macs, "layers": layers}
 
@@ -208,10 +209,6 @@ def _short(number: float) -> str:
             return f"{number:.4g}{unit}"
         number /= 1000
     return f"{number:.4g}T"
-
-
-def _number(value: float) -> float | None:
-    return None if value != value else value
 
 
 def summary(model: nn.Module, example_input: Any = None) -> Summary:

@@ -35,10 +35,18 @@ def _power(x: Any, exponent: float, out: Any) -> Any:
     return np.power(x, exponent, out=out)
 
 
-def _power_sums(
+def power_sums(
     keys: Any, dtype: torch.dtype, exponents: Sequence[float], scale: float, add: Callable[[Any], Any]
 ) -> list[Any]:
-    """What ``add`` makes of the powers of the magnitudes, for each exponent."""
+    """What ``add`` makes of the powers of the magnitudes, for each exponent.
+
+    Args:
+        keys: Of any shape, array or tensor. On the host what they are turned into overwrites this thread's scratch.
+        dtype: Type that they are keys of.
+        exponents: Positive exponents.
+        scale: Factor on the magnitudes before they are raised.
+        add: Called with float64 powers of the keys' shape, in memory that the next call overwrites.
+    """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         values = magnitudes(keys, dtype, reuse=True)
         if scale != 1:
@@ -52,7 +60,8 @@ def _power_sums(
         return sums
 
 
-def _block_sums(x: Any) -> list[Any]:
+def block_sums(x: Any) -> list[Any]:
+    """Sums of the blocks of one dimension of powers: those of whole ones, and of the rest if there is one."""
     whole = len(x) // BLOCK * BLOCK
     sums = [_sum(x[:whole].reshape(-1, BLOCK))]
     return sums if whole == len(x) else [*sums, _sum(x[whole:].reshape(1, -1))]
@@ -67,7 +76,8 @@ def _sum(rows: Any) -> Any:
     return np.einsum("ij->i", rows)
 
 
-def _exact_sum(parts: Sequence[NDArray[np.float64]]) -> float:
+def exact_sum(parts: Sequence[NDArray[np.float64]]) -> float:
+    """The sum of all numbers in some arrays, rounded once; infinite if it overflows."""
     try:
         return math.fsum(np.concatenate(parts)) if parts else 0.0
     except OverflowError:
@@ -102,7 +112,7 @@ def flat_sums(
     def work(number: int, scores: Any, mask: Any, *others: Any) -> tuple[int, list[list[Any]], Any]:
         keys = keys_of(scores, mask, dtype, on_host=on_host, reuse=True)
         visited = visit(keys, *others)
-        return number, _power_sums(keys, dtype, exponents, scale, _block_sums), visited
+        return number, power_sums(keys, dtype, exponents, scale, block_sums), visited
 
     pieces = [(i, *piece) for i, flats in enumerate(tensors) for piece in chunks(*flats, on_host=on_host)]
     found = map_pieces(work, pieces, on_host=on_host)
@@ -112,7 +122,7 @@ def flat_sums(
             all_blocks += more
     visited = [result for _, _, result in found]
     if on_host:
-        return [np.array([[_exact_sum(parts)] for parts in of_tensor]) for of_tensor in blocks], visited
+        return [np.array([[exact_sum(parts)] for parts in of_tensor]) for of_tensor in blocks], visited
     empty = tensors[0][0].new_zeros(1, dtype=torch.float64)
     return [
         torch.stack([torch.cat(parts or [empty]).sum().reshape(1) for parts in of_tensor]) for of_tensor in blocks
@@ -130,7 +140,7 @@ def row_sums(
 ) -> Any:
     """As :func:`flat_sums`, for each row of a two-dimensional block: float64, shape (exponents, rows)."""
     keys = keys_of(rows, mask, dtype, on_host=on_host, reuse=True)
-    sums = _power_sums(keys, dtype, exponents, scale, _sum)
+    sums = power_sums(keys, dtype, exponents, scale, _sum)
     return np.stack(sums) if on_host else torch.stack(sums)
 
 

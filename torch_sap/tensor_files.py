@@ -16,12 +16,13 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from torch_sap.checkpoint import replacing
 
 PathLike = str | os.PathLike[str]
 
@@ -71,7 +72,7 @@ def write(path: PathLike, pieces: Sequence[Piece], about: Mapping[str, Any]) -> 
     if doubled := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
         raise ValueError(f"tensors must have different names in a file, but two would be called {doubled[0]!r}")
     ordered = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)  # readers want each at a multiple of its width
-    with _replacing(Path(path)) as file:
+    with replacing(path) as file:
         checksums = dict.fromkeys((piece.name for piece in ordered), 0)
         file.write(_header(ordered, about, checksums))
         for piece in ordered:
@@ -101,21 +102,6 @@ def _header(pieces: Sequence[Piece], about: Mapping[str, Any], checksums: Mappin
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     return len(encoded).to_bytes(8, "little") + encoded
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of another when it is complete, and is gone if it never is."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        with suppress(FileNotFoundError):
-            part.unlink()
 
 
 class TensorFile:
