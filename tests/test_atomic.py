@@ -181,7 +181,7 @@ def test_a_loss_that_is_nan_is_recorded_and_nothing_more():
     assert history[1].density < 1
 
 
-def test_ctrl_c_during_a_step_waits_until_it_is_whole(monkeypatch):
+def test_ctrl_c_during_a_step_waits_until_it_is_whole(monkeypatch, request):
     thing, whole = Sap(), Sap()
     whole.sap.step()
     real, sent = torch_sap.stepper.hold_masks, []
@@ -192,6 +192,8 @@ def test_ctrl_c_during_a_step_waits_until_it_is_whole(monkeypatch):
         real(*arguments)
 
     monkeypatch.setattr(torch_sap.stepper, "hold_masks", interrupted)
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
     with pytest.raises(KeyboardInterrupt):
         thing.sap.step()
     assert sent
