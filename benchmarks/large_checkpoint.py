@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import torch_sap.checkpoint_pruning as checkpoint_pruning
-from torch_sap.cli import main as torch_sap_main
+import torch_sap.cli.checkpoint_pruning as checkpoint_pruning
+from torch_sap.cli.main import main as torch_sap_main
 
 TYPES = {"bfloat16": "BF16", "float32": "F32"}
 PIECE = 2**24

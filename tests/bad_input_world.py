@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torch_sap
-from torch_sap.bounds import Hyperparameters
-from torch_sap.streaming import prune_stream
+from torch_sap.selection.bounds import Hyperparameters
+from torch_sap.selection.streaming import prune_stream
 
 try:
     from torch_sap.integrations.lightning import SAPCallback

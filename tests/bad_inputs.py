@@ -125,7 +125,7 @@ CASES = {
         ('WithinTolerance(0.1, patience=0)', 'ValueError', 'patience must be an int of 1 or more, got patience=0'),
         ('Collapse(noise=0.2)', 'ValueError', 'noise and significant must be 0 <= noise <= significant, got 0.2 and 0.05'),
         ('iterative_sap(model, train_fn, stop=0.5)', 'TypeError', 'stop must be a StoppingRule or several, got 0.5'),
-        ('iterative_sap(model, train_fn, stop=[NothingLeft(), StoppingRule])', 'TypeError', "stop must be a StoppingRule or several, got <class 'torch_sap.stopping.StoppingRule'>"),
+        ('iterative_sap(model, train_fn, stop=[NothingLeft(), StoppingRule])', 'TypeError', "stop must be a StoppingRule or several, got <class 'torch_sap.iteration.stopping.StoppingRule'>"),
         ('iterative_sap(model, lambda model: 0.9, stop=WithinTolerance(0.1, metric="f1"))', 'ValueError', "metric 'f1' must be recorded in every round, but round 0 lacks it (round 0 has ['metric']); return it from train_fn or eval_fn"),
         ('history.phases(metric="f1")', 'ValueError', "metric 'f1' must be recorded in every round, but round 0 lacks it (round 0 has ['accuracy']); return it from train_fn or eval_fn"),
         ('history.phases(mode="up")', 'ValueError', 'mode must be "max" or "min", got mode=\'up\''),

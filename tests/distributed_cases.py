@@ -67,7 +67,7 @@ def ties_types_and_dimensions(scope, types=(torch.float16, torch.bfloat16, torch
 def ties_on_a_device(scope):
     """The computation of other devices, on this one: no numpy, and thresholds that stay tensors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_sap.groups.Entry, "on_host", False)
+        patch.setattr(torch_sap.selection.groups.Entry, "on_host", False)
         ties_types_and_dimensions(scope, [torch.bfloat16, torch.float32])
 
 

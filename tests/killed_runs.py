@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import torch_sap
-from torch_sap import checkpoint
+from torch_sap.iteration import checkpoint
 
 ITERATIONS = 3
 DIGITS = load_digits()
@@ -200,7 +200,7 @@ def run_and_die(path, epochs, step, writing):
             setattr(place, name, lambda *arguments: how(real, *arguments))
         real_write(*arguments)
 
-    torch_sap.resuming.write = write
+    torch_sap.iteration.resuming.write = write
     run(path, epochs)
 
 

@@ -184,14 +184,14 @@ def test_a_loss_that_is_nan_is_recorded_and_nothing_more():
 def test_ctrl_c_during_a_step_waits_until_it_is_whole(monkeypatch, request):
     thing, whole = Sap(), Sap()
     whole.sap.step()
-    real, sent = torch_sap.stepper.hold_masks, []
+    real, sent = torch_sap.iteration.stepper.hold_masks, []
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGINT)  # as a terminal sends it, before the masks are there
         sent.append(True)
         real(*arguments)
 
-    monkeypatch.setattr(torch_sap.stepper, "hold_masks", interrupted)
+    monkeypatch.setattr(torch_sap.iteration.stepper, "hold_masks", interrupted)
     own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
     with pytest.raises(KeyboardInterrupt):

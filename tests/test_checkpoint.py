@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import torch_sap
-from torch_sap.checkpoint import FORMAT, as_plain, differences, read, write
+from torch_sap.iteration.checkpoint import FORMAT, as_plain, differences, read, write
 
 STATE = {"weights": torch.arange(3000.0), "history": [1, 2.5, None, "x", True, 10**40], "nested": {"a": {0: (1, 2)}}}
 
@@ -192,7 +192,7 @@ def test_a_file_without_checksums_is_never_written(tmp_path):
 
 FULL = """
 import resource, sys, torch
-from torch_sap.checkpoint import write
+from torch_sap.iteration.checkpoint import write
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     write(sys.argv[1], {"weights": torch.zeros(int(sys.argv[2]))})
@@ -231,7 +231,7 @@ def test_a_full_disk(small_disk, tmp_path):
     if small_disk is None:
         os.symlink("/dev/full", tmp_path / "full")
         with open(tmp_path / "full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space"):
-            torch_sap.checkpoint._save(STATE, full)
+            torch_sap.iteration.checkpoint._save(STATE, full)
     else:
         with pytest.raises(OSError, match=r"No space left on device.*still there"):
             write(path, {"weights": torch.zeros(300_000)})
@@ -249,7 +249,7 @@ def test_an_error_at_any_step_leaves_the_old_file_alone(step, error, tmp_path, m
         raise error(5, "interrupted")
 
     if step == "write":
-        monkeypatch.setattr(torch_sap.checkpoint._Writer, "write", fail)
+        monkeypatch.setattr(torch_sap.iteration.checkpoint._Writer, "write", fail)
     else:
         monkeypatch.setattr(os, step, fail)
     with pytest.raises(error):

@@ -6,7 +6,7 @@ from checkpoints import shard, weights, write
 from torch import nn
 
 import torch_sap
-from torch_sap.checkpoint_files import open_checkpoint
+from torch_sap.cli.checkpoint_files import open_checkpoint
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin", ".ckpt"])

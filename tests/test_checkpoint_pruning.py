@@ -8,12 +8,12 @@ from checkpoints import FUNCTIONS, pruned_in_memory, shard, weights, write
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import torch_sap.checkpoint_pruning as checkpoint_pruning
-import torch_sap.checkpoint_reading as checkpoint_reading
-import torch_sap.streaming as streaming
-from torch_sap.bounds import Hyperparameters
-from torch_sap.checkpoint_files import open_checkpoint
-from torch_sap.checkpoint_pruning import prune_checkpoint
+import torch_sap.cli.checkpoint_pruning as checkpoint_pruning
+import torch_sap.cli.checkpoint_reading as checkpoint_reading
+import torch_sap.selection.streaming as streaming
+from torch_sap.cli.checkpoint_files import open_checkpoint
+from torch_sap.cli.checkpoint_pruning import prune_checkpoint
+from torch_sap.selection.bounds import Hyperparameters
 
 RULE = Hyperparameters(eta_r=0.1)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import torch_sap
-from torch_sap.cli import main
+from torch_sap.cli.main import main
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_in_a_process_of_its_own(folder):
 
 PEAK = """
 import sys
-from torch_sap.cli import main
+from torch_sap.cli.main import main
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from torch_sap.cli import main
+from torch_sap.cli.main import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "command-line.md"

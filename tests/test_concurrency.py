@@ -15,7 +15,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils.data import DataLoader, Dataset
 
 import torch_sap
-from torch_sap import host, optimizers
+from torch_sap.masks import optimizers
+from torch_sap.selection import host
 
 PATIENCE = 60
 """Seconds after which a process or a thread counts as stuck."""

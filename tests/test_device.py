@@ -7,12 +7,12 @@ from helpers import SCOPES, arrays, weight_names, zoo
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_sap import keys, measures
-from torch_sap.bounds import Hyperparameters
-from torch_sap.groups import Entry, split
-from torch_sap.measures import measure
-from torch_sap.parameters import entries_of, resolve
-from torch_sap.step import prune_step
+from torch_sap.masks.parameters import entries_of, resolve
+from torch_sap.selection import keys, measures
+from torch_sap.selection.bounds import Hyperparameters
+from torch_sap.selection.groups import Entry, split
+from torch_sap.selection.measures import measure
+from torch_sap.selection.step import prune_step
 
 RULE = Hyperparameters(eta_r=0.1)
 WAITS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal")

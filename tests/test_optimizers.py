@@ -5,9 +5,10 @@ import torch
 from helpers import assert_held, mlp
 from torch import nn
 
-from torch_sap import global_unstructured, gradients, layer_unstructured, masking, optimizers
-from torch_sap.linking import hooks_of
-from torch_sap.stamps import Probe, Stamp
+from torch_sap import global_unstructured, layer_unstructured
+from torch_sap.masks import gradients, masking, optimizers
+from torch_sap.masks.linking import hooks_of
+from torch_sap.masks.stamps import Probe, Stamp
 
 MAKERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),

@@ -181,7 +181,7 @@ def test_the_authors_count_is_at_most_one_lower():
 
     d = np.arange(2, 5000)
     index = np.linspace(0.01, 0.5, len(d))
-    rule = torch_sap.bounds.Hyperparameters()
+    rule = torch_sap.selection.bounds.Hyperparameters()
     lost = rule.count(index, d) - paper_authors.AuthorsCount().count(index, d)
     assert set(lost) == {0, 1}
     assert 0.05 < lost.mean() < 0.5

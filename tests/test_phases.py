@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torch_sap import History, iterative_sap
-from torch_sap.phases import label_phases
+from torch_sap.iteration.phases import label_phases
 
 REGULARISATION, COMPRESSION, COLLAPSE = "regularisation", "compression", "collapse"
 
@@ -123,7 +123,7 @@ def test_each_phase_has_a_colour_and_a_band_at_its_round(history):
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
 
-    from torch_sap.plots import PHASE_COLOURS, shade_phases
+    from torch_sap.iteration.plots import PHASE_COLOURS, shade_phases
 
     axes = Figure().subplots()
     shade_phases(axes, history.phases())

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from torch_sap.checkpoint import read, write
-from torch_sap.randomness import random_state, set_random_state
+from torch_sap.iteration.checkpoint import read, write
+from torch_sap.iteration.randomness import random_state, set_random_state
 
 
 def draw():

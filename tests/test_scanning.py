@@ -8,10 +8,10 @@ from checkpoints import FUNCTIONS, pruned_in_memory, shard, weights, write
 from torch import nn
 
 import torch_sap
-import torch_sap.checkpoint_reading as checkpoint_reading
-import torch_sap.scanning as scanning
-from torch_sap.bounds import Hyperparameters
-from torch_sap.scanning import scan_checkpoint, scan_model
+import torch_sap.cli.checkpoint_reading as checkpoint_reading
+import torch_sap.cli.scanning as scanning
+from torch_sap.cli.scanning import scan_checkpoint, scan_model
+from torch_sap.selection.bounds import Hyperparameters
 
 RULE = Hyperparameters(eta_r=0.1)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torch_sap import keys, selection
+from torch_sap.selection import exact, keys
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -13,8 +13,8 @@ def chunk(request, monkeypatch):
     """Work in small pieces, and let the first guess on the host see few entries so that it is wrong at times."""
     monkeypatch.setattr(keys, "HOST_CHUNK", request.param)
     monkeypatch.setattr(keys, "DEVICE_CHUNK", request.param)
-    monkeypatch.setattr(selection, "SAMPLE", 50 if request.param < 100 else 2**16)
-    monkeypatch.setattr(selection, "MOST_COLLECTED", request.param // 3)
+    monkeypatch.setattr(exact, "SAMPLE", 50 if request.param < 100 else 2**16)
+    monkeypatch.setattr(exact, "MOST_COLLECTED", request.param // 3)
 
 
 def expected_masks(scores, masks, count):
@@ -66,7 +66,7 @@ def test_keep_largest_is_sorting(seed, on_host):
         if unpruned == 0:
             continue
         tensors = list(zip(scores, masks, strict=True))
-        kept = selection.keep_largest(tensors, count, total - unpruned, on_host=on_host)
+        kept = exact.keep_largest(tensors, count, total - unpruned, on_host=on_host)
         for mask, expected in zip(kept, expected_masks(scores, masks, count), strict=True):
             torch.testing.assert_close(mask, expected)
 
@@ -80,7 +80,7 @@ def test_rows_are_sorting(dtype, on_host, masked):
         mask = torch.rand(9, 17) > 0.3 if masked else torch.ones(9, 17, dtype=torch.bool)
         unpruned = mask.sum(1)
         counts = (torch.rand(9) * (unpruned + 1)).long().clamp_max(unpruned)
-        kept = selection.keep_largest_in_rows(rows, mask if masked else None, counts, unpruned, dtype, on_host=on_host)
+        kept = exact.keep_largest_in_rows(rows, mask if masked else None, counts, unpruned, dtype, on_host=on_host)
         kept = torch.as_tensor(kept)
         for row, row_mask, count, found in zip(rows, mask, counts.tolist(), kept, strict=True):
             torch.testing.assert_close(found, expected_masks([row], [row_mask], count)[0])
@@ -88,8 +88,8 @@ def test_rows_are_sorting(dtype, on_host, masked):
 
 def test_a_wrong_guess_is_mended(monkeypatch):
     scores = torch.randn(5000)
-    monkeypatch.setattr(selection, "_guess", lambda *args: (3, 4))
-    (mask,) = selection.keep_largest([(scores, None)], 1234, 0, on_host=True)
+    monkeypatch.setattr(exact, "_guess", lambda *args: (3, 4))
+    (mask,) = exact.keep_largest([(scores, None)], 1234, 0, on_host=True)
     threshold = scores.abs().sort().values[1234]
     torch.testing.assert_close(mask, scores.abs() >= threshold)
 
@@ -98,6 +98,6 @@ def test_scores_with_gaps_or_overlaps():
     scores = torch.randn(6, 10)[:, ::2]
     expanded = torch.randn(1, 5).expand(6, 5)
     masks = [torch.ones(6, 5, dtype=torch.bool)] * 2
-    kept = selection.keep_largest([(scores, None), (expanded, None)], 20, 0, on_host=True)
+    kept = exact.keep_largest([(scores, None), (expanded, None)], 20, 0, on_host=True)
     for mask, expected in zip(kept, expected_masks([scores, expanded], masks, 20), strict=True):
         torch.testing.assert_close(mask, expected)

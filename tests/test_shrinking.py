@@ -11,7 +11,8 @@ from timm_training import make, timm
 from torch import nn
 
 import torch_sap
-from torch_sap import channels, shrink
+from torch_sap import shrink
+from torch_sap.shipping import channels
 
 pytest.importorskip("torch_pruning")
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from test_selection import DTYPES, expected_masks, random_group
 
-from torch_sap import groups, sieve
-from torch_sap.bounds import FixedRatio, Hyperparameters
-from torch_sap.groups import Entry, Pool
-from torch_sap.step import prune_step
+from torch_sap.selection import groups, sieve
+from torch_sap.selection.bounds import FixedRatio, Hyperparameters
+from torch_sap.selection.groups import Entry, Pool
+from torch_sap.selection.step import prune_step
 
 RULES = [Hyperparameters(), Hyperparameters(1.0, 2.0), Hyperparameters(eta_r=0.5), FixedRatio(ratio=0.2)]
 

@@ -9,7 +9,8 @@ from helpers import assert_unchanged, convnet, mlp, snapshot
 from torch import nn
 
 import torch_sap
-from torch_sap import load_masks, load_sparse, save_masks, save_sparse, sparse_loading, tensor_files
+from torch_sap import load_masks, load_sparse, save_masks, save_sparse
+from torch_sap.shipping import sparse_loading, tensor_files
 
 safetensors = pytest.importorskip("safetensors")
 save_file = pytest.importorskip("safetensors.torch").save_file

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import torch_sap
-from torch_sap import save_sparse, sparse_saving
+from torch_sap import save_sparse
+from torch_sap.shipping import sparse_saving
 
 safetensors = pytest.importorskip("safetensors")
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from torch_sap import pq_index, prune_count
-from torch_sap.bounds import FixedRatio, Hyperparameters
-from torch_sap.groups import Entry
-from torch_sap.step import prune_step
-from torch_sap.streaming import prune_stream
+from torch_sap.selection.bounds import FixedRatio, Hyperparameters
+from torch_sap.selection.groups import Entry
+from torch_sap.selection.step import prune_step
+from torch_sap.selection.streaming import prune_stream
 
 
 @pytest.mark.parametrize(

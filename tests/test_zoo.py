@@ -106,7 +106,7 @@ def test_a_real_test_passes(name):
 
 BREAKS = {
     "losses are not those of the model masked by hand": lambda patch: patch.setattr(
-        torch_sap.gradients.GradientMask, "_mask_accumulated", halve
+        torch_sap.masks.gradients.GradientMask, "_mask_accumulated", halve
     ),
     "pruned entries are not zero where the computation receives them": lambda patch: patch.setattr(
         F, "linear", functools.partial(shifted, F.linear)

@@ -9,23 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_sap.agreement import check_agreement, groups_of_copies
-from torch_sap.bounds import Hyperparameters
-from torch_sap.collective import add_up, local, part_of
-from torch_sap.fsdp import reshard
-from torch_sap.groups import Scope
-from torch_sap.guarding import guard, unguard
-from torch_sap.host import map_pieces
-from torch_sap.interrupts import complete, held_back
-from torch_sap.keys import count_true
-from torch_sap.linking import load_hooks_of
-from torch_sap.masking import hold_mask
-from torch_sap.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
+from torch_sap.masks.fsdp import reshard
+from torch_sap.masks.guarding import guard, unguard
+from torch_sap.masks.interrupts import complete, held_back
+from torch_sap.masks.linking import load_hooks_of
+from torch_sap.masks.masking import hold_mask
+from torch_sap.masks.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
+from torch_sap.masks.reparametrised import warn_of_reparametrised
+from torch_sap.masks.standardised import fold_, mask_standardised
+from torch_sap.masks.zeros import restore_all_zeros_
 from torch_sap.records import PruningReport, TensorRecord
-from torch_sap.reparametrised import warn_of_reparametrised
-from torch_sap.standardised import fold_, mask_standardised
-from torch_sap.step import prune_step
-from torch_sap.zeros import restore_all_zeros_
+from torch_sap.selection.agreement import check_agreement, groups_of_copies
+from torch_sap.selection.bounds import Hyperparameters
+from torch_sap.selection.collective import add_up, local, part_of
+from torch_sap.selection.groups import Scope
+from torch_sap.selection.host import map_pieces
+from torch_sap.selection.keys import count_true
+from torch_sap.selection.step import prune_step
 
 Model = TypeVar("Model", bound=nn.Module)
 

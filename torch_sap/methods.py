@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_sap.bounds import Hyperparameters
-from torch_sap.groups import Entry, Scope
-from torch_sap.keys import check_dtype
-from torch_sap.linking import hooks_of
-from torch_sap.standardised import is_masked, is_standardised
-from torch_sap.step import prune_step
+from torch_sap.masks.linking import hooks_of
+from torch_sap.masks.standardised import is_masked, is_standardised
+from torch_sap.selection.bounds import Hyperparameters
+from torch_sap.selection.groups import Entry, Scope
+from torch_sap.selection.keys import check_dtype
+from torch_sap.selection.step import prune_step
 
 
 class PQIMethod(prune.BasePruningMethod):

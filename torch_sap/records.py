@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from torch_sap.step import GroupValues
+from torch_sap.selection.step import GroupValues
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,215 @@
+"""SAP, once, on a checkpoint file: the same bytes again, but for the weights that are pruned, which are zero."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import reduce
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_sap.cli.checkpoint_files import Checkpoint, StoredTensor, open_checkpoint
+from torch_sap.cli.checkpoint_reading import PIECE, StoredPiece, as_pieces, pieces_of, read_into, sample_keys
+from torch_sap.cli.checkpoint_zip import renew_checksums
+from torch_sap.records import PruningReport, TensorRecord
+from torch_sap.selection.bounds import Hyperparameters
+from torch_sap.selection.groups import Entry, Scope
+from torch_sap.selection.host import map_pieces
+from torch_sap.selection.keys import INTEGER_OF, chunks, count_true, flatten
+from torch_sap.selection.step import GroupValues, prune_step
+from torch_sap.selection.streaming import Guess, decide
+
+
+def prune_checkpoint(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    scope: Scope,
+    rule: Hyperparameters,
+    *,
+    exclude: str | Iterable[str] = (),
+    key: str | None = None,
+    overwrite: bool = False,
+) -> PruningReport:
+    """Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format.
+
+    What goes is what the whole-model function of the scope prunes of the same weights in memory, where the order of
+    position is that of the file. A file does not say which weights belong to transposed convolutions: the neurons are
+    dimension 0 of each tensor. The weights are read once or (scopes "global" and "layer") twice, a few MB at a time.
+
+    Args:
+        path: A file, an index of several, or a folder with one checkpoint.
+        out: The file to write; a folder if ``path`` is a folder or an index. All is written under other names first.
+        scope: How weights are grouped.
+        rule: The five numbers.
+        exclude: Patterns of what not to prune, as of ``prunable_parameters``.
+        key: Name of the state_dict among several in a PyTorch file.
+        overwrite: Whether files that exist are replaced. The input may be among them.
+
+    Returns:
+        What was found and done.
+
+    Raises:
+        OSError: if a file cannot be read or written.
+        ValueError: if a weight is NaN or infinite, there is none, or a file is damaged.
+        TypeError: if a weight is not of a real floating-point type.
+        Nothing is left of ``out`` if anything is raised, and what was there is as before.
+    """
+    if rule.q > 6:
+        raise ValueError(f"q must be at most 6 for files, whose powers are not scaled, got q={rule.q}")
+    checkpoint = open_checkpoint(path, key)
+    weights = checkpoint.weights(exclude)
+    with _Output(checkpoint, Path(out), overwrite) as output:
+        output.copy_all_but(weights)
+        groups: dict[str, GroupValues] = {}
+        remaining = dict.fromkeys((tensor.name for tensor in weights), 0)
+        for piece, mask in _masks(weights, scope, rule, groups):
+            remaining[piece.tensor.name] += count_true(mask)
+            _zero_(piece, mask)
+            output.write(piece.tensor.path, piece.offset, piece.memory)
+        output.finish(weights)
+    tensors = tuple(TensorRecord(t.name, t.shape, remaining[t.name], t.numel) for t in weights)
+    return PruningReport(scope, rule.to_dict(), groups, tensors)
+
+
+def _masks(
+    weights: Sequence[StoredTensor], scope: Scope, rule: Hyperparameters, groups: dict[str, GroupValues]
+) -> Iterator[tuple[StoredPiece, Tensor]]:
+    """Each piece with its mask; fills the values of the groups in."""
+    if scope == "neuron":
+        for tensor in weights:
+            found = []
+            for piece in pieces_of([tensor], rows=True):
+                (mask,), values = prune_step([Entry(tensor.name, piece.values)], "neuron", rule)
+                found.append(values[tensor.name])
+                yield piece, piece.values.new_ones(piece.values.shape, dtype=torch.bool) if mask is None else mask
+            groups[tensor.name] = GroupValues(
+                *(np.concatenate([getattr(v, name) for v in found]) for name in ("d", "index", "r", "c"))
+            )
+    elif scope == "layer":
+        for tensor in weights:
+            yield from _pooled(tensor.name, [tensor], rule, groups)
+    else:
+        yield from _pooled("global", weights, rule, groups)
+
+
+def _zero_(piece: StoredPiece, mask: Tensor) -> None:
+    """Set the pruned entries of a piece to zero."""
+    if not mask.is_contiguous() or not piece.values.is_contiguous():
+        piece.values.masked_fill_(mask.logical_not_(), 0)
+        return
+    bits = flatten(piece.values.view(INTEGER_OF[piece.values.dtype]), mask)
+    work = list(chunks(bits, flatten(mask, mask), on_host=True))
+    map_pieces(lambda values, keep: np.multiply(values, keep.view(np.int8), out=values), work, on_host=True)
+
+
+def _pooled(
+    name: str, weights: Sequence[StoredTensor], rule: Hyperparameters, groups: dict[str, GroupValues]
+) -> Iterator[tuple[StoredPiece, Tensor]]:
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in weights if tensor.dtype is not None))
+    keys = sample_keys(weights, dtype)
+    guess = Guess(keys, dtype, rule) if len(keys) else None
+    groups[name], threshold = decide(lambda: as_pieces(pieces_of(weights)), rule, guess)
+    held: list[StoredPiece] = []
+
+    def values() -> Iterator[Tensor]:
+        for piece in pieces_of(weights):
+            held.append(piece)
+            yield piece.values
+
+    masks: Iterator[Tensor]
+    if threshold is None:
+        masks = (tensor.new_ones(tensor.shape, dtype=torch.bool) for tensor in values())
+    else:
+        masks = threshold.masks(values())
+    for mask in masks:
+        yield held.pop(), mask
+
+
+class _Output:
+    """The files of a new checkpoint, under other names until all of them are complete."""
+
+    def __init__(self, checkpoint: Checkpoint, out: Path, overwrite: bool) -> None:
+        self.checkpoint, self.out = checkpoint, out
+        self.in_folder = checkpoint.index is not None or checkpoint.path.is_dir()
+        sources = [*checkpoint.files, *([checkpoint.index] if checkpoint.index is not None else [])]
+        self.targets = {source: out / source.name if self.in_folder else out for source in sources}
+        if not self.in_folder and out.suffix != checkpoint.path.suffix:
+            raise ValueError(f"out must end in {checkpoint.path.suffix}, as what is pruned does, got {out}")
+        for target in self.targets.values():
+            if target.is_dir():
+                raise IsADirectoryError(f"{target} is a folder; name a file to write")
+            if target.exists() and not overwrite:
+                raise FileExistsError(f"{target} exists; choose another name, or overwrite it by --overwrite")
+        self.parts = {source: target.with_name(f".{target.name}.part") for source, target in self.targets.items()}
+        self.made_folder = self.in_folder and not out.exists()
+        self.files: dict[Path, BinaryIO] = {}
+        self.stack = ExitStack()
+
+    def __enter__(self) -> _Output:
+        if self.made_folder:
+            self.out.mkdir(parents=True)
+        try:
+            for source in self.checkpoint.files:
+                self.files[source] = self.stack.enter_context(open(self.parts[source], "w+b", buffering=0))
+        except BaseException:
+            self._clear()
+            raise
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._clear()
+
+    def _clear(self) -> None:
+        self.stack.close()
+        for part in self.parts.values():
+            part.unlink(missing_ok=True)
+        if self.made_folder:
+            self.out.rmdir()
+
+    def copy_all_but(self, weights: Sequence[StoredTensor]) -> None:
+        """Write what lies between the weights."""
+        for source in self.checkpoint.files:
+            spans = sorted((t.offset, t.offset + t.nbytes) for t in weights if t.path == source)
+            size = source.stat().st_size
+            with open(source, "rb", buffering=0) as file:
+                starts = [0, *(end for _, end in spans)]
+                ends = [*(start for start, _ in spans), size]
+                for start, end in zip(starts, ends, strict=True):
+                    for offset in range(start, end, PIECE):
+                        memory = np.empty(min(PIECE, end - offset), np.uint8)
+                        read_into(file, offset, memory, source)
+                        self.write(source, offset, memory)
+
+    def write(self, source: Path, offset: int, memory: NDArray[np.uint8]) -> None:
+        """Write bytes at the place where the source has them."""
+        file, view = self.files[source], memory.data
+        file.seek(offset)
+        while len(view):
+            view = view[file.write(view) :]
+
+    def finish(self, weights: Sequence[StoredTensor]) -> None:
+        """Make the files complete, and give them their names."""
+        for source, file in self.files.items():
+            if source.suffix != ".safetensors":
+                renew_checksums(file, [(t.offset, t.nbytes) for t in weights if t.path == source])
+            self.sync(file)
+        self.stack.close()
+        for source, part in self.parts.items():
+            if source not in self.files:
+                shutil.copyfile(source, part)
+            shutil.copymode(source, part)
+        for source, part in self.parts.items():
+            os.replace(part, self.targets[source])
+
+    @staticmethod
+    def sync(file: BinaryIO) -> None:
+        """Wait until the disk has a file."""
+        os.fsync(file.fileno())

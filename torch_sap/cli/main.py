@@ -1,0 +1,214 @@
+"""The command line: ``torch-sap scan``, ``prune``, ``report`` and ``compare``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch_sap
+from torch_sap.cli.commands import compare, prune, report, scan
+from torch_sap.selection.bounds import Hyperparameters
+from torch_sap.selection.groups import Scope
+
+ERRORS = (OSError, ValueError, TypeError, ImportError, MemoryError, RuntimeError)
+"""What a wrong file or a wrong name raises: a line on stderr, never a traceback."""
+
+DESCRIPTION = "Pruning that decides how much, from the command line: the PQ Index and SAP."
+
+CODES = """\
+exit codes:
+  0  done
+  1  an input cannot be used: no such file or name, damaged, nothing to prune, a package is missing
+  2  wrong usage: an unknown option, or a number out of its range
+"""
+
+EXAMPLES = """\
+examples:
+  torch-sap scan test_resnet                               a model of timm, with new weights
+  torch-sap scan model.safetensors --plot scan.png
+  torch-sap prune model.safetensors -o pruned.safetensors
+  torch-sap report runs/test_resnet-digits-layer-0
+  torch-sap compare runs/a runs/b --plot runs.png
+
+torch-sap COMMAND --help explains a command.
+"""
+
+SCAN = """\
+Read weights once and say what SAP would prune of them. Nothing is changed.
+
+MODEL is the name of a timm model, a .safetensors or .pt file, an index of several (*.index.json), or a folder with one
+of these. Files are read a few MB at a time: they may be larger than memory.
+
+columns:
+  PQI      PQ Index: 0 if all magnitudes are equal, towards 1 the sparser
+  Gini     Gini index of the magnitudes, from a histogram; exact for 16 bits, for others to about 0.0001
+  global, layer, neuron
+           share that SAP prunes of the layer, if all weights, a layer, or a row is one group
+  dead     rows (output channels) that are all zero
+"""
+
+SCAN_EXAMPLES = """\
+examples:
+  torch-sap scan vit_tiny_patch16_224 --pretrained
+  torch-sap scan model.safetensors.index.json --eta-r 0.1 --csv scan.csv
+  torch-sap scan checkpoint.pt --key state_dict_ema --exclude 'head' --exclude '*.conv_dw.*'
+  torch-sap scan model.safetensors --json | jq '.overall.pqi'
+"""
+
+PRUNE = """\
+Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format, with zeros where weights were
+pruned. How many go follows from the weights; the scope says which weights are measured together.
+
+CHECKPOINT is a .safetensors or .pt file, an index of several, or a folder with one of these; of the last two the output
+is a folder too, with the same files. Everything else in the files stays as it is. They are read and written a few MB at
+a time, under other names until all is complete.
+"""
+
+PRUNE_EXAMPLES = """\
+examples:
+  torch-sap prune model.safetensors -o pruned.safetensors
+  torch-sap prune llm/ -o llm-pruned/ --scope layer --exclude 'lm_head' --exclude '*embed*'
+  torch-sap prune checkpoint.pt -o checkpoint.pt --overwrite --eta-r 0.1
+"""
+
+REPORT = """\
+Show the rounds of a run. RUN is a folder with history.json, as benchmarks write it, or such a file (History.to_json).
+"""
+
+REPORT_EXAMPLES = """\
+examples:
+  torch-sap report runs/test_resnet-digits-layer-0
+  torch-sap report runs/a --plot a.png --csv a.csv
+"""
+
+COMPARE = """\
+Compare runs: a metric against the share of remaining weights. Settings in a run's config.json that differ between the
+runs are shown.
+"""
+
+COMPARE_EXAMPLES = """\
+examples:
+  torch-sap compare runs/*-layer-0 --plot layer.png
+  torch-sap compare runs/a runs/b --metric accuracy --tolerance 0.02
+"""
+
+
+Parser = argparse.ArgumentParser
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 an input cannot be used. Wrong usage leaves by SystemExit with 2.
+    """
+    arguments = _parser().parse_args(argv)
+    if "p" in arguments:
+        try:
+            arguments.rule = Hyperparameters(arguments.p, arguments.q, arguments.eta_r, arguments.gamma, arguments.beta)
+        except ValueError as error:
+            arguments.parser.error(str(error))
+    try:
+        arguments.command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ERRORS as error:
+        text = str(error).strip() or type(error).__name__
+        print(f"torch-sap: {text}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("torch-sap: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "torch-sap", description=DESCRIPTION, epilog=f"{EXAMPLES}\n{CODES}", formatter_class=style
+    )
+    parser.add_argument("--version", action="version", version=f"torch-sap {torch_sap.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+
+    def add(command: Callable[[argparse.Namespace], None], line: str, text: str, examples: str) -> Parser:
+        new: Parser = commands.add_parser(
+            command.__name__, help=line, description=text, epilog=f"{examples}\n{CODES}", formatter_class=style
+        )
+        new.set_defaults(command=command, parser=new)
+        new.add_argument("--json", action="store_true", help="print JSON, with all there is, in place of the table")
+        new.add_argument("--csv", type=Path, metavar="FILE", help="also write the table as CSV")
+        return new
+
+    _scan_arguments(add(scan, "what SAP would prune of a model or a checkpoint, layer by layer", SCAN, SCAN_EXAMPLES))
+    _prune_arguments(add(prune, "prune a checkpoint file once, into another file", PRUNE, PRUNE_EXAMPLES))
+    one = add(report, "the rounds of a run, as a table and a figure", REPORT, REPORT_EXAMPLES)
+    one.add_argument("run", metavar="RUN", help="folder with history.json, or that file")
+    several = add(compare, "a metric against remaining weights, of several runs", COMPARE, COMPARE_EXAMPLES)
+    several.add_argument("runs", metavar="RUN", nargs="+", help="folders with history.json, or such files")
+    several.add_argument(
+        "--tolerance", type=float, default=0.01, help="what the metric may lose in the last column (default: 0.01)"
+    )
+    for parser_of_runs in (one, several):
+        parser_of_runs.add_argument("--metric", help="the metric to show (default: accuracy, or the first)")
+        parser_of_runs.add_argument(
+            "--plot", type=Path, metavar="FILE", help="write a figure; the suffix is the format"
+        )
+    return parser
+
+
+def _scan_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="name of a timm model, checkpoint file, index or folder")
+    parser.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (a download)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of a timm model's new weights (default: 0)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture; the suffix is the format")
+    _pruning_arguments(parser)
+
+
+def _prune_arguments(parser: Parser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint file, index or folder")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the file (or folder) to write")
+    parser.add_argument(
+        "--scope",
+        choices=get_args(Scope),
+        default="global",
+        help="measure all weights together, each layer, or each row (default: global)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist, the input too if it is OUT")
+    _pruning_arguments(parser)
+
+
+def _pruning_arguments(parser: Parser) -> None:
+    rule = Hyperparameters()
+    words = {
+        "p": "the smaller norm of the PQ Index",
+        "q": "the larger norm",
+        "eta_r": "what pruning may cost, 0 or more; larger prunes more",
+        "gamma": "factor on what the bound lets prune",
+        "beta": "the largest share of a group that is pruned",
+    }
+    for name, text in words.items():
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(
+            option,
+            type=float,
+            default=getattr(rule, name),
+            metavar="X",
+            help=f"{text} (default: {getattr(rule, name)})",
+        )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="leave out what matches; may be repeated"
+    )
+    parser.add_argument("--key", help="which state_dict of a PyTorch file that holds several")

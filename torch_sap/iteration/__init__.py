@@ -1,0 +1,1 @@
+"""Iterative pruning, round by round: measure, prune, rewind, record, stop, and go on after a kill."""

@@ -1,0 +1,96 @@
+"""What every torch.optim optimizer does with pruned weights: their zeros are there after each of its steps.
+
+They are restored after the step, and in the optimizer's state (momentum from before the pruning) once. Where it is
+known that a step moves no zero, it is let be: SGD, Adam and AdamW change an entry by its own gradient, state and value
+alone, so nothing becomes of zeros.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from torch_sap.masks.stamps import Stamp
+from torch_sap.masks.zeros import restore_zeros_
+
+KEEP_ZEROS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+
+class Held(Protocol):
+    """A pruned weight, as this module sees it."""
+
+    settled: bool
+    """Whether the running step is known to keep the zeros."""
+    state: Stamp | None
+    """Of the mask and the optimizer's state when the latter had its zeros."""
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that an optimizer may have of the weight."""
+
+    def known_zeros(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and mask, if the weight and its gradient are known to be zero at the pruned entries."""
+
+    def after_step(self) -> Tensor | None:
+        """Restore the zeros unless the step was settled, and give the mask."""
+
+
+_held: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def watch(held: Held) -> None:
+    """Look after a weight in the steps of all optimizers from now on."""
+    held.settled, held.state = False, None
+    _held[id(held)] = held
+
+
+def unwatch(held: Held) -> None:
+    """Let it be."""
+    _held.pop(id(held), None)
+
+
+def _held_in(optimizer: Optimizer) -> Iterator[tuple[Held, Tensor, dict[str, Any]]]:
+    """The pruned weights of an optimizer, with the tensor that it has and the group that this is in."""
+    groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
+    for reference in _held.valuerefs():
+        held: Held | None = reference()
+        found = [] if held is None else [tensor for tensor in held.tensors() if id(tensor) in groups]
+        if held is not None and found:
+            yield held, found[0], groups[id(found[0])]
+
+
+def _state_of(optimizer: Optimizer, weight: Tensor) -> list[Tensor]:
+    """What an optimizer keeps for each entry of a weight."""
+    kept = optimizer.state[weight].values() if weight in optimizer.state else ()
+    return [value for value in kept if isinstance(value, Tensor) and value.shape == weight.shape]
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    closure = args[1:] or kwargs  # args[0] is the optimizer; a closure may change what is known here
+    if not _held or type(optimizer) not in KEEP_ZEROS or closure:
+        return
+    for held, weight, group in _held_in(optimizer):
+        known = held.known_zeros() if group.get("eps", 1.0) > 0 else None
+        if known is not None:
+            mask, state = known[1], _state_of(optimizer, weight)
+            if held.state is None or not held.state.holds(mask, *state):
+                for tensor in state:
+                    restore_zeros_(tensor, mask)
+            held.settled = True
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not _held:
+        return
+    for held, weight, _ in _held_in(optimizer):
+        mask = held.after_step()
+        held.state = Stamp(mask, *_state_of(optimizer, weight)) if held.settled and mask is not None else None
+        held.settled = False
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

@@ -1,0 +1,54 @@
+"""Pruned entries are made zeros, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_sap.selection.collective import local, same_placement
+from torch_sap.selection.host import map_pieces
+from torch_sap.selection.keys import INTEGER_OF, chunks, flatten, is_dense
+
+TORCH_CHUNK = 2**18
+"""Entries that torch multiplies at once on the host: it converts the mask to integers first, which fit the cache."""
+
+
+def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
+    """Set the entries where a bool mask is False to +0.0, in place, whatever is there (NaN too).
+
+    The bits are multiplied as integers, which is several times faster on a CPU than masked_fill_. Autograd does not
+    see it: the version counter stays, so a forward may do this between another forward and its backward. Of DTensors
+    of one placement each process does its part.
+    """
+    tensor, mask = local(tensor), local(mask)
+    bits, factors = tensor.data.view(INTEGER_OF[tensor.dtype]), mask.view(torch.uint8)
+    if not tensor.is_cpu or tensor.numel() <= TORCH_CHUNK or not is_dense(tensor):
+        bits.mul_(factors)
+        return
+    for piece, factor in zip(*(flatten(t, tensor).split(TORCH_CHUNK) for t in (bits, factors)), strict=True):
+        piece.mul_(factor)
+
+
+def restore_all_zeros_(weights: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """:func:`restore_zeros_` for many tensors with their masks, on the host piece by piece in several threads.
+
+    Not while a model trains: torch's own threads keep the cores busy then while they wait for the next operation.
+    """
+    weights = [(local(weight), local(mask)) for weight, mask in weights if same_placement(weight, mask)]
+    pieces: list[tuple[Any, ...]] = []
+    for weight, mask in weights:
+        if weight.is_cpu and is_dense(weight):
+            bits = flatten(weight.data.view(INTEGER_OF[weight.dtype]), weight)
+            pieces += chunks(bits, flatten(mask, weight), on_host=True)
+        else:
+            restore_zeros_(weight, mask)
+    map_pieces(_multiply, pieces, on_host=True)
+
+
+def _multiply(bits: NDArray[Any], mask: NDArray[np.bool_]) -> None:
+    np.multiply(bits, mask.view(np.int8), out=bits)

@@ -1,0 +1,263 @@
+"""The smallest magnitudes of many tensors, exactly: c of them, ties by position, nothing concatenated.
+
+The k-th smallest key is found by counting: an interval of keys that holds it is cut into bins, the entries in each
+bin are counted, and the bin that holds the k-th entry becomes the next interval, until that is a single key. Counts
+add up over chunks, tensors and devices. On the host a sample gives a first, short interval; a wrong guess costs one
+pass. On a device the intervals stay tensors, and nothing is read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_sap.selection.host import map_pieces, scratch
+from torch_sap.selection.keys import chunks, common_dtype, flatten, is_dense, key_end, keys_of
+
+BIN_BITS = 16
+"""An interval is cut into at most 2 ** BIN_BITS bins."""
+
+SAMPLE = 2**16
+"""Entries of a group that the first guess on the host looks at."""
+
+MOST_COLLECTED = 2**14
+"""Entries of a chunk that are kept to find the key among them; if there are more, bins are counted."""
+
+Tensors = Sequence[tuple[Tensor, Tensor | None]]
+"""Scores and bool mask (None: nothing pruned) of each tensor of a group, in order of position."""
+
+AddUp = Callable[[Tensor], Tensor]
+"""Makes the sum over all processes of int64 counts."""
+
+
+def keep_largest(tensors: Tensors, count: int, pruned: int, *, on_host: bool) -> list[Tensor]:
+    """Masks of a group after its ``count`` smallest unpruned magnitudes are taken away.
+
+    Args:
+        tensors: The group; scores of any shape and strides, masks of the same shapes.
+        count: Entries to take away, at least 1 and at most as many as are unpruned.
+        pruned: Entries that the masks exclude already.
+        on_host: Whether to work with numpy. All tensors must be on the CPU then.
+
+    Returns:
+        New bool masks, one a tensor. Of equal magnitudes those that come first (order of tensors, then flat index) go.
+    """
+    dtype = common_dtype(scores for scores, _ in tensors)
+    tensors = [(scores if is_dense(scores) else scores.contiguous(), mask) for scores, mask in tensors]
+    flats = [(flatten(scores, scores), mask if mask is None else flatten(mask, scores)) for scores, mask in tensors]
+    find: Any = find_on_host if on_host else find_on_device
+    # A pruned entry has the key 0: it is smaller than all that may go, and equal only to unpruned zeros.
+    key, below, equal = find(flats, count + pruned, dtype)
+    left = count + pruned * (key != 0) - below  # entries with just this key that have to go
+    all_go = on_host and left == (equal if key else equal - pruned)
+    return list(masks_above(tensors, key, left, dtype, on_host=on_host, all_ties_go=all_go))
+
+
+def masks_above(
+    tensors: Iterable[tuple[Tensor, Tensor | None]],
+    key: Any,
+    left: Any,
+    dtype: torch.dtype,
+    *,
+    on_host: bool,
+    all_ties_go: bool = False,
+) -> Iterator[Tensor]:
+    """Masks that keep the unpruned entries above a key, and those that equal it but for the first ``left`` of all."""
+    for scores, mask in tensors:
+        keep = torch.empty_like(scores, dtype=torch.bool)
+        key, left = (x if on_host else x.to(scores.device) for x in (key, left))
+        flat = flatten(scores, scores), None if mask is None else flatten(mask, scores)
+        ties: Any = 0
+        _keep_larger(flatten(keep, scores), flat, key, dtype, on_host)
+        if not all_ties_go:
+            ties = _keep_late_ties(keep, scores, mask, key, left, dtype, on_host)
+        left = (left - ties) * (left > ties)
+        yield keep
+
+
+def _keep_larger(out: Tensor, flat: tuple[Tensor, Tensor | None], key: Any, dtype: torch.dtype, on_host: bool) -> None:
+    """Write ``keys > key``."""
+    greater: Any = np.greater if on_host else torch.gt
+
+    def write(keep: Any, scores: Any, mask: Any) -> None:
+        greater(keys_of(scores, mask, dtype, on_host=on_host, reuse=True), key, out=keep)
+
+    map_pieces(write, list(chunks(out, *flat, on_host=on_host)), on_host=on_host)
+
+
+def _keep_late_ties(
+    keep: Tensor, scores: Tensor, mask: Tensor | None, key: Any, left: Any, dtype: torch.dtype, on_host: bool
+) -> Any:
+    """Keep the unpruned entries that equal the key, but for the first ``left``; return how many there are."""
+    late = torch.zeros(keep.numel(), dtype=torch.bool, device=keep.device)
+    ties: Any = 0
+    flat_mask = None if mask is None else mask.reshape(-1)
+    for out, piece, piece_mask in chunks(late, scores.reshape(-1), flat_mask, on_host=on_host):
+        equal = keys_of(piece, piece_mask, dtype, on_host=on_host) == key
+        equal = equal if piece_mask is None else equal & piece_mask
+        if on_host:
+            places = np.flatnonzero(equal)
+            out[places[max(0, left - ties) :]] = True
+            ties += len(places)
+        else:
+            rank = ties + equal.cumsum(0)
+            torch.logical_and(equal, rank > left, out=out)
+            ties = rank[-1]
+    keep |= late.view(keep.shape)
+    return ties
+
+
+def find_on_host(flats: Any, rank: int, dtype: torch.dtype, add_up: AddUp | None = None) -> tuple[int, int, int]:
+    """The rank-th smallest key (from 1), how many are smaller, how many equal it; here or in all processes together."""
+    if add_up is None:
+        total = sum(scores.numel() for scores, _ in flats)
+        sample = _sample(flats, -(-total // SAMPLE), dtype)
+        if len(sample) == total:
+            key = sample[rank - 1]
+            below, end = np.searchsorted(sample, key), np.searchsorted(sample, key, "right")
+            return int(key), int(below), int(end - below)
+        low, high = _guess(sample, rank * len(sample) // total)
+        below, inside = _collect(flats, low, high, dtype)
+        if inside is not None and below < rank <= below + len(inside):
+            key = int(np.partition(inside, rank - below - 1)[rank - below - 1])
+            return key, below + int(np.count_nonzero(inside < key)), int(np.count_nonzero(inside == key))
+    low, high = 0, key_end(dtype)
+    while True:
+        shift = max(0, (high - low - 1).bit_length() - BIN_BITS)
+        below, bins = _count(flats, low, high, shift, dtype)
+        if add_up is not None:
+            counts = add_up(torch.from_numpy(np.append(bins, below))).numpy()
+            below, bins = int(counts[-1]), counts[:-1]
+        cumulative = below + np.cumsum(bins)
+        chosen = int(np.searchsorted(cumulative, rank))
+        low, high = low + (chosen << shift), min(high, low + ((chosen + 1) << shift))
+        if high - low == 1:
+            return low, int(cumulative[chosen] - bins[chosen]), int(bins[chosen])
+
+
+def _sample(flats: Tensors, stride: int, dtype: torch.dtype) -> NDArray[Any]:
+    """Keys at regular distances, sorted."""
+    pieces = [(scores[::stride], None if mask is None else mask[::stride]) for scores, mask in flats]
+    return np.sort(np.concatenate([keys_of(*piece, dtype, on_host=True) for piece in pieces]))
+
+
+def _guess(sample: NDArray[Any], rank: int) -> tuple[int, int]:
+    """An interval of keys that should hold the one at this rank of a sorted sample."""
+    margin = 3 * int(len(sample) ** 0.5)
+    return int(sample[max(0, rank - margin)]), int(sample[min(len(sample) - 1, rank + margin)]) + 1
+
+
+def _collect(flats: Tensors, low: int, high: int, dtype: torch.dtype) -> tuple[int, NDArray[Any] | None]:
+    """How many keys are below ``low``, and those from there to ``high``; None if they are too many to keep."""
+
+    def collect(scores: Any, mask: Any) -> tuple[int, NDArray[Any] | None]:
+        keys = keys_of(scores, mask, dtype, on_host=True, reuse=True)
+        smaller = np.less(keys, low, out=scratch("smaller", keys.shape, np.bool_))
+        inside = np.less(keys, high, out=scratch("inside", keys.shape, np.bool_))
+        inside ^= smaller
+        few = np.count_nonzero(inside) <= MOST_COLLECTED
+        return int(np.count_nonzero(smaller)), keys[np.flatnonzero(inside)] if few else None
+
+    pieces = [piece for flat in flats for piece in chunks(*flat, on_host=True)]
+    belows, found = zip(*map_pieces(collect, pieces, on_host=True), strict=True)
+    few = [keys for keys in found if keys is not None]
+    return sum(belows), np.concatenate(few) if len(few) == len(found) else None
+
+
+def _count(flats: Iterable[Any], low: int, high: int, shift: int, dtype: torch.dtype) -> tuple[int, NDArray[np.int64]]:
+    """How many keys are below ``low``, and how many lie in each bin of ``2 ** shift`` keys from there to ``high``."""
+    bins = np.zeros(((high - low - 1) >> shift) + 1, np.int64)
+    adding = Lock()
+
+    def count(scores: Any, mask: Any) -> int:
+        keys = keys_of(scores, mask, dtype, on_host=True)
+        smaller = keys < low
+        counts = np.bincount((keys[(keys < high) ^ smaller] - low) >> shift, minlength=len(bins))
+        with adding:
+            np.add(bins, counts, out=bins)
+        return int(np.count_nonzero(smaller))
+
+    # tensor by tensor: they may be read from somewhere one by one
+    return sum(sum(map_pieces(count, list(chunks(*flat, on_host=True)), on_host=True)) for flat in flats), bins
+
+
+def find_on_device(
+    flats: Tensors, rank: int, dtype: torch.dtype, add_up: AddUp | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`find_on_host`, without reading anything back: fixed steps of BIN_BITS bits from the highest."""
+    home = flats[0][0].device
+    low = torch.zeros((), dtype=torch.int64, device=home)
+    below = low.clone()
+    bits = key_end(dtype).bit_length() - 1
+    for shift in range((bits - 1) // BIN_BITS * BIN_BITS, -1, -BIN_BITS):
+        bins = torch.zeros(2**BIN_BITS + 1, dtype=torch.int64, device=home)
+        for flat in flats:
+            for scores, mask in chunks(*flat, on_host=False):
+                keys = keys_of(scores, mask, dtype, on_host=False).long()
+                bin_of = (keys - low.to(keys.device)) >> shift
+                bin_of.masked_fill_(bin_of >> BIN_BITS != 0, 2**BIN_BITS)  # the last bin takes what lies outside
+                counts = torch.zeros_like(bins, device=keys.device)
+                bins += counts.scatter_add_(0, bin_of, torch.ones_like(bin_of)).to(home)
+        if add_up is not None:
+            bins = add_up(bins)
+        cumulative = below + bins[:-1].cumsum(0)
+        chosen = torch.searchsorted(cumulative, torch.full_like(low, rank)).clamp_max(2**BIN_BITS - 1)
+        low = low + (chosen << shift)
+        below = cumulative.gather(0, chosen) - bins.gather(0, chosen)
+    return low, below, bins.gather(0, chosen)
+
+
+def keep_largest_in_rows(
+    rows: Tensor, mask: Tensor | None, counts: Tensor, unpruned: Tensor, dtype: torch.dtype, *, on_host: bool
+) -> Any:
+    """Mask of a block of rows after the ``counts`` smallest unpruned magnitudes of each row are taken away.
+
+    Args:
+        rows: Scores, shape (rows, entries).
+        mask: Bool mask of the same shape, or None.
+        counts: int64, shape (rows,): entries to take away, from 0 to the number of unpruned ones.
+        unpruned: int64, shape (rows,): that number.
+        dtype: Type that the keys are made in.
+        on_host: Whether to work with numpy. The tensors must be on the CPU then.
+
+    Returns:
+        New bool mask of the rows' shape, array or tensor. Of equal magnitudes in a row the first go.
+    """
+    keys: Any = keys_of(rows, None, dtype, on_host=on_host, reuse=True)
+    first = (rows.shape[1] - unpruned).unsqueeze(1)  # as many keys of pruned entries, -1, come before all others
+    counts = counts.unsqueeze(1)
+    if on_host:
+        return _keep_rows_on_host(keys, None if mask is None else mask.numpy(), counts.numpy(), first.numpy())
+    if mask is not None:
+        keys.masked_fill_(~mask, -1)
+    last = keys.sort(dim=1).values.gather(1, (first + counts - 1).clamp_min(0))
+    last = torch.where(counts > 0, last, -1)  # the largest key of each row that goes
+    equal = keys == last
+    left = first + counts - (keys < last).sum(1, keepdim=True)
+    return (keys > last) | ((last >= 0) & equal & (equal.cumsum(1) > left))
+
+
+def _keep_rows_on_host(
+    keys: NDArray[Any], mask: NDArray[np.bool_] | None, counts: NDArray[np.int64], first: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    if mask is not None:
+        np.bitwise_or(keys, mask.view(np.int8) - np.int8(1), out=keys)
+    ordered = scratch("ordered", keys.shape, keys.dtype)
+    ordered[...] = keys
+    ordered.sort(axis=1)
+    last = np.where(counts > 0, np.take_along_axis(ordered, np.maximum(first + counts - 1, 0), 1), -1).astype(
+        keys.dtype
+    )
+    keep = keys > last
+    following = np.take_along_axis(ordered, np.minimum(first + counts, keys.shape[1] - 1), 1)
+    (tied,) = np.nonzero(((following == last) & (last >= 0))[:, 0])  # rows where not all that equal the last key go
+    equal = keys[tied] == last[tied]
+    left = first[tied] + counts[tied] - (keys[tied] < last[tied]).sum(1, keepdims=True)
+    keep[tied] |= equal & (equal.cumsum(1) > left)
+    return keep

@@ -1,0 +1,267 @@
+"""Scope: how the entries of tensors are split into the groups that one I, r and c are computed over.
+
+Only :func:`split` knows the scopes. Behind it there are two kinds of groups, whole tensors pooled and the rows of one
+tensor, that can do the same two things: give their power sums, and give masks without their smallest entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_sap.selection.across import keep_largest_across
+from torch_sap.selection.bounds import Hyperparameters
+from torch_sap.selection.collective import Part, gather_along, is_dtensor
+from torch_sap.selection.exact import keep_largest, keep_largest_in_rows
+from torch_sap.selection.host import map_pieces
+from torch_sap.selection.keys import chunk_size, common_dtype, count_true, flatten, keys_of, sort_rows
+from torch_sap.selection.sieve import Sieve, Sifted, expect
+from torch_sap.selection.sums import flat_sums, row_sums
+
+Scope = Literal["global", "layer", "neuron"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to measure and prune.
+
+    Attributes:
+        name: Dotted path of the parameter.
+        scores: What ranks the entries by magnitude (the weights, unless the user gave scores), any shape, no gradient.
+        mask: Bool tensor of the scores' shape, False where pruned; None if nothing is.
+        source: What the scores are, for messages.
+        channel_dim: Dimension of the output channels, the rows of the neuron scope.
+        channel_groups: Parts that dimension 0 is cut into, each with output channels of its own (transposed
+            convolutions).
+        part: Where the scores lie in a tensor that is cut over several processes; None: they are all of it.
+    """
+
+    name: str
+    scores: Tensor
+    mask: Tensor | None = None
+    source: str = "weights"
+    channel_dim: int = 0
+    channel_groups: int = 1
+    part: Part | None = None
+
+    def __post_init__(self) -> None:
+        if is_dtensor(self.scores):
+            raise TypeError(
+                f"{self.name} is a DTensor, whose parts only the whole-model functions and SAP can measure and prune; "
+                "use its full_tensor() here"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(self.scores.shape) if self.part is None else self.part.shape
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the entries are on the CPU, where numpy works on them."""
+        return self.scores.is_cpu
+
+    def unpruned(self) -> Any:
+        """d: int, or int64 scalar tensor on the device."""
+        return self.scores.numel() if self.mask is None else count_true(self.mask)
+
+    def rows(self, tensor: Tensor) -> list[Tensor]:
+        """Views of a tensor of the scores' shape that have the output channels in dimension 0."""
+        return [part.movedim(self.channel_dim, 0) for part in tensor.chunk(self.channel_groups)]
+
+    def with_whole_rows(self) -> Entry:
+        """The entry itself, or the whole tensor from all processes if they have pieces of its output channels."""
+        part = self.part
+        if part is None or (part.dim == self.channel_dim and self.channel_groups == 1):
+            return self
+        mask = None if self.mask is None else gather_along(self.mask, part)
+        return replace(self, scores=gather_along(self.scores, part), mask=mask, part=None)
+
+
+class Pool:
+    """One group of all entries of one or more tensors."""
+
+    def __init__(self, name: str, entries: Sequence[Entry]) -> None:
+        self.name, self.entries = name, entries
+        self.dtype = common_dtype(entry.scores for entry in entries)
+        self.on_host = all(entry.on_host for entry in entries)
+        self.parts = [entry.part for entry in entries]
+        self.tensors = [(entry.scores, entry.mask) for entry in entries]
+        self.expected: Hyperparameters | None = None
+        self.sieve: Sieve | None = None
+        self.sifted: list[Sifted] = []
+
+    def expect(self, rule: Hyperparameters) -> None:
+        """Let the pass over the weights that gives the sums prepare the masks of a rule too, on the host."""
+        if self.on_host and not any(self.parts):
+            self.expected = rule
+
+    def sums(self, exponents: Sequence[float], scale: float) -> list[Any]:
+        """For each tensor a float64 table of shape (1 + exponents, 1): d, then the power sums."""
+        flats: list[tuple[Any, ...]] = [
+            (flatten(scores, scores), None if mask is None else flatten(mask, scores)) for scores, mask in self.tensors
+        ]
+        how: dict[str, Any] = {"on_host": self.on_host, "scale": scale}
+        self.sieve = None if self.expected is None else expect(self.tensors, self.dtype, self.expected)
+        if self.sieve is not None:
+            how["visit"] = self.sieve.sift
+            flats = [(*flat, keep) for flat, keep in zip(flats, self.sieve.flats, strict=True)]
+        sums, self.sifted = flat_sums(flats, self.dtype, exponents, **how)
+        return [_with_count(entry.unpruned(), table) for entry, table in zip(self.entries, sums, strict=True)]
+
+    def join(self, tables: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """The table of the group from those of its tensors and their parts, added without rounding."""
+        if len(tables) == 1:
+            return tables[0]
+        rows = np.hstack(tables)
+        return np.array([[math.fsum(row) if np.isfinite(row).all() else np.inf] for row in rows])
+
+    def ordered(self) -> Iterator[Any]:
+        """All keys in ascending order, pruned ones (0) first, shape (1, entries)."""
+        keys = [keys_of(e.scores, e.mask, self.dtype, on_host=self.on_host).reshape(-1) for e in self.entries]
+        yield sort_rows(np.concatenate(keys)[None] if self.on_host else torch.cat(keys)[None])
+
+    def masks(self, counts: NDArray[np.int64], unpruned: NDArray[np.int64]) -> list[Tensor | None]:
+        """New masks without the ``counts[0]`` smallest entries, one a tensor; None where nothing is pruned."""
+        if counts[0] == 0:
+            return [entry.mask for entry in self.entries]
+        count, sieve, self.sieve = int(counts[0]), self.sieve, None
+        if sieve is not None and (masks := sieve.finish(self.sifted, count, int(unpruned[0]))) is not None:
+            return list(masks)
+        pruned = sum(math.prod(entry.shape) for entry in self.entries) - int(unpruned[0])
+        if any(self.parts):
+            return list(keep_largest_across(self.tensors, self.parts, count, pruned, on_host=self.on_host))
+        return list(keep_largest(self.tensors, count, pruned, on_host=self.on_host))
+
+
+class Rows:
+    """The rows (output channels) of one tensor, each a group of its own."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.name, self.given = entry.name, entry
+        self.entry = entry.with_whole_rows()
+        self.entries, self.parts = [self.entry], [self.entry.part]
+        self.dtype, self.on_host = entry.scores.dtype, entry.on_host
+
+    def expect(self, rule: Hyperparameters) -> None:
+        """Nothing is prepared for rows."""
+
+    def _blocks(self, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+        """Some rows of each tensor at a time, as views with the rows in dimension 0."""
+        parts = zip(
+            *([None] * self.entry.channel_groups if t is None else self.entry.rows(t) for t in tensors),
+            strict=True,
+        )
+        for part in parts:
+            first = next(t for t in part if t is not None)
+            length = max(1, first[:1].numel())
+            for start in range(0, len(first), size := max(1, chunk_size(self.on_host) // length)):
+                yield tuple(None if t is None else t[start : start + size] for t in part)
+
+    def sums(self, exponents: Sequence[float], scale: float) -> list[Any]:
+        """A float64 table of shape (1 + exponents, rows): d of each row, then its power sums."""
+
+        def table(scores: Tensor, mask: Tensor | None) -> Any:
+            rows, row_mask = scores.flatten(1), None if mask is None else mask.flatten(1)
+            sums = row_sums(rows, row_mask, self.dtype, exponents, on_host=self.on_host, scale=scale)
+            return _with_count(_unpruned_in_rows(rows, row_mask), sums)
+
+        blocks = list(self._blocks(self.entry.scores, self.entry.mask))
+        tables = map_pieces(table, blocks, on_host=self.on_host)
+        if not tables:
+            return [np.zeros((1 + len(exponents), 0))]
+        return [np.concatenate(tables, 1) if self.on_host else torch.cat(tables, 1)]
+
+    def join(self, tables: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """The table of all rows from those of the parts."""
+        return np.hstack(tables)
+
+    def ordered(self) -> Iterator[Any]:
+        """The keys of each row in ascending order, pruned ones (0) first, some rows at a time."""
+        for scores, mask in self._blocks(self.entry.scores, self.entry.mask):
+            assert scores is not None
+            keys = keys_of(scores, mask, self.dtype, on_host=self.on_host)
+            yield sort_rows(keys.reshape(len(scores), -1))
+
+    def masks(self, counts: NDArray[np.int64], unpruned: NDArray[np.int64]) -> list[Tensor | None]:
+        """New mask without the ``counts[i]`` smallest entries of row i; None if nothing is pruned."""
+        if self.entry.part is not None:
+            here = slice(*self.entry.part.bounds(self.entry.part.rank))
+            counts, unpruned = counts[here], unpruned[here]
+        if not counts.any():
+            return [self.given.mask]
+        keep = torch.empty_like(self.entry.scores, dtype=torch.bool)
+        blocks = list(self._blocks(keep, self.entry.scores, self.entry.mask))
+        ends = np.cumsum([len(block[0]) for block in blocks])[:-1].tolist()
+        numbers = (torch.from_numpy(values).to(keep.device).tensor_split(ends) for values in (counts, unpruned))
+
+        def write(out: Tensor, scores: Tensor, mask: Tensor | None, count: Tensor, d: Tensor) -> None:
+            row_mask = None if mask is None else mask.flatten(1)
+            kept = keep_largest_in_rows(scores.flatten(1), row_mask, count, d, self.dtype, on_host=self.on_host)
+            if self.on_host:  # one thread: torch's threads stall on small copies when others use the cores
+                out.numpy()[...] = kept.reshape(out.shape)
+            else:
+                out.copy_(kept.view(out.shape))
+
+        pieces = [(*block, *here) for block, *here in zip(blocks, *numbers, strict=True)]
+        map_pieces(write, pieces, on_host=self.on_host)
+        if self.given.part != self.entry.part:
+            assert self.given.part is not None
+            keep = self.given.part.own(keep).contiguous()
+        return [keep]
+
+
+Group = Pool | Rows
+
+
+def _unpruned_in_rows(rows: Tensor, mask: Tensor | None) -> Any:
+    if mask is None:
+        return (
+            np.full(len(rows), rows.shape[1])
+            if rows.is_cpu
+            else torch.full((len(rows),), rows.shape[1], device=rows.device)
+        )
+    return np.add.reduce(mask.numpy().view(np.uint8), axis=1, dtype=np.uint32) if rows.is_cpu else mask.sum(1)
+
+
+def _with_count(d: Any, sums: Any) -> Any:
+    """d as the first row of a table of sums."""
+    if isinstance(sums, Tensor):
+        d = torch.as_tensor(d, dtype=torch.float64, device=sums.device).reshape(1, -1)
+        return torch.cat([d, sums])
+    return np.concatenate([np.asarray(d, np.float64).reshape(1, -1), sums])
+
+
+def split(entries: Sequence[Entry], scope: Scope) -> list[Group]:
+    """The groups of a scope.
+
+    Args:
+        entries: Tensors in order of position, at least one.
+        scope: "global": one group of all; "layer": one a tensor; "neuron": one an output channel.
+
+    Returns:
+        Groups whose entries, taken together, are the given ones in their order.
+
+    Raises:
+        ValueError: if there is no such scope.
+    """
+    check_scope(scope)
+    if scope == "global":
+        return [Pool("global", entries)]
+    if scope == "layer":
+        return [Pool(entry.name, [entry]) for entry in entries]
+    return [Rows(entry) for entry in entries]
+
+
+def check_scope(scope: object) -> None:
+    """Raise a ValueError unless there is such a scope."""
+    if scope not in get_args(Scope):
+        scopes = ", ".join(repr(known) for known in get_args(Scope))
+        raise ValueError(f"scope must be one of {scopes}, got scope={scope!r}")

@@ -1,0 +1,142 @@
+"""Magnitudes as integers: non-negative IEEE floats are ordered like their bit patterns.
+
+A *key* is the bit pattern of |w|, an integer of the weight's own width; the key of a pruned entry is 0. On the host
+keys are numpy arrays (whose loops are several times faster than torch's on cache-sized chunks), elsewhere they are
+torch tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_sap.selection.host import scratch
+
+HOST_CHUNK = 2**18
+"""Entries that are worked on at once on the host. float64 copies of them stay in the cache, and the threads seldom wait
+for the interpreter, which each operation on a piece needs for a moment."""
+
+DEVICE_CHUNK = 2**22
+"""The same on a device, where a chunk has to be large enough to hide the launches."""
+
+INTEGER_OF = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+"""The floating-point types that can be pruned, and the integers of their width."""
+
+
+def check_dtype(tensor: Tensor, name: str) -> None:
+    """Raise a TypeError that names the tensor unless its type is one of those that can be ordered by keys."""
+    if tensor.dtype not in INTEGER_OF:
+        types = ", ".join(str(dtype).removeprefix("torch.") for dtype in INTEGER_OF)
+        raise TypeError(f"{name} must be a real floating-point tensor ({types}), got {tensor.dtype}")
+
+
+def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The narrowest type that holds all the tensors' values exactly, so that keys of all of them compare."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def key_end(dtype: torch.dtype) -> int:
+    """One more than the largest key of a type, which belongs to a NaN."""
+    return int(2 ** (8 * dtype.itemsize - 1))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills its memory, so that an empty_like() has its strides."""
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def flatten(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor as one dimension, in the order in which ``like`` lies in memory.
+
+    A view for ``like`` itself and for tensors with its strides (channels_last too), unless ``like`` has gaps or
+    overlaps.
+    """
+    order = sorted(range(like.dim()), key=lambda dim: like.stride()[dim], reverse=True)
+    return tensor.permute(order).reshape(-1)
+
+
+def chunk_size(on_host: bool) -> int:
+    """Entries that are worked on at once."""
+    return HOST_CHUNK if on_host else DEVICE_CHUNK
+
+
+def chunks(*flats: Tensor | None, on_host: bool) -> Iterator[tuple[Any, ...]]:
+    """Cut one-dimensional tensors of one length into pieces, together. None stays None.
+
+    On the host the pieces are arrays: those are cut in a tenth of the time, in which the other threads wait. Only
+    bfloat16, which numpy does not have, stays a tensor.
+    """
+    size = chunk_size(on_host)
+    length = next(flat.numel() for flat in flats if flat is not None)
+    sources = [_as_array(flat) if on_host and flat is not None else flat for flat in flats]
+    for start in range(0, length, size):
+        yield tuple(None if source is None else source[start : start + size] for source in sources)
+
+
+def _as_array(tensor: Tensor) -> Any:
+    return tensor if tensor.dtype is torch.bfloat16 else tensor.numpy()
+
+
+def count_true(mask: Tensor) -> Any:
+    """How many entries of a bool mask are True: int on the CPU, int64 scalar tensor on a device."""
+    return int(np.count_nonzero(mask.numpy())) if mask.is_cpu else mask.sum()
+
+
+def keys_of(scores: Any, mask: Any, dtype: torch.dtype, *, on_host: bool, reuse: bool = False) -> Any:
+    """Keys of |scores| in ``dtype``, 0 where the mask is False, of the scores' shape.
+
+    Scores and mask (or None) are tensors, on the host arrays too. The keys are in new memory, or (on the host,
+    ``reuse``) in memory that the next such call of this thread overwrites.
+    """
+    largest = key_end(dtype) - 1
+    if not on_host:
+        keys = scores.to(dtype).view(INTEGER_OF[dtype]) & largest
+        return keys if mask is None else keys.mul_(mask)
+    source = _bits(scores, dtype)
+    out = scratch("keys", source.shape, source.dtype) if reuse else np.empty(source.shape, source.dtype)
+    np.bitwise_and(source, largest, out=out)
+    return out if mask is None else np.multiply(out, np.asarray(mask).view(np.int8), out=out)
+
+
+def _bits(scores: Any, dtype: torch.dtype) -> NDArray[Any]:
+    """The bit patterns of scores converted to a type, as integers."""
+    if isinstance(scores, np.ndarray) and dtype is not torch.bfloat16:
+        return scores.astype(f"f{dtype.itemsize}", copy=False).view(f"i{dtype.itemsize}")
+    return np.asarray(torch.as_tensor(scores).to(dtype).view(INTEGER_OF[dtype]).numpy())
+
+
+def magnitudes(keys: Any, dtype: torch.dtype, *, reuse: bool = False) -> Any:
+    """The float64 magnitudes that keys of a type stand for, array for array and tensor for tensor.
+
+    In new memory, or (arrays, ``reuse``) in memory that the next such call of this thread overwrites.
+    """
+    if isinstance(keys, Tensor):
+        return keys.view(dtype).double()
+    floats = _floats(keys, dtype)
+    if not reuse:
+        return floats.astype(np.float64)
+    out = scratch("magnitudes", keys.shape, np.float64)
+    out[...] = floats
+    return out
+
+
+def _floats(keys: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
+    if dtype is torch.bfloat16:  # the upper half of a float32
+        return (keys.astype(np.int32) << 16).view(np.float32)
+    return keys.view(f"f{dtype.itemsize}")
+
+
+def sort_rows(keys: Any) -> Any:
+    """Each row of two-dimensional keys in ascending order; numpy sorts integers several times faster than torch."""
+    return keys.sort(dim=1).values if isinstance(keys, Tensor) else np.sort(keys, axis=1)

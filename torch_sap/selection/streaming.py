@@ -1,0 +1,234 @@
+"""The SAP step for one group that is never in memory as a whole: its tensors come one by one, or in pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_sap.selection.bounds import Hyperparameters
+from torch_sap.selection.exact import find_on_host, masks_above
+from torch_sap.selection.host import map_pieces, scratch
+from torch_sap.selection.keys import check_dtype, chunks, flatten, keys_of
+from torch_sap.selection.sieve import count_in
+from torch_sap.selection.step import GroupValues
+from torch_sap.selection.sums import block_sums, exact_sum, index_from_sums, power_sums
+
+Stream = Callable[[], Iterable[Tensor]]
+"""Gives the tensors of a group on the CPU, in order of position: the same ones each time that it is called."""
+
+MARGIN = 0.01
+"""Distance of the two keys of a guess from the one expected, as a share of the sample."""
+
+MOST_KEYS = 2**22
+"""Keys between the two at most: so many numbers are kept of a group while its sums are made."""
+
+
+class Piece(NamedTuple):
+    """A tensor on the CPU or the next part of one: a number of sums.BLOCK entries unless it is the last."""
+
+    name: str
+    values: Tensor
+    is_last: bool = True
+
+
+Pieces = Callable[[], Iterable[Piece]]
+"""Gives the pieces of a group in order of position: the same ones each time that it is called."""
+
+
+class Threshold(NamedTuple):
+    """What goes: entries with a smaller key, and the first ``left`` of those with just this key."""
+
+    key: int
+    left: int
+    dtype: torch.dtype
+
+    def masks(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Masks of the group's tensors or pieces, in order of position, one for each that is taken."""
+        left = self.left
+        for tensor in tensors:
+            ties = self._ties(tensor) if left else 0
+            key, go = (self.key, left) if left else (self.key - 1, 0)
+            yield from masks_above(
+                [(tensor, None)], key, go, self.dtype, on_host=True, all_ties_go=not left or ties <= left
+            )
+            left = max(0, left - ties)
+
+    def _ties(self, tensor: Tensor) -> int:
+        pieces = chunks(flatten(tensor, tensor), on_host=True)
+        keys = (keys_of(piece, None, self.dtype, on_host=True, reuse=True) for (piece,) in pieces)
+        return sum(int(np.count_nonzero(some == self.key)) for some in keys)
+
+
+def prune_stream(stream: Stream, rule: Hyperparameters) -> tuple[GroupValues, Iterator[Tensor]]:
+    """Decide what SAP prunes of a group of any size, all of whose entries are unpruned.
+
+    The stream is read three or four times before the masks, and once more for them; one tensor is held at a time.
+
+    Args:
+        stream: Called without arguments each time that the tensors are needed; real floating point, on the CPU.
+        rule: The five numbers.
+
+    Returns:
+        d, I, r and c, arrays of one value; and the masks of the tensors, made while they are iterated over.
+
+    Raises:
+        ValueError: if the sums of the magnitudes' powers are not finite: an entry is NaN or infinite, or too large.
+        TypeError: if stream is no function, or a tensor is not of a real floating-point type.
+
+    Example:
+        >>> from torch_sap.selection.bounds import Hyperparameters
+        >>> numbers = lambda: (torch.arange(1.0 + i, 100.0 + i) for i in range(3))
+        >>> values, masks = prune_stream(numbers, Hyperparameters())
+        >>> int(values.c[0]) == sum(int((~mask).sum()) for mask in masks)
+        True
+
+    Source: Algorithm 1 of the paper.
+    """
+    if not callable(stream):
+        raise TypeError(
+            f"stream must be a function that gives the tensors, each time anew, got {type(stream).__name__}"
+        )
+
+    def pieces() -> Iterator[Piece]:
+        return (Piece(f"tensor {number} of the stream", tensor) for number, tensor in enumerate(stream()))
+
+    values, threshold = decide(pieces, rule)
+    if threshold is None:
+        return values, (torch.ones_like(tensor, dtype=torch.bool) for tensor in stream())
+    return values, threshold.masks(stream())
+
+
+def decide(pieces: Pieces, rule: Hyperparameters, guess: Guess | None = None) -> tuple[GroupValues, Threshold | None]:
+    """What SAP prunes of a group of pieces.
+
+    Args:
+        pieces: The group, all of whose entries are unpruned.
+        rule: The five numbers.
+        guess: Where the last entry to go should be. With a good one the pieces are read once, without one (or with a
+            wrong one) two or three times more.
+
+    Returns:
+        d, I, r and c, arrays of one value, equal to those of the whole tensors in memory; and what goes, None if
+        nothing does.
+
+    Raises:
+        ValueError: if the sums are not finite; the piece is named.
+        TypeError: if a piece is not of a real floating-point type.
+    """
+    sums = _Sums(rule, guess)
+    for piece in pieces():
+        sums.add(piece)
+    values = sums.values()
+    count = int(values.c[0])
+    if count == 0:
+        return values, None
+    found = None if guess is None else guess.find(count)
+    if found is None:
+        found = find_on_host(_Flats(pieces), count, sums.dtype, add_up=lambda counts: counts)[:2]
+    key, below = found
+    return values, Threshold(key, count - below, sums.dtype)
+
+
+class Guess:
+    """Two keys between which the last entry to go should lie, and how often each key in between occurs.
+
+    They are far apart, so that the guess is seldom wrong: an entry in between costs little.
+
+    Args:
+        sample: Keys of some entries of the group.
+        dtype: Type that they are keys of: the common one of the group.
+        rule: The five numbers.
+    """
+
+    def __init__(self, sample: NDArray[Any], dtype: torch.dtype, rule: Hyperparameters) -> None:
+        sample = np.sort(sample)
+        rank, margin = count_in(sample, dtype, rule), int(MARGIN * len(sample)) + 1
+        middle, low, high = (int(sample[np.clip(i, 0, len(sample) - 1)]) for i in (rank, rank - margin, rank + margin))
+        self.dtype, self.below = dtype, 0
+        self.low, self.high = max(low, middle - MOST_KEYS // 2), min(high, middle + MOST_KEYS // 2) + 1
+        self.counts = np.zeros(self.high - self.low, np.int64)
+
+    def look(self, keys: NDArray[Any]) -> tuple[int, NDArray[Any]]:
+        """How many keys of a piece are below, and those in between."""
+        smaller = np.less(keys, self.low, out=scratch("smaller", keys.shape, np.bool_))
+        inside = np.less(keys, self.high, out=scratch("inside", keys.shape, np.bool_))
+        inside ^= smaller
+        return int(np.count_nonzero(smaller)), keys[np.flatnonzero(inside)]
+
+    def add(self, seen: Iterable[tuple[int, NDArray[Any]]]) -> None:
+        """Remember what was seen."""
+        for below, inside in seen:
+            self.below += below
+            if len(self.counts) < 2**16:
+                self.counts += np.bincount(inside - self.low, minlength=len(self.counts))
+            else:
+                keys, counts = np.unique(inside, return_counts=True)
+                self.counts[keys - self.low] += counts
+
+    def find(self, rank: int) -> tuple[int, int] | None:
+        """The rank-th smallest key (from 1) and how many are smaller; None if it lies elsewhere."""
+        cumulative = self.below + np.cumsum(self.counts)
+        if not self.below < rank <= cumulative[-1]:
+            return None
+        place = int(np.searchsorted(cumulative, rank))
+        return self.low + place, int(cumulative[place] - self.counts[place])
+
+
+class _Flats:
+    def __init__(self, pieces: Pieces) -> None:
+        self.pieces = pieces
+
+    def __iter__(self) -> Iterator[tuple[Tensor, None]]:
+        return ((flatten(piece.values, piece.values), None) for piece in self.pieces())
+
+
+class _Sums:
+    """Power sums of a group, of each tensor for itself as in memory, and the counts of a guess in the same pass."""
+
+    def __init__(self, rule: Hyperparameters, guess: Guess | None) -> None:
+        self.rule, self.guess = rule, guess
+        self.dtype = torch.float16 if guess is None else guess.dtype
+        self.d = 0
+        self.tables: list[list[float]] = []
+        self.blocks: tuple[list[Any], list[Any]] = ([], [])
+
+    def add(self, piece: Piece) -> None:
+        if not isinstance(piece.values, Tensor):
+            raise TypeError(f"{piece.name} must be a tensor, got {type(piece.values).__name__}")
+        check_dtype(piece.values, piece.name)
+        flat, dtype = flatten(piece.values, piece.values), piece.values.dtype
+        if self.guess is None:
+            self.dtype = dtype if self.d == 0 else torch.promote_types(self.dtype, dtype)
+
+        def work(scores: Any, _: None) -> tuple[list[Any], Any]:
+            keys = keys_of(scores, None, self.dtype, on_host=True, reuse=True)
+            seen = None if self.guess is None else self.guess.look(keys)
+            return power_sums(keys, self.dtype, (self.rule.p, self.rule.q), 1.0, block_sums), seen
+
+        found = map_pieces(work, list(chunks(flat, None, on_host=True)), on_host=True)
+        if self.guess is not None:
+            self.guess.add(seen for _, seen in found)
+        for sums, _ in found:
+            for blocks, more in zip(self.blocks, sums, strict=True):
+                blocks += more
+        self.d += flat.numel()
+        if piece.is_last:
+            self._end_tensor(piece.name)
+
+    def _end_tensor(self, name: str) -> None:
+        self.tables.append([exact_sum(blocks) for blocks in self.blocks])
+        if not np.isfinite(self.tables[-1]).all():
+            raise ValueError(f"{name} must be finite and so must the sums of its powers")
+        self.blocks = ([], [])
+
+    def values(self) -> GroupValues:
+        sum_p, sum_q = (np.array([math.fsum(table[i] for table in self.tables)]) for i in (0, 1))
+        size = np.array([self.d])
+        index = index_from_sums(sum_p, sum_q, size, p=self.rule.p, q=self.rule.q)
+        return GroupValues(size, index, self.rule.retain(index, size), self.rule.count(index, size))

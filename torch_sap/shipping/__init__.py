@@ -1,0 +1,1 @@
+"""After pruning: what remains, what it costs, small files, and smaller models."""
