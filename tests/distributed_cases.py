@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_copies import data_parallel, processes_disagree, wrapped_after_sap
 from distributed_models import assert_same_model, assert_same_report, data, full_state, mine, mlp, shard
 from distributed_standardised import standardised_convolutions
 from helpers import FUNCTIONS, SCOPES
@@ -13,7 +14,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import torch_sap
@@ -234,46 +234,6 @@ def mixed_precision_and_accumulation(order):
                 assert torch.count_nonzero(state[key.replace("_mask", "_orig")][~mask]) == 0
 
 
-def data_parallel():
-    model = DistributedDataParallel(mlp())
-    assert list(torch_sap.layer_unstructured(model).groups) == ["0.weight", "2.weight", "4.weight"]
-    stepper = torch_sap.SAP(model, rewind=model.module.state_dict())
-    torch_sap.SAP(model, rewind=model.state_dict())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for number in range(3):
-        optimizer.zero_grad()
-        model(mine(data() + number)).square().mean().backward()
-        pruned = [(model.module[i].weight, model.module[i].weight_mask) for i in (0, 2, 4)]
-        assert all(torch.count_nonzero(weight.grad[~mask]) == 0 for weight, mask in pruned)
-        optimizer.step()
-        assert all(torch.count_nonzero(weight[~mask]) == 0 for weight, mask in pruned)
-        stepper.step()
-    torch_sap.remove(model)
-
-
-def processes_disagree():
-    model = DistributedDataParallel(mlp())
-    stepper = torch_sap.SAP(DistributedDataParallel(mlp()), rewind="none")
-    for broken in (model.module, stepper.model.module):
-        if dist.get_rank():
-            broken[0].weight.data[:3] *= 3
-    for prune in (lambda: torch_sap.layer_unstructured(model), stepper.step):
-        with pytest.raises(RuntimeError, match="weights differ"):
-            prune()
-    assert "weight" in model.module[0]._parameters
-    if dist.get_rank() == 0:
-        torch_sap.layer_unstructured(mlp())  # plain, on one process: nobody is waited for
-    if dist.get_world_size() == 2:
-        copies = mlp()
-        fully_shard(copies, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copy", "shard")))
-        torch_sap.layer_unstructured(copies)
-        if dist.get_rank():
-            with torch.no_grad():
-                copies[0].weight.to_local()[:3].mul_(3)
-        with pytest.raises(RuntimeError, match="weights differ"):
-            torch_sap.layer_unstructured(copies)
-
-
 ORDERS = ("shard, prune", "prune, shard")
 CASES = {
     **{f"training {s} {o}": (pruned_and_trained_as_on_one_process, s, o) for s in SCOPES for o in ORDERS},
@@ -299,6 +259,7 @@ CASES = {
             stepper_and_rewinding,
             data_parallel,
             processes_disagree,
+            wrapped_after_sap,
         )
     },
 }

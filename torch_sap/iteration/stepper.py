@@ -26,6 +26,7 @@ from torch_sap.masks.interrupts import complete, held_back
 from torch_sap.masks.linking import hooks_of
 from torch_sap.masks.parameters import entries_of, resolve
 from torch_sap.masks.reparametrised import warn_of_reparametrised
+from torch_sap.selection.agreement import share, wrapper_of
 from torch_sap.selection.bounds import Hyperparameters
 from torch_sap.selection.collective import local
 from torch_sap.selection.groups import Entry, Scope, check_scope
@@ -129,12 +130,11 @@ class Stepper:
         return Plan(found, result.masks)
 
     def apply(self, plan: Plan, eval_fn: Callable[[nn.Module], Metrics] | None = None) -> Round:
-        """Prune the model as planned, and rewind what is left; the plan must be of the model as it is.
-
-        Arguments, result and errors are those of :meth:`step`.
-        """
+        """Prune the model, which is as it was planned for, and rewind what is left; arguments and errors as of step."""
         with torch.no_grad():
-            check_copies(self.model, self._prunables, plan.masks)
+            copies = wrapper_of(self.model)
+            check_copies(copies, self._prunables, plan.masks)
+            share(copies, self._rewind_point or {})
             masks = [p.whole(mask) for p, mask in zip(self._prunables, plan.masks, strict=True)]
         after = count_remaining(self._prunables, plan.masks)
         found = replace(plan.round, pruned=self._sparsity(plan.masks), tensors_after=after)

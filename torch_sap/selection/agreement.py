@@ -1,8 +1,9 @@
-"""Whether all processes that hold copies of the same weights prune the same entries."""
+"""Whether all processes that hold copies of the same weights prune the same entries, and rewind to the same values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import gc
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,25 @@ _ALL_ONES = -1
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel; any other module itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def wrapper_of(model: nn.Module) -> nn.Module:
+    """The DistributedDataParallel of this program that holds a module, also one made later; without one, the module.
+
+    Nothing in a module tells who holds it, so all objects are looked through: some tenths of a second, and only where
+    there are several processes. Those that nobody uses any more are cleared away first, since what the processes agree
+    on must not depend on when each of them does so.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if isinstance(model, DistributedDataParallel) or not distributed:
+        return model
+    gc.collect()
+    for found in gc.get_objects():
+        if issubclass(type(found), DistributedDataParallel):  # isinstance runs code of lazy objects
+            wrapper: DistributedDataParallel = found
+            if any(module is model for module in wrapper.modules()):
+                return wrapper
+    return model
 
 
 def groups_of_copies(model: object, weights: Iterable[Tensor]) -> list[Any]:
@@ -42,10 +62,7 @@ def check_agreement(masks: Sequence[Tensor | None], groups: Iterable[Any], home:
         RuntimeError: on every process, if they differ.
     """
     for group in groups:
-        found = _checksum(masks, home)
-        largest = torch.stack([found, found ^ _ALL_ONES])
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
-        if bool(largest[0] != largest[1] ^ _ALL_ONES):
+        if not _are_equal(masks, group, home):
             raise RuntimeError(
                 "the processes would prune different entries, so their weights differ; nothing was pruned. Check that "
                 "every process starts from the same weights (same seed, or broadcast them; DistributedDataParallel "
@@ -53,12 +70,39 @@ def check_agreement(masks: Sequence[Tensor | None], groups: Iterable[Any], home:
             )
 
 
-def _checksum(masks: Sequence[Tensor | None], home: torch.device) -> Tensor:
-    """A 64-bit number that changes, but for chance, with every entry of the masks and with their order."""
+def share(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give every process the values of the first one, in place, as DistributedDataParallel gave it the weights.
+
+    A state that was copied before the model was wrapped may be another one on each process.
+
+    Args:
+        model: What :func:`wrapper_of` found; of a model without DistributedDataParallel nothing is changed.
+        state: Tensors by name, the same names on all processes.
+    """
+    if isinstance(model, DistributedDataParallel) and state:
+        group, tensors = model.process_group, list(state.values())
+        if not _are_equal(tensors, group, next(model.parameters()).device):
+            first = torch.distributed.get_global_rank(group, 0)
+            for tensor in tensors:
+                sent = tensor.contiguous()
+                torch.distributed.broadcast(sent.reshape(-1).view(torch.uint8), first, group=group)
+                tensor.copy_(sent)
+
+
+def _are_equal(tensors: Sequence[Tensor | None], group: Any, home: torch.device) -> bool:
+    """Whether all processes of a group have the same tensors."""
+    found = _checksum(tensors, home)
+    largest = torch.stack([found, found ^ _ALL_ONES])
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+    return bool(largest[0] == largest[1] ^ _ALL_ONES)
+
+
+def _checksum(tensors: Sequence[Tensor | None], home: torch.device) -> Tensor:
+    """A 64-bit number that changes, but for chance, with every byte of the tensors and with their order."""
     total = torch.zeros((), dtype=torch.int64, device=home)
-    for number, mask in enumerate(masks):
-        if mask is not None:
-            flat = mask.reshape(-1).view(torch.uint8)
+    for number, tensor in enumerate(tensors):
+        if tensor is not None:
+            flat = tensor.reshape(-1).view(torch.uint8)
             flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(torch.int64)
             for start in range(0, len(flat), _CHUNK):
                 words = flat[start : start + _CHUNK]

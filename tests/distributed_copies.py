@@ -1,0 +1,77 @@
+"""What test_distributed.py runs of DistributedDataParallel, and of copies that are not the same."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_models import data, mine, mlp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import torch_sap
+
+
+def data_parallel():
+    model = DistributedDataParallel(mlp())
+    assert list(torch_sap.layer_unstructured(model).groups) == ["0.weight", "2.weight", "4.weight"]
+    stepper = torch_sap.SAP(model, rewind=model.module.state_dict())
+    torch_sap.SAP(model, rewind=model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for number in range(3):
+        optimizer.zero_grad()
+        model(mine(data() + number)).square().mean().backward()
+        pruned = [(model.module[i].weight, model.module[i].weight_mask) for i in (0, 2, 4)]
+        assert all(torch.count_nonzero(weight.grad[~mask]) == 0 for weight, mask in pruned)
+        optimizer.step()
+        assert all(torch.count_nonzero(weight[~mask]) == 0 for weight, mask in pruned)
+        stepper.step()
+    torch_sap.remove(model)
+
+
+def processes_disagree():
+    model = DistributedDataParallel(mlp())
+    stepper = torch_sap.SAP(DistributedDataParallel(mlp()), rewind="none")
+    for broken in (model.module, stepper.model.module):
+        if dist.get_rank():
+            broken[0].weight.data[:3] *= 3
+    for prune in (lambda: torch_sap.layer_unstructured(model), stepper.step):
+        with pytest.raises(RuntimeError, match="weights differ"):
+            prune()
+    assert "weight" in model.module[0]._parameters
+    if dist.get_rank() == 0:
+        torch_sap.layer_unstructured(mlp())  # plain, on one process: nobody is waited for
+    if dist.get_world_size() == 2:
+        copies = mlp()
+        fully_shard(copies, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copy", "shard")))
+        torch_sap.layer_unstructured(copies)
+        if dist.get_rank():
+            with torch.no_grad():
+                copies[0].weight.to_local()[:3].mul_(3)
+        with pytest.raises(RuntimeError, match="weights differ"):
+            torch_sap.layer_unstructured(copies)
+
+
+def wrapped_after_sap():
+    """Each process starts from weights of its own; the first one's count, as DistributedDataParallel has it."""
+    torch.manual_seed(dist.get_rank())
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 2, dtype=torch.double))
+    model.to(torch.double, memory_format=torch.channels_last)
+    stepper = torch_sap.SAP(model, scope="layer")
+    start = {name: value.clone() for name, value in model.named_parameters()}
+    wrapped = DistributedDataParallel(model)
+    for _ in range(2):
+        wrapped(torch.randn(4, 3, 8, 8, dtype=torch.double)).square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+        stepper.step()
+        assert dist.get_rank() or all(torch.equal(p, start[name] * (p != 0)) for name, p in model.named_parameters())
+        for name, value in model.state_dict().items():
+            everywhere = [torch.empty_like(value).contiguous() for _ in range(dist.get_world_size())]
+            dist.all_gather(everywhere, value.contiguous())
+            assert all(torch.equal(value, other) for other in everywhere), name
+    with torch.no_grad():
+        model[0].weight[:3] *= 1 + dist.get_rank()
+    with pytest.raises(RuntimeError, match="weights differ"):
+        stepper.step()
