@@ -28,7 +28,15 @@ def raising(model):
 def make_world(folder):
     """Names that the calls use, each call with new ones."""
     world = {name: getattr(torch_sap, name) for name in torch_sap.__all__}
-    world |= {"nn": nn, "prune": prune, "tensor": torch.tensor, "ones": torch.ones, "nan": math.nan, "inf": math.inf}
+    world |= {
+        "nn": nn,
+        "torch": torch,
+        "prune": prune,
+        "tensor": torch.tensor,
+        "ones": torch.ones,
+        "nan": math.nan,
+        "inf": math.inf,
+    }
     world |= {"prune_stream": prune_stream, "Hyperparameters": Hyperparameters, "SAPCallback": SAPCallback}
     model, pruned, with_nan, integers = mlp(), mlp(), mlp(), nn.Module()
     torch_sap.layer_unstructured(pruned)

@@ -53,6 +53,10 @@ class History(Sequence[Round]):
     def __iter__(self) -> Iterator[Round]:
         return iter(self._rounds)
 
+    def __repr__(self) -> str:
+        """A line a round."""
+        return "\n".join(map(repr, self)) or "<History without rounds>"
+
     def append(self, round: Round) -> None:
         """Add a round at the end."""
         self._rounds.append(round)

@@ -60,7 +60,7 @@ def _nested(values: Mapping[str, Mapping[str, Any]], convert: Any) -> dict[str, 
     return {scope: {name: convert(value) for name, value in groups.items()} for scope, groups in values.items()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Round:
     """One iteration: what training arrived at, and what was pruned then.
 
@@ -90,6 +90,12 @@ class Round:
     metrics: Mapping[str, float] = field(default_factory=dict)
     pruned_metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        """One line; what the groups and tensors hold would be thousands."""
+        metrics = "".join(f", {name} {value:.4g}" for name, value in self.metrics.items())
+        counts = f"{self.remaining:,} of {self.total:,} weights ({self.density:.1%})"
+        return f"<Round {self.number}: {counts}, PQ Index {self.pqi:.3f}{metrics}; {self.pruned_count:,} pruned>"
 
     @property
     def total(self) -> int:

@@ -24,6 +24,7 @@ from torch_sap.masks.fsdp import reshard
 from torch_sap.masks.guarding import guard, unguard
 from torch_sap.masks.interrupts import complete, held_back
 from torch_sap.masks.linking import hooks_of
+from torch_sap.masks.optimizers import check_optimizer
 from torch_sap.masks.parameters import entries_of, resolve
 from torch_sap.masks.reparametrised import warn_of_reparametrised
 from torch_sap.selection.agreement import share, wrapper_of
@@ -65,10 +66,9 @@ class Stepper:
         gini: bool,
     ) -> None:
         check_scope(scope)
-        if optimizer is not None and not hasattr(optimizer, "state"):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_optimizer(optimizer, model)
         self.model, self.rule, self.scope, self.optimizer, self.gini = model, rule, scope, optimizer, gini
         self.history = History()
         self._optimizer_start = None if optimizer is None else copy.deepcopy(optimizer.state_dict())

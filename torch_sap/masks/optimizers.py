@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torch_sap.masks.stamps import Stamp
@@ -94,3 +94,21 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
+
+
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Refuse what is not the optimizer of a model; None is fine.
+
+    Raises:
+        TypeError: if it is no optimizer.
+        ValueError: if it holds no parameter of the model.
+    """
+    if optimizer is None:
+        return
+    if not hasattr(optimizer, "state") or not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    own = set(map(id, model.parameters()))
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "optimizer must hold parameters of the model, but holds none of them: make it from model.parameters()"
+        )
