@@ -131,8 +131,12 @@ def ablation(parts: Sequence[Groups], path: Path) -> None:
 
 def against_rounds(axes: Any, groups: Groups, title: str, value: Value) -> None:
     """Draw one value against rounds, a curve a group."""
-    for number, (name, histories) in enumerate(groups.items()):
-        values = over_seeds(histories, value)
+    draw_curves(axes, {name: over_seeds(histories, value) for name, histories in groups.items()}, title)
+
+
+def draw_curves(axes: Any, curves: Mapping[str, Any], title: str) -> None:
+    """Draw values of shape (seeds, rounds) against rounds: their mean, and a band of one standard deviation."""
+    for number, (name, values) in enumerate(curves.items()):
         mean, deviation = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
         rounds = np.arange(len(mean))
         axes.plot(rounds, mean, marker=".", markersize=3, linewidth=1, label=name, color=f"C{number}")

@@ -58,7 +58,7 @@ def slim(history: Mapping[str, Any]) -> dict[str, Any]:
         if values["scope"] == "neuron":
             groups = {name: _summed(group) for name, group in groups.items()}
         parts = {key: _without_neurons(values[key]) for key in ("retrained", "pruned")}
-        rounds.append(_rounded({**values, **parts, "groups": groups}))
+        rounds.append(rounded({**values, **parts, "groups": groups}))
     return {**history, "rounds": rounds}
 
 
@@ -136,9 +136,10 @@ def _without_neurons(sparsity: Mapping[str, Any] | None) -> dict[str, Any] | Non
     return {measure: values and {**values, "neuron": {}} for measure, values in sparsity.items()}
 
 
-def _rounded(values: Any) -> Any:
+def rounded(values: Any) -> Any:
+    """Nested values with six digits of every number."""
     if isinstance(values, Mapping):
-        return {key: _rounded(value) for key, value in values.items()}
+        return {key: rounded(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
-        return [_rounded(value) for value in values]
+        return [rounded(value) for value in values]
     return float(f"{values:.{DIGITS}g}") if isinstance(values, float) else values

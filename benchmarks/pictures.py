@@ -1,0 +1,219 @@
+"""The pictures and the tables of docs/maths.md, from torch_sap itself: nothing in them is drawn by hand.
+
+The weights are those of the pretrained network of pretrained.py, the rounds those of docs/results/paper. There is no
+training, no random number and no download; a second run writes the same bytes.
+
+    pip install -e ".[bench,pretrained]"
+    python benchmarks/pictures.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+import paper
+import pictures_values as of
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from paper_figures import draw_curves, legend
+from paper_results import Histories, mean_and_std, read
+from pretrained import load_model
+from torch import nn
+from zoo_page import fill, table
+
+PAGE = paper.ROOT / "docs" / "maths.md"
+# As wide as a page, so that text in a picture is about as large as the text around it, for any eyes.
+STYLE = ["default", "seaborn-v0_8-colorblind", {"font.size": 10, "lines.linewidth": 1.2}]
+WIDTH, DPI = 7.5, 160
+COLOURS = ("C0", "C1", "C2", "C3", "C5")  # without C4, a yellow that white paper swallows
+LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+SHOWN_ROUNDS = (0, 1, 2, 5, 10, 20, 29)
+
+Values = Mapping[str, Any]
+Draw = Callable[[Values], Figure]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--images-dir", type=Path, default=paper.IMAGES, help="folder of the pictures")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page whose tables are filled")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    found = values_of(load_model(), read(paper.RESULTS))
+    for name, values in found.items():
+        save(name, values, arguments.images_dir)
+    arguments.page.write_text(fill(arguments.page.read_text("utf-8"), tables_of(found)), "utf-8")
+
+
+def values_of(model: nn.Module, histories: Histories) -> dict[str, Values]:
+    """What each picture shows."""
+    return {
+        "measure": of.measured(model),
+        "count": of.counted(model),
+        "choice": of.chosen(model),
+        "run": of.ran(histories),
+    }
+
+
+def save(name: str, values: Values, folder: Path) -> Path:
+    """Draw a picture into a folder, with the digest of what it shows in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"maths_{name}.png"
+    with matplotlib.style.context(STYLE, after_reset=True):
+        DRAW[name](values).savefig(path, dpi=DPI, metadata={"Description": of.digest(values)})
+    return path
+
+
+def measure(values: Values) -> Figure:
+    """Sorted magnitudes of vectors, and their PQ Index with ever more zeros added."""
+    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.5))
+    panels = halves[0].subplots(1, len(values), sharex=True, sharey=True)
+    for number, (axes, (name, vector)) in enumerate(zip(panels, values.items(), strict=True)):
+        edges = np.linspace(0, 1, len(vector["heights"]) + 1)
+        axes.stairs(vector["heights"], edges, fill=True, color=COLOURS[number])
+        axes.set_title(f"{name}\nPQ Index {vector['index']['p=0.5, q=1'][0]:.3f}", fontsize="small")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_xticks([0, 1])
+    panels[0].set_ylabel("magnitude /\nlargest magnitude", fontsize="small")
+    halves[0].supxlabel("entries, the largest first", fontsize="small")
+    for axes, (p, q) in zip(halves[1].subplots(1, 2, sharey=True), of.NORMS, strict=True):
+        shares = np.linspace(0, 0.97, 98)
+        for number, (name, vector) in enumerate(values.items()):
+            indices = vector["index"][f"p={p:g}, q={q:g}"]
+            curve = 1 - (1 - indices[0]) * (1 - shares) ** (1 / p - 1 / q)
+            axes.plot(shares, curve, color=COLOURS[number], linestyle=LINES[number])
+            axes.plot([1 - 1 / (1 + times) for times in of.ZEROS], indices, "o", color=COLOURS[number], markersize=4)
+            axes.plot([], [], color=COLOURS[number], linestyle=LINES[number], marker="o", markersize=4, label=name)
+        axes.set_title(f"PQ Index with zeros added, p={p:g}, q={q:g}", fontsize="small")
+        axes.set_xlabel("share of added zeros", fontsize="small")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")
+    return figure
+
+
+def count(values: Values) -> Figure:
+    """Share that a round prunes over the PQ Index, with the layers of a network on the curves."""
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    panels = figure.subplots(1, len(values), sharex=True, sharey=True)
+    for axes, (panel, curves) in zip(panels, values.items(), strict=True):
+        for number, (name, found) in enumerate(curves.items()):
+            grid = np.linspace(0, 1, len(found["curve"]))
+            axes.plot(grid, found["curve"], color=COLOURS[number], linestyle=LINES[number], label=name)
+            axes.plot(*zip(*found["layers"], strict=True), ".", color=COLOURS[number], markersize=4, alpha=0.6)
+            layer = found["layers"][found["layer"]]
+            axes.plot(*layer, "D", color=COLOURS[number], markersize=5, markeredgecolor="black")
+        axes.set_title(panel, fontsize="small")
+        axes.set_xlabel("PQ Index", fontsize="small")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    panels[0].set_ylabel("share that one round prunes", fontsize="small")
+    return figure
+
+
+def choice(values: Values) -> Figure:
+    """Magnitudes of one layer, those that go in each scope in another colour."""
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    edges = np.array(values["edges"])
+    scopes = ("global", "layer", "neuron")
+    for axes, scope in zip(figure.subplots(1, 3, sharey=True), scopes, strict=True):
+        found = values[scope]
+        stay, go = np.array(found["stay"]), np.array(found["go"])
+        axes.stairs(go, edges, fill=True, facecolor="C2", edgecolor="white", hatch="///", linewidth=0, label="go")
+        axes.stairs(stay + go, edges, baseline=go, fill=True, color="C5", label="stay")
+        if scope != "neuron":
+            axes.axvline(found["largest that goes"], color="black", linewidth=1, linestyle="--", label="threshold")
+        axes.set_title(f"{scope} scope: {100 * found['share']:.1f} % go", fontsize="small")
+        axes.set_xlabel("magnitude", fontsize="small")
+        axes.legend(fontsize="small")
+    figure.axes[0].set_ylabel("weights", fontsize="small")
+    return figure
+
+
+def run(values: Values) -> Figure:
+    """What the rounds of real runs measure, prune and reach, and where a tolerance of one point would end them."""
+    figure = Figure(figsize=(WIDTH, 5.8), layout="constrained")
+    titles = [title for title in values if title != "stops"]
+    panels = dict(zip(titles, np.ravel(figure.subplots(2, 2, sharex=True)), strict=True))
+    for title, axes in panels.items():
+        draw_curves(axes, {name: np.array(rows) for name, rows in values[title].items()}, title)
+        for line, style in zip(axes.get_lines(), LINES, strict=False):
+            line.set_linestyle(style)
+    panels[titles[0]].set_yscale("log")
+    panels[titles[0]].yaxis.set_major_formatter("{x:g}")
+    accuracy = titles[-1]
+    for number, (name, stops) in enumerate(values["stops"].items()):
+        for (trainings, _), of_seed in zip(stops, values[accuracy][name], strict=True):
+            if trainings < len(of_seed):
+                at = trainings - 1, of_seed[trainings - 1]
+                panels[accuracy].plot(*at, "X", color=COLOURS[number], markeredgecolor="black", markersize=8)
+    panels[accuracy].plot([], [], "wX", markeredgecolor="black", label="ended by tolerance")
+    legend(figure, panels[accuracy])
+    return figure
+
+
+DRAW: dict[str, Draw] = {"measure": measure, "count": count, "choice": choice, "run": run}
+
+
+def tables_of(found: Mapping[str, Values]) -> dict[str, str]:
+    """The numbers of the pictures that the page's text speaks of."""
+    return {
+        "vectors": _vector_table(found["measure"]),
+        "scopes": _scope_table(found["choice"]),
+        "rounds": _round_table(found["run"]),
+    }
+
+
+def _vector_table(values: Values) -> str:
+    norms = [f"p={p:g}, q={q:g}" for p, q in of.NORMS]
+    head = ["vector", "d", *(f"PQ Index, {name}" for name in norms), f"as many zeros added, {norms[0]}"]
+    lines = []
+    for name, found in values.items():
+        indices = [found["index"][norm][0] for norm in norms] + [found["index"][norms[0]][1]]
+        lines.append([name, f"{found['d']:,}", *(f"{index:.4f}" for index in indices)])
+    return table(head, lines)
+
+
+def _scope_table(values: Values) -> str:
+    head = ["scope", "group", "d", "I", "r", "c", "largest that goes", "smallest that stays", "of this layer go"]
+    groups = {"global": "all layers", "layer": "this layer", "neuron": "each of its {} rows"}
+    lines = []
+    for scope, group in groups.items():
+        found = values[scope]
+        spans = [_span(found[key], places) for key, places in (("d", 0), ("index", 4), ("r", 1), ("c", 0))]
+        ends = [f"{found[key]:.4f}" for key in ("largest that goes", "smallest that stays")]
+        lines.append([scope, group.format(len(found["d"])), *spans, *ends, f"{100 * found['share']:.2f} %"])
+    return table(head, lines)
+
+
+def _span(values: Sequence[float], places: int) -> str:
+    low, high = (f"{end:,.{places}f}" for end in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _round_table(values: Values) -> str:
+    remain, _, pruned, _ = [title for title in values if title != "stops"]
+    head = ["method", *(f"round {number}" for number in SHOWN_ROUNDS), "remain in the end", "ended by the tolerance"]
+    lines = []
+    for name, rows in values[pruned].items():
+        shares = np.array(rows).mean(0)
+        stops = [trainings - 1 for trainings, _ in values["stops"][name] if trainings < len(rows[0])]
+        end, _ = mean_and_std(row[-1] for row in values[remain][name])
+        ended = f"{len(stops)} of {len(rows)}" + (f", round {_span(stops, 0)}" if stops else "")
+        lines.append([name, *(f"{shares[number]:.1f} %" for number in SHOWN_ROUNDS), f"{end:.2f} %", ended])
+    return table(head, lines)
+
+
+if __name__ == "__main__":
+    main()
