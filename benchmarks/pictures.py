@@ -33,7 +33,7 @@ STYLE = ["default", "seaborn-v0_8-colorblind", {"font.size": 10, "lines.linewidt
 WIDTH, DPI = 7.5, 160
 COLOURS = ("C0", "C1", "C2", "C3", "C5")  # without C4, a yellow that white paper swallows
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
-SHOWN_ROUNDS = (0, 1, 2, 5, 10, 20, 29)
+SHOWN_ROUNDS = (0, 1, 5, 10, 20, 29)
 
 Values = Mapping[str, Any]
 Draw = Callable[[Values], Figure]
@@ -158,7 +158,7 @@ def run(values: Values) -> Figure:
             if trainings < len(of_seed):
                 at = trainings - 1, of_seed[trainings - 1]
                 panels[accuracy].plot(*at, "X", color=COLOURS[number], markeredgecolor="black", markersize=8)
-    panels[accuracy].plot([], [], "wX", markeredgecolor="black", label="ended by tolerance")
+    panels[accuracy].plot([], [], "wX", markeredgecolor="black", label="stopped by tolerance")
     legend(figure, panels[accuracy])
     return figure
 
@@ -186,14 +186,14 @@ def _vector_table(values: Values) -> str:
 
 
 def _scope_table(values: Values) -> str:
-    head = ["scope", "group", "d", "I", "r", "c", "largest that goes", "smallest that stays", "of this layer go"]
-    groups = {"global": "all layers", "layer": "this layer", "neuron": "each of its {} rows"}
+    head = ["scope", "d", "I", "r", "c", "largest gone", "smallest left", "share gone"]
     lines = []
-    for scope, group in groups.items():
+    for scope in ("global", "layer", "neuron"):
         found = values[scope]
-        spans = [_span(found[key], places) for key, places in (("d", 0), ("index", 4), ("r", 1), ("c", 0))]
-        ends = [f"{found[key]:.4f}" for key in ("largest that goes", "smallest that stays")]
-        lines.append([scope, group.format(len(found["d"])), *spans, *ends, f"{100 * found['share']:.2f} %"])
+        spans = [_span(found[key], places) for key, places in (("d", 0), ("index", 3), ("r", 1), ("c", 0))]
+        ends = [f"{found[key]:.3f}" for key in ("largest that goes", "smallest that stays")]
+        name = f"{scope}, {len(found['d'])} groups" if len(found["d"]) > 1 else scope
+        lines.append([name, *spans, *ends, f"{100 * found['share']:.1f} %"])
     return table(head, lines)
 
 
@@ -204,7 +204,7 @@ def _span(values: Sequence[float], places: int) -> str:
 
 def _round_table(values: Values) -> str:
     remain, _, pruned, _ = [title for title in values if title != "stops"]
-    head = ["method", *(f"round {number}" for number in SHOWN_ROUNDS), "remain in the end", "ended by the tolerance"]
+    head = ["method", *(f"round {number}" for number in SHOWN_ROUNDS), "remain", "stopped"]
     lines = []
     for name, rows in values[pruned].items():
         shares = np.array(rows).mean(0)

@@ -94,6 +94,11 @@ def test_the_same_layer_loses_more_in_the_order_of_the_legend(found):
     assert all(list(of_layer) == sorted(of_layer) for of_layer in zip(*shares, strict=True))
 
 
+def test_with_these_settings_beta_decides_for_nearly_all_layers(found):
+    layers = found["count"]["gamma and beta"]["gamma=5, beta=0.5"]["layers"]
+    assert 0.9 * len(layers) < sum(share > 0.499 for _, share in layers) < len(layers)
+
+
 def test_the_counts_are_those_of_the_layer(model, found):
     dense = model.get_parameter(pictures_values.LAYER).detach().abs()
     values = found["choice"]
