@@ -65,7 +65,7 @@ def global_unstructured(
     Raises:
         ValueError: if an argument is out of its range, weights are NaN or infinite, or there is nothing to prune.
         TypeError: if an argument or a weight is of a wrong type.
-        The model is as before if anything is raised.
+            The model is as before if anything is raised.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))

@@ -50,7 +50,7 @@ class SAP(Stepper):
     Raises:
         ValueError: if an argument is out of its range, weights are NaN or infinite, or there is nothing to prune.
         TypeError: if an argument or a weight is of a wrong type.
-        The model is as before if anything is raised.
+            The model is as before if anything is raised.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -122,8 +122,8 @@ def iterative_sap(
         TypeError: if train_fn or eval_fn return something else.
         ValueError: if the checkpoint is damaged, or of a run with other arguments or another model; nothing is changed.
         OSError: if the checkpoint cannot be written; the one before stays.
-        Whatever train_fn and eval_fn raise. The model's values are then those from before the training that failed;
-        if it was the first, the model is as if nothing had been called.
+        Exception: whatever train_fn and eval_fn raise. The model's values are then those from before the training
+            that failed; if it was the first, the model is as if nothing had been called.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))

@@ -104,7 +104,7 @@ class Stepper:
         Raises:
             ValueError: if a weight is NaN or infinite; the parameter is named and nothing is changed.
             TypeError: if the metrics are neither None, a number nor a mapping of numbers; nothing is changed.
-            Whatever eval_fn raises; the round is complete then and in the history, without its ``pruned_metrics``.
+            Exception: whatever eval_fn raises; the round is then complete and in the history, without pruned_metrics.
         """
         check_callable("eval_fn", eval_fn)
         return self.apply(self.plan(metrics), eval_fn)

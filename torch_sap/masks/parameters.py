@@ -80,7 +80,7 @@ def prunable_parameters(model: nn.Module, exclude: str | Iterable[str] = ()) -> 
 
     Args:
         model: Any module, pruned or not.
-        exclude: Patterns (fnmatch) on the dotted path of a parameter ("head.weight", "*.downsample.*") or of a module
+        exclude: Patterns (fnmatch) of the path of a parameter (``head.weight``, ``*.downsample.*``) or of a module
             that it is in ("head"). A shared parameter is excluded if one of its paths is.
 
     Returns:

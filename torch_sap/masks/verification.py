@@ -95,7 +95,7 @@ def verify(model: nn.Module, example_input: Any) -> Verification:
         TypeError: if the model is no module.
         ValueError: if it has no pruned weight.
         NotImplementedError: if a weight is sharded.
-        Whatever the model raises for the example.
+        Exception: whatever the model raises for the example.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))

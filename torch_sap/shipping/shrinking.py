@@ -78,7 +78,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
         ValueError: if it has no weight that could be pruned.
         ImportError: if Torch-Pruning is not installed (extra "shrink").
         RuntimeError: if the outputs are not equal; that would be an error in torch_sap.
-        Whatever the model raises for the example.
+        Exception: whatever the model raises for the example.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))

@@ -42,7 +42,7 @@ def load_sparse(model: Model, path: PathLike) -> Model:
         ImportError: if safetensors is not installed (extra "safetensors").
         ValueError: if the file is truncated or damaged, or does not fit the model; the tensor is named.
         TypeError, NotImplementedError: as of :func:`save_sparse`.
-        The model is as before if anything is raised.
+            The model is as before if anything is raised.
     """
     return _load(model, path, "load_sparse")
 

@@ -231,7 +231,7 @@ def summary(model: nn.Module, example_input: Any = None) -> Summary:
         TypeError: if the model is no module, or a weight is not of a real floating-point type.
         ValueError: if it has no such weight, or a weight is NaN or infinite; it is named.
         NotImplementedError: if a weight is sharded.
-        Whatever the model raises for the example.
+        Exception: whatever the model raises for the example.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
