@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 project = "torch_sap"
 author = "the torch_sap developers"
+project_copyright = author
 version = release = torch_sap.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "html_image"]
@@ -18,6 +19,7 @@ html_title = f"torch_sap {version}"
 exclude_patterns = ["results/**/*.md"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+napoleon_use_rtype = False  # "What was found: d, I, r, c" is a sentence; only types before a colon are a type
 # The pages are read on a git host too, where links between folders work; here these files are pages or code to read.
 PAGES = {"../README.md": "start.md", "../CHANGELOG.md": "changelog.md", "../SECURITY.md": "security.md"}
 

@@ -1,0 +1,32 @@
+"""The reference: every public name is in it, and its docstrings have the form that Sphinx reads."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import torch_sap
+
+REFERENCE = (Path(__file__).parents[1] / "docs" / "api.md").read_text("utf-8")
+SECTION = re.compile(r"^Raises:\n((?:    .*\n|\n)*)", re.MULTILINE)
+PUBLIC = [(name, getattr(torch_sap, name)) for name in torch_sap.__all__ if callable(getattr(torch_sap, name))]
+DOCUMENTED = [
+    (f"{name}.{key}" if key else name, inspect.getdoc(member))
+    for name, found in PUBLIC
+    for key, member in [("", found), *(vars(found).items() if inspect.isclass(found) else ())]
+    if not key.startswith("_") and inspect.getdoc(member)
+]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in PUBLIC])
+def test_every_public_name_is_in_the_reference(name):
+    assert re.search(rf":: (torch_sap\.)?{name}\b", REFERENCE)
+
+
+@pytest.mark.parametrize(("name", "text"), DOCUMENTED, ids=[name for name, _ in DOCUMENTED])
+def test_what_is_raised_begins_with_its_type(name, text):
+    for section in SECTION.findall(text + "\n"):
+        items = [line for line in section.splitlines() if re.match(r"    \S", line)]
+        assert items
+        assert [line for line in items if not re.match(r"    \w+(, \w+)*: ", line)] == []
