@@ -14,8 +14,10 @@ PUBLIC = [(name, getattr(torch_sap, name)) for name in torch_sap.__all__ if call
 DOCUMENTED = [
     (f"{name}.{key}" if key else name, inspect.getdoc(member))
     for name, found in PUBLIC
-    for key, member in [("", found), *(vars(found).items() if inspect.isclass(found) else ())]
-    if not key.startswith("_") and inspect.getdoc(member)
+    for key, member in [("", found), *(inspect.getmembers(found) if inspect.isclass(found) else ())]
+    if not key.startswith("_")
+    and inspect.getdoc(member)
+    and str(getattr(member, "__module__", "")).startswith("torch_sap")
 ]
 
 
