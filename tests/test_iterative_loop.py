@@ -266,8 +266,10 @@ def test_a_history_is_read_at_a_glance():
     sap = SAP(mlp())
     assert repr(sap.history) == "<History without rounds>"
     found = sap.step({"accuracy": 0.98765})
-    assert repr(found).startswith("<Round 0: ") and "accuracy 0.9877" in repr(found)
+    assert repr(found).startswith("<Round 0: ")
+    assert "accuracy 0.9877" in repr(found)
     assert f"{found.total:,} of {found.total:,} weights (100.0%)" in repr(found)
-    assert f"{found.pruned_count:,} pruned" in repr(found) and len(repr(found)) < 200
+    assert f"{found.pruned_count:,} pruned" in repr(found)
+    assert len(repr(found)) < 200
     sap.record()
     assert repr(sap.history).splitlines() == [repr(sap.history[0]), repr(sap.history[1])]
