@@ -30,7 +30,7 @@ CASES = {
         ('prune_count(0.5, -3)', 'ValueError', 'd must not be negative, got d=-3'),
         ('prune_count(ones(2), -ones(2))', 'ValueError', 'd must not be negative, got d=tensor([-1., -1.])'),
     ],
-    "Pruning methods for PyTorch's entrances": [
+    "Pruning methods for PyTorch's functions": [
         ('PQIGlobal.apply(layer, "wieght")', 'AttributeError', "'Linear' object has no attribute 'wieght'"),
         ('PQIGlobal.apply(layer, "weight", p=3.0)', 'ValueError', 'p must be smaller than q, got p=3.0, q=1.0'),
         ('PQILayer(beta=1.5)', 'ValueError', 'beta must lie in [0, 1], got beta=1.5'),

@@ -113,7 +113,7 @@ def test_a_pytorch_file_is_whole_but_for_its_zeros(tmp_path):
 def test_one_of_several_state_dicts(tmp_path):
     values, average = weights(seed=1), weights(seed=2)
     path, out = write({"state_dict": values, "state_dict_ema": average}, tmp_path / "a.pt"), tmp_path / "b.pt"
-    with pytest.raises(ValueError, match="several state_dicts, choose one with key: state_dict, state_dict_ema"):
+    with pytest.raises(ValueError, match="several state_dicts, choose one with --key: state_dict, state_dict_ema"):
         prune_checkpoint(path, out, "global", RULE)
     with pytest.raises(ValueError, match="key must name a state_dict"):
         prune_checkpoint(path, out, "global", RULE, key="ema")

@@ -137,7 +137,7 @@ def test_compare(folder, capsys):
     svg = (folder / "runs.svg").read_text()
     assert svg.startswith("<?xml")
     assert main(["compare", "a", "b"]) == 0
-    assert "remaining within 0.01 %" in capsys.readouterr().out
+    assert "remaining within 0.01, in %" in capsys.readouterr().out
 
 
 def refuse(capsys, *argv):
@@ -167,7 +167,7 @@ def test_inputs_that_cannot_be_used(folder, capsys):
     assert "key chooses in PyTorch's files" in refuse(capsys, "scan", "nan.safetensors", "--key", "ema")
     assert "similar: test_resnet" in refuse(capsys, "scan", "test_resnett")
     assert "--pretrained goes with the name" in refuse(capsys, "scan", "bias.pt", "--pretrained")
-    assert "No such file" in refuse(capsys, "report", "missing")
+    assert "missing is no run: there is no file missing" in refuse(capsys, "report", "missing")
     (folder / "history.json").write_text('{"format": 1, "rounds": [{}]}')
     assert "no history that torch_sap wrote" in refuse(capsys, "report", "history.json")
     (folder / "history.json").write_text('{"format": 1, "rounds": []}')

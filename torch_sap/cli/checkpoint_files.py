@@ -256,7 +256,7 @@ def _choose(content: Any, path: Path, key: str | None) -> list[tuple[str, Tensor
     if any(map(is_weight, own)) or not known:
         return own
     if len(known) > 1:
-        raise ValueError(f"{path} holds several state_dicts, choose one with key: {', '.join(known)}")
+        raise ValueError(f"{path} holds several state_dicts, choose one with --key: {', '.join(known)}")
     return next(iter(known.values()))
 
 

@@ -131,7 +131,7 @@ def compare(arguments: Namespace) -> None:
     if arguments.plot is not None:
         plot_compare(runs, metric, arguments.plot)
     rows = compare_rows(runs, metric, arguments.tolerance)
-    titles = {name: f"{name} %" if name.startswith("remaining") else name for row in rows for name in row}
+    titles = {name: f"{name}, in %" if name.startswith("remaining") else name for row in rows for name in row}
     _give(arguments, {"metric": metric, "runs": rows}, rows, titles, total=False)
 
 

@@ -193,8 +193,8 @@ def _prune_arguments(parser: Parser) -> None:
 def _pruning_arguments(parser: Parser) -> None:
     rule = Hyperparameters()
     words = {
-        "p": "the smaller norm of the PQ Index",
-        "q": "the larger norm",
+        "p": "order of the smaller norm of the PQ Index",
+        "q": "order of the larger norm",
         "eta_r": "what pruning may cost, 0 or more; larger prunes more",
         "gamma": "factor on what the bound lets prune",
         "beta": "the largest share of a group that is pruned",

@@ -59,6 +59,8 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     path = Path(path)
     file = path / "history.json" if path.is_dir() else path
     settings = file.with_name("config.json")
+    if not file.exists():
+        raise FileNotFoundError(f"{path} is no run: there is no file {file}, as History.to_json writes it")
     try:
         history = History.from_json(file)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
