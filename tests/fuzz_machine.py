@@ -13,10 +13,16 @@ from torch.nn.utils import prune
 
 import torch_sap
 
+
+class OfOthers(torch.optim.SGD):
+    """An optimizer that torch_sap knows nothing of: what its momentum makes of zeros has to be undone."""
+
+
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=0.01),
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, eps=1e-4),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, eps=1e-4),
+    "of others": lambda parameters: OfOthers(parameters, lr=0.02, momentum=0.9),
     "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01, momentum=0.5, eps=1e-4),
 }
 

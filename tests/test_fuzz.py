@@ -12,7 +12,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from fuzz_machine import Training, by_parameter, weights_of
+from fuzz_machine import OPTIMIZERS, Training, by_parameter, weights_of
 from fuzzing import Attention, Reader, Recurrent, Tied, build, rules
 from helpers import FUNCTIONS, SCOPES, assert_unchanged, snapshot
 from hypothesis import settings
@@ -50,6 +50,14 @@ class Pruning(Training):
         self.compare(report, expected)
         self.learn(self.form, "ours")
         self.unguarded.clear()
+
+    @rule(how=st.sampled_from(sorted(OPTIMIZERS)), scope=st.sampled_from(SCOPES), steps=st.integers(1, 2))
+    def prune_between_steps(self, how, scope, steps):
+        """The optimizer has momentum of the entries that are pruned then; the invariants look right after its step."""
+        self.optimizer = None
+        self.train(how, steps)
+        self.prune(scope, {"eta_r": 1.0})
+        self.train(how, 1)
 
     @rule(scope=st.sampled_from(SCOPES), arguments=rules(), data=st.data())
     def prune_pairs(self, scope, arguments, data):
