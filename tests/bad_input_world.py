@@ -56,9 +56,10 @@ def make_world(folder):
         "of_others": folder / "others.json",
     }
     sap.history.to_json(files["whole"])
-    files["truncated"].write_text(files["whole"].read_text()[:-100])
+    files["truncated"].write_text(files["whole"].read_text()[:30])
     files["of_others"].write_text(json.dumps({"accuracy": 1.0}))
-    return world | {name: str(path) for name, path in files.items()} | {"figure": str(folder / "figure.png")}
+    world |= {name: str(path) for name, path in files.items()}
+    return world | {"figure": str(folder / "figure.png"), "folder": str(folder)}
 
 
 def state_of(world, folder):

@@ -171,7 +171,16 @@ def sap_rounds(
 
     Yields:
         Each round when it is complete; after the last one the model is the one to give back.
+
+    Raises:
+        TypeError: if ``sap`` is no stepper, when the first round is asked for.
+        All else as iterative_sap.
     """
+    if not isinstance(sap, Stepper):
+        raise TypeError(
+            f"sap must be a stepper (SAP, LotteryTicket or OneShot), got {type(sap).__name__}; make one of the model "
+            "first, as in sap_rounds(SAP(model), train_fn)"
+        )
     _check_functions(train_fn, eval_fn, iterations)
     rules = as_rules(stop)
     run = Run(sap, checkpoint, iterations, rules)

@@ -92,6 +92,12 @@ class PQIMethod(prune.BasePruningMethod):
         The module is as before if anything is raised. (PyTorch's own apply loses the earlier method's hook then.)
         Warns if the module standardises its weight, behind which PyTorch's masks do not hold.
         """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        if not isinstance(name, str):
+            raise TypeError(f"name must be the name of a parameter, got {name!r}")
+        if importance_scores is not None and not isinstance(importance_scores, Tensor):
+            raise TypeError(f"importance_scores must be a tensor or None, got {type(importance_scores).__name__}")
         if name == "weight" and is_standardised(module) and not is_masked(module):
             warnings.warn(
                 f"{type(module).__name__} standardises its weight, which makes other numbers of the zeros that "

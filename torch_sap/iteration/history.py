@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from torch_sap.iteration.phases import Mode, Phase, label_phases, metric_values
 from torch_sap.iteration.rounds import Round
+from torch_sap.selection.bounds import check_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +25,9 @@ class History(Sequence[Round]):
     Args:
         rounds: The rounds.
 
+    Raises:
+        TypeError: if something else is among them.
+
     Attributes:
         returned: Number of the round whose model the user got back, where a stopping rule chose one; else None.
 
@@ -36,8 +40,12 @@ class History(Sequence[Round]):
         True
     """
 
-    def __init__(self, rounds: Sequence[Round] = ()) -> None:
-        self._rounds = list(rounds)
+    def __init__(self, rounds: Iterable[Round] = ()) -> None:
+        if not isinstance(rounds, Iterable):
+            raise TypeError(f"rounds must be rounds (torch_sap.Round), got {rounds!r}")
+        self._rounds: list[Round] = []
+        for round in rounds:
+            self.append(round)
         self.returned: int | None = None
 
     @overload
@@ -58,7 +66,13 @@ class History(Sequence[Round]):
         return "\n".join(map(repr, self)) or "<History without rounds>"
 
     def append(self, round: Round) -> None:
-        """Add a round at the end."""
+        """Add a round at the end.
+
+        Raises:
+            TypeError: if it is no round.
+        """
+        if not isinstance(round, Round):
+            raise TypeError(f"rounds must be rounds (torch_sap.Round), got {round!r}")
         self._rounds.append(round)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -79,6 +93,7 @@ class History(Sequence[Round]):
 
     def to_csv(self, path: Path) -> None:
         """Write a line a round."""
+        check_path("path", path)
         rows = self.rows()
         columns = list(dict.fromkeys(column for row in rows for column in row))
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -95,17 +110,23 @@ class History(Sequence[Round]):
         """The history that :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: if the values are of another format.
+            ValueError: if the values are of another format or not complete.
         """
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"history must have format {FORMAT} of torch_sap, got {found!r}")
-        history = cls([Round.from_dict(item) for item in values["rounds"]])
-        history.returned = values.get("returned")
+        rounds, returned = values.get("rounds"), values.get("returned")
+        if not isinstance(rounds, list):
+            raise ValueError(f"history must hold a list of rounds, got {rounds!r}; it is damaged or of another program")
+        if returned is not None and not isinstance(returned, int):
+            raise ValueError(f"history must hold the number of the returned round or None, got {returned!r}")
+        history = cls([Round.from_dict(item) for item in rounds])
+        history.returned = returned
         return history
 
     def to_json(self, path: Path) -> None:
         """Write all there is, so that :meth:`from_json` gives an equal history."""
+        check_path("path", path)
         with open(path, "w", encoding="utf-8") as file:
             json.dump(self.to_dict(), file, allow_nan=False)
 
@@ -114,10 +135,18 @@ class History(Sequence[Round]):
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: if the file is of another format.
+            ValueError: if the file is damaged or of another format.
         """
-        with open(path, encoding="utf-8") as file:
-            return cls.from_dict(json.load(file))
+        check_path("path", path)
+        with open(path, "rb") as file:
+            text = file.read()
+        try:
+            values = json.loads(text)
+        except ValueError as error:  # not UTF-8, too
+            raise ValueError(
+                f"path must be a file that History.to_json wrote, but {path} is damaged: {error}"
+            ) from error
+        return cls.from_dict(values)
 
     def phases(
         self, *, metric: str | None = None, mode: Mode = "max", noise: float = 0.005, significant: float = 0.05
@@ -153,4 +182,5 @@ class History(Sequence[Round]):
         """
         from torch_sap.iteration.plots import plot_rounds
 
+        check_path("path", path)
         plot_rounds(self.rows(), path, metric=metric, phases=phases)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from torch_sap.iteration.rounds import Round
+from torch_sap.selection.bounds import check_number
 
 Phase = Literal["regularisation", "compression", "collapse"]
 Mode = Literal["max", "min"]
@@ -50,6 +51,7 @@ def label_phases(
 
     Raises:
         ValueError: if an argument is out of its range.
+        TypeError: if ``noise`` or ``significant`` is no number.
 
     Example:
         >>> from torch_sap.iteration.phases import label_phases
@@ -57,6 +59,8 @@ def label_phases(
         [None, 'regularisation', 'compression', 'collapse']
     """
     check_mode(mode)
+    check_number("noise", noise)
+    check_number("significant", significant)
     if not 0 <= noise <= significant:
         raise ValueError(f"noise and significant must be 0 <= noise <= significant, got {noise} and {significant}")
     labels: list[Phase | None] = []

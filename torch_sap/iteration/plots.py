@@ -24,6 +24,8 @@ def plot_rounds(
         raise ValueError("history must have a round to be drawn, but it is empty")
     if phases and len(phases) != len(rows):
         raise ValueError(f"phases must have a label for each of the {len(rows)} rounds, got {len(phases)}")
+    if unknown := [phase for phase in phases if phase is not None and phase not in PHASE_COLOURS]:
+        raise ValueError(f"phases must hold {', '.join(PHASE_COLOURS)} or None, got {unknown[0]!r}")
     metric = _choose(rows, metric)
     figure = Figure(figsize=(14, 6), layout="constrained")
     halves: Any = figure.subfigures(2, 1)

@@ -162,7 +162,19 @@ class Round:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Round:
-        """The round that :meth:`to_dict` wrote."""
+        """The round that :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: if a value is missing or is of another kind.
+        """
+        try:
+            return cls._from_dict(values)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            found = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"round must be what Round.to_dict wrote, but is not or is damaged: {found}") from error
+
+    @classmethod
+    def _from_dict(cls, values: Mapping[str, Any]) -> Round:
         return cls(
             number=values["number"],
             scope=values["scope"],

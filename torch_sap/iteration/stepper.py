@@ -28,7 +28,7 @@ from torch_sap.masks.optimizers import check_optimizer
 from torch_sap.masks.parameters import entries_of, resolve
 from torch_sap.masks.reparametrised import warn_of_reparametrised
 from torch_sap.selection.agreement import share, wrapper_of
-from torch_sap.selection.bounds import Hyperparameters
+from torch_sap.selection.bounds import Hyperparameters, check_flag
 from torch_sap.selection.collective import local
 from torch_sap.selection.groups import Entry, Scope, check_scope
 from torch_sap.selection.step import prune_step
@@ -66,6 +66,7 @@ class Stepper:
         gini: bool,
     ) -> None:
         check_scope(scope)
+        check_flag("gini", gini)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_optimizer(optimizer, model)
@@ -217,13 +218,13 @@ class Stepper:
         Raises:
             ValueError: if the state is of another format, of other settings or of another model; nothing is changed.
         """
-        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+        parts = {"settings", "rewind_point", "kept", "history"}
+        if not isinstance(state, Mapping) or state.get("format") != FORMAT or not parts <= state.keys():
             raise ValueError(f"state must be a state_dict of a torch_sap stepper of format {FORMAT}")
         if different := differences(self._settings(), state["settings"], "in the state"):
             raise ValueError(f"state must come from a stepper with the same settings, but they differ: {different}")
-        point, kept = state["rewind_point"], state["kept"]
-        if point is not None:
-            point = check_state(self.model, point)
+        kept = state["kept"]
+        point = None if state["rewind_point"] is None else check_state(self.model, state["rewind_point"])
         if kept is not None:
             kept = Kept(kept["number"], check_state(self.model, kept["state"]), kept["masks"])
         self.history = History.from_dict(state["history"])
@@ -268,8 +269,7 @@ class Stepper:
 
     def _append(self, found: Round) -> Round:
         now = time.perf_counter()
-        found = replace(found, seconds=now - self._ended)
-        self._ended = now
+        found, self._ended = replace(found, seconds=now - self._ended), now
         self.history.append(found)
         return found
 

@@ -6,6 +6,7 @@ Source: Diao et al., "Pruning Deep Neural Networks from a Sparsity Perspective",
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any, overload
@@ -22,6 +23,20 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a real number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {name}={value}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless an argument is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_path(name: str, path: object) -> None:
+    """Raise unless an argument is the path of a file: one that exists or one to write."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be the path of a file, got {path!r}")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{name} must be the path of a file, but {path} is a folder; name a file in it")
 
 
 def check_norms(p: float, q: float) -> None:
@@ -96,6 +111,13 @@ def _check_groups(index: Any, d: Any) -> None:
         raise ValueError(f"index must not be larger than 1, got index={index}")
     if bool((torch.as_tensor(d) < 0).any()):
         raise ValueError(f"d must not be negative, got d={d}")
+    if bool(torch.as_tensor(index).isinf().any()):
+        raise ValueError(f"index must be finite or NaN (not defined), got index={index}")
+    if not bool(torch.as_tensor(d).isfinite().all()):
+        raise ValueError(f"d must be finite, got d={d}")
+    shapes = [tuple(values.shape) if isinstance(values, Tensor) else np.shape(values) for values in (index, d)]
+    if () not in shapes and shapes[0] != shapes[1]:
+        raise ValueError(f"d must be one number or have the shape of index, {shapes[0]}, got {shapes[1]}")
 
 
 def _retain(index: Any, d: Any, rule: Hyperparameters) -> Any:

@@ -35,10 +35,14 @@ INTEGER_OF = {
 
 
 def check_dtype(tensor: Tensor, name: str) -> None:
-    """Raise a TypeError that names the tensor unless its type is one of those that can be ordered by keys."""
+    """Raise an error that names the tensor unless it is a dense one with values of a type that keys can order."""
     if tensor.dtype not in INTEGER_OF:
         types = ", ".join(str(dtype).removeprefix("torch.") for dtype in INTEGER_OF)
         raise TypeError(f"{name} must be a real floating-point tensor ({types}), got {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}; call its to_dense() first")
+    if tensor.is_meta:
+        raise ValueError(f"{name} must have values, but it is on the meta device")
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:

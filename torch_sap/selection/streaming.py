@@ -94,6 +94,8 @@ def prune_stream(stream: Stream, rule: Hyperparameters) -> tuple[GroupValues, It
         raise TypeError(
             f"stream must be a function that gives the tensors, each time anew, got {type(stream).__name__}"
         )
+    if not isinstance(rule, Hyperparameters):
+        raise TypeError(f"rule must be torch_sap.selection.bounds.Hyperparameters, got {type(rule).__name__}")
 
     def pieces() -> Iterator[Piece]:
         return (Piece(f"tensor {number} of the stream", tensor) for number, tensor in enumerate(stream()))

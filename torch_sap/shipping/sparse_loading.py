@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_sap.functional import hold_masks
 from torch_sap.masks.guarding import guard
+from torch_sap.selection.bounds import check_path
 from torch_sap.selection.keys import check_dtype, count_true
 from torch_sap.shipping.bitmask import matrix_shape, row_offsets, scatter_values, unpack
 from torch_sap.shipping.held import Held, held_tensors
@@ -85,6 +86,7 @@ class _Stored:
 
 def _load(model: Model, path: PathLike, function: str) -> Model:
     held = {name: one for one in held_tensors(model, function) for name in (one.name, *one.aliases)}
+    check_path("path", path)
     with reading(path) as file:
         stored, shared = _contents(file, function)
         pairs = _pair(held, stored, shared, path, whole=function == "load_sparse")

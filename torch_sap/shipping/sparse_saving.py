@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_sap.selection.bounds import check_path
 from torch_sap.selection.keys import INTEGER_OF, check_dtype, count_true
 from torch_sap.shipping.bitmask import gather_values, matrix_shape, not_zero, pack, unpack
 from torch_sap.shipping.held import Held, held_tensors
@@ -47,6 +48,7 @@ def save_sparse(model: nn.Module, path: PathLike) -> None:
         >>> torch.equal(again[0].weight, model[0].weight)
         True
     """
+    check_path("path", path)
     tensors: dict[str, Any] = {}
     pieces: list[Piece] = []
     everything = held_tensors(model, "save_sparse")
@@ -82,6 +84,7 @@ def save_masks(model: nn.Module, path: PathLike) -> None:
         >>> torch.equal(again[0].weight_mask, model[0].weight_mask)
         True
     """
+    check_path("path", path)
     tensors: dict[str, Any] = {}
     pieces: list[Piece] = []
     everything = held_tensors(model, "save_masks")
