@@ -105,6 +105,29 @@ def prune_in_child(connection, model):
     connection.send((found, host.map_pieces(lambda _: os.getpid(), [(0,), (1,), (2,)], on_host=True)))
 
 
+def meet_in_child(connection):
+    """Pieces that wait for each other, as many as this thread and all helpers: one thread less does not do them."""
+    size = (os.cpu_count() or 1) + 1
+    torch.get_num_threads = lambda: size
+    every = threading.Barrier(size)
+    connection.send(host.map_pieces(lambda piece: (every.wait(), piece)[1], [(i,) for i in range(size)], on_host=True))
+
+
+@pytest.mark.filterwarnings("ignore:This process.*fork")
+def test_helpers_take_part_in_a_forked_child(two_threads):
+    prune_repeatedly(large(0), "global", [])
+    assert any(thread.name.startswith("torch_sap") for thread in threading.enumerate()), "the helpers are running"
+    context = multiprocessing.get_context("fork")
+    mine, its = context.Pipe()
+    child = context.Process(target=meet_in_child, args=(its,), daemon=True)
+    child.start()
+    answered = mine.poll(20)
+    child.kill()
+    child.join()
+    assert answered, "the child has the executor of its parent, but not the threads"
+    assert mine.recv() == list(range((os.cpu_count() or 1) + 1))
+
+
 def result_of_fork(model):
     """What a forked child found, or a failure if it does not end."""
     context = multiprocessing.get_context("fork")
