@@ -6,6 +6,7 @@ import numpy as np
 import reference
 import torch
 from fuzzing import build, trees
+from helpers import SCOPES
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import nn
@@ -201,3 +202,30 @@ class Training(Machine):
                         assert torch.equal(grad[kept], weight.grad[kept]), path
             self.optimizer.step()
         assert all(parameter.isfinite().all() for parameter in self.model.parameters())
+
+
+class InOrder(Training):
+    """What shows only in an order that chance seldom brings. The steps are rules of the machine."""
+
+    @rule(how=st.sampled_from(sorted(OPTIMIZERS)), scope=st.sampled_from(SCOPES), steps=st.integers(1, 2))
+    def prune_between_steps(self, how, scope, steps):
+        """The optimizer has momentum of the entries that are pruned then; the invariants look right after its step."""
+        self.optimizer = None
+        self.train(how, steps)
+        self.prune(scope, {"eta_r": 1.0})
+        self.train(how, 1)
+
+    @rule(scope=st.sampled_from(SCOPES), rewind=st.sampled_from(["init", "none"]))
+    def rewind_after_training(self, scope, rewind):
+        self.make_a_stepper(scope, {"eta_r": 1.0}, rewind)
+        for _ in range(2):
+            self.optimizer = None
+            self.train("sgd", 1)
+            self.step_and_rewind()
+
+    @rule(scope=st.sampled_from(SCOPES), pickled=st.booleans())
+    def train_a_copy(self, scope, pickled):
+        self.prune(scope, {"eta_r": 1.0})
+        if not self.is_foreign():
+            self.copy(pickled)
+            self.train("sgd", 2)

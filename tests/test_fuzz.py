@@ -12,7 +12,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from fuzz_machine import OPTIMIZERS, Training, by_parameter, weights_of
+from fuzz_machine import InOrder, by_parameter, weights_of
 from fuzzing import Attention, Reader, Recurrent, Tied, build, rules
 from helpers import FUNCTIONS, SCOPES, assert_unchanged, snapshot
 from hypothesis import settings
@@ -36,7 +36,7 @@ FOREIGN = {
 }
 
 
-class Pruning(Training):
+class Pruning(InOrder):
     """What may happen to a model."""
 
     # what is pruned
@@ -50,14 +50,6 @@ class Pruning(Training):
         self.compare(report, expected)
         self.learn(self.form, "ours")
         self.unguarded.clear()
-
-    @rule(how=st.sampled_from(sorted(OPTIMIZERS)), scope=st.sampled_from(SCOPES), steps=st.integers(1, 2))
-    def prune_between_steps(self, how, scope, steps):
-        """The optimizer has momentum of the entries that are pruned then; the invariants look right after its step."""
-        self.optimizer = None
-        self.train(how, steps)
-        self.prune(scope, {"eta_r": 1.0})
-        self.train(how, 1)
 
     @rule(scope=st.sampled_from(SCOPES), arguments=rules(), data=st.data())
     def prune_pairs(self, scope, arguments, data):
@@ -178,7 +170,10 @@ class Pruning(Training):
         expected = self.model.eval()().detach()
         with torch.no_grad():
             weight[~mask] = value
-        if data.draw(st.booleans(), label="prune next"):
+        after = data.draw(st.sampled_from(["forward", "prune", "remove"]), label="next")
+        if after == "remove":
+            self.remove(expected)
+        elif after == "prune":
             self.model.train(training)
             self.prune(data.draw(st.sampled_from(SCOPES)), {"gamma": 0.0})
             self.model.eval()
@@ -252,8 +247,8 @@ class Pruning(Training):
         self.optimizer = None
 
     @rule()
-    def remove(self):
-        expected = self.model.eval()().detach()
+    def remove(self, expected=None):
+        expected = self.model.eval()().detach() if expected is None else expected
         assert torch_sap.remove(self.model) is self.model
         assert torch.equal(self.model(), expected)
         self.model.train()
@@ -267,6 +262,7 @@ class Pruning(Training):
         assert not prune.is_pruned(self.model)
         if not self.foreign_before:
             assert list(self.model.state_dict()) == self.keys
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in self.model.modules())
 
     @rule(data=st.data())
     def remove_one(self, data):
