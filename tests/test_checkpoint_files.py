@@ -1,4 +1,5 @@
 import json
+import zipfile
 
 import pytest
 import torch
@@ -86,6 +87,15 @@ def test_pytorch_files_that_are_no_checkpoints(tmp_path):
         open_checkpoint(path)
     with pytest.raises(ValueError, match="must end in one of"):
         open_checkpoint(write(weights(), tmp_path / "a.zip"))
+
+
+def test_a_storage_that_no_tensor_uses(tmp_path):
+    """The places of all others are known by the first one, which it could be."""
+    path = write(weights(), tmp_path / "a.pt")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("a/data/99", b"1234")
+    with pytest.raises(ValueError, match=r"a\.pt is damaged: its storages are not those of its directory"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

@@ -10,7 +10,9 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,8 +220,15 @@ def _pytorch(path: Path, key: str | None) -> list[StoredTensor]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
+    starts: list[int] = []
+
+    def note(storage: Any, location: str) -> Any:
+        if storage.nbytes():
+            starts.append(storage.data_ptr())
+        return storage
+
     try:
-        content = torch.load(path, map_location="meta", weights_only=True)
+        content = torch.load(path, map_location=note, weights_only=True, mmap=is_zip)  # mapped, so not read
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds other objects than tensors, or is damaged; save model.state_dict() and name that file"
@@ -228,18 +237,29 @@ def _pytorch(path: Path, key: str | None) -> list[StoredTensor]:
         raise ValueError(f"{path} is no file of torch.save: {type(error).__name__}: {error}") from error
     if not is_zip:
         raise ValueError(f"{path} has the format of before PyTorch 1.6; torch.save(torch.load(path), path) renews it")
-    tensors = []
+    base, tensors = _address_of_byte_0(path, starts), []
     for name, value in _choose(content, path, key):
-        start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
-        if start is None:
-            raise ValueError(f"{path} cannot be read in pieces by PyTorch {torch.__version__}; it takes 2.7 or newer")
         dtype = value.dtype if value.dtype in INTEGER_OF else None
         kind = str(value.dtype).removeprefix("torch.")
-        offset = start + value.storage_offset() * value.element_size()
+        offset = value.data_ptr() - base if value.numel() else 0
         tensors.append(StoredTensor(name, dtype, kind, tuple(value.shape), value.stride(), path, offset))
         if not 0 <= offset <= size or (dtype is not None and offset + tensors[-1].nbytes > size):
             raise ValueError(f"{path} is damaged: {name} lies outside of it")
     return tensors
+
+
+def _address_of_byte_0(path: Path, starts: Sequence[int]) -> int:
+    """Where a mapped zip file of torch.save begins in memory, from where all its storages that are not empty begin."""
+    places = set()
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for record in archive.infolist():
+            if "/data/" in record.filename and record.file_size:
+                file.seek(record.header_offset + 26)
+                places.add(record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))))
+    base = min(starts, default=0) - min(places, default=0)
+    if {start - base for start in starts} != places:
+        raise ValueError(f"{path} is damaged: its storages are not those of its directory")
+    return base
 
 
 def _choose(content: Any, path: Path, key: str | None) -> list[tuple[str, Tensor]]:
