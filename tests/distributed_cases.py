@@ -8,11 +8,11 @@ import torch.distributed as dist
 from distributed_copies import data_parallel, processes_disagree, wrapped_after_sap
 from distributed_models import assert_same_model, assert_same_report, data, full_state, mine, mlp, shard
 from distributed_standardised import standardised_convolutions
+from fully_sharded import MixedPrecisionPolicy, fully_shard
 from helpers import FUNCTIONS, SCOPES
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_models import data, mine, mlp
+from fully_sharded import fully_shard
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_sap

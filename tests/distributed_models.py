@@ -2,8 +2,8 @@
 
 import torch
 import torch.distributed as dist
+from fully_sharded import fully_shard
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 

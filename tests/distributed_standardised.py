@@ -5,8 +5,8 @@ import copy
 import torch
 import torch.distributed as dist
 from distributed_models import assert_same_model, full_state, mine
+from fully_sharded import fully_shard
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 import torch_sap
 

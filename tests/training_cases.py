@@ -3,9 +3,9 @@
 import torch
 import torch.distributed as dist
 from distributed_models import assert_same_model, assert_same_report, mine
+from fully_sharded import fully_shard
 from helpers import masked_by_hand, masks_of
 from timm_training import Hand, assert_same_training, batches, loss_of, make, momentum, optim, plain_step, twins
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
