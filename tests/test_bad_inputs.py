@@ -4,6 +4,7 @@ python tests/test_bad_inputs.py     writes docs/bad-inputs.md from the rows
 """
 
 import ast
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,9 @@ ROWS = [row for cases in CASES.values() for row in cases]
 @pytest.mark.parametrize(("call", "error", "message"), ROWS, ids=[row[0] for row in ROWS])
 def test_refused_by_name_and_nothing_is_changed(call, error, message, tmp_path):
     if call.startswith("SAPCallback") and SAPCallback is None:
-        pytest.skip("needs lightning")
+        pytest.skip("needs the package lightning")
+    if call.startswith("shrink(") and importlib.util.find_spec("torch_pruning") is None:
+        pytest.skip("needs the package torch_pruning")
     world = make_world(tmp_path)
     before = state_of(world, tmp_path)
     with pytest.raises(Exception) as caught:  # noqa: PT011  # its type and text are compared below

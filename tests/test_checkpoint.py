@@ -180,7 +180,7 @@ def test_other_files_of_pytorch(state, text, tmp_path):
 def test_a_file_without_checksums_is_never_written(tmp_path):
     """The user may have turned them off for his own files; that stays so."""
     if not hasattr(torch.serialization, "set_crc32_options"):
-        pytest.skip("needs the package torch with set_crc32_options")
+        pytest.skip("needs PyTorch 2.6 or newer, which has set_crc32_options")
     torch.serialization.set_crc32_options(False)
     try:
         write(tmp_path / "run.ckpt", STATE)

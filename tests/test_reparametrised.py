@@ -62,7 +62,7 @@ def test_the_model_is_unchanged_if_the_warning_is_an_error():
 
 def test_paths_are_those_inside_data_parallel(tmp_path):
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("needs gloo")
+        pytest.skip("needs the package torch with gloo")
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

@@ -15,7 +15,8 @@ import torch_sap
 pytest.importorskip("tensorboard")
 EventAccumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
 SummaryWriter = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
-TensorBoardCallback = pytest.importorskip("torch_sap.integrations.tensorboard").TensorBoardCallback
+
+from torch_sap.integrations.tensorboard import TensorBoardCallback  # noqa: E402
 
 
 def made(callback=None, **settings):

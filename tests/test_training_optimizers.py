@@ -68,7 +68,7 @@ def groups_of(optimizer, model):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_parameter_groups_are_those_of_a_dense_model(kind, options, name):
     if name not in EVERY:
-        pytest.skip("needs a timm that has muon")
+        pytest.skip("needs the package timm in a version that has muon")
     model, dense = twins(kind)
     layer_unstructured(model)
     found, expected = (

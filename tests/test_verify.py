@@ -187,7 +187,7 @@ def test_modules_of_torchscript_get_their_mode_back():
 @pytest.fixture
 def one_process(tmp_path):
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("needs gloo")
+        pytest.skip("needs the package torch with gloo")
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield

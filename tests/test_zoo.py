@@ -25,7 +25,7 @@ import zoo_structure  # noqa: E402
 STRUCTURE, REAL = (zoo.read(zoo.RESULTS / f"zoo_{part}.csv") for part in ("structure", "real"))
 committed_with = pytest.mark.skipif(
     {row["made_with"].partition(",")[0] for row in [*STRUCTURE, *REAL]} != {f"timm {timm.__version__}"},
-    reason="needs the version of timm that the results were made with",
+    reason="needs the package timm in the version that the results were made with",
 )
 
 
