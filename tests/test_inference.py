@@ -10,6 +10,8 @@ import torch_sap
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+pytest.importorskip("timm")
+
 import inference
 import sparse_files
 
