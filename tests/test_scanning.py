@@ -2,7 +2,6 @@ import copy
 
 import numpy as np
 import pytest
-import timm
 import torch
 from checkpoints import FUNCTIONS, pruned_in_memory, shard, weights, write
 from torch import nn
@@ -58,6 +57,7 @@ def test_a_file_is_scanned_as_memory_is_measured(tmp_path, dtype, suffix):
 
 
 def test_a_model_is_scanned_as_it_is_measured():
+    timm = pytest.importorskip("timm")
     model = nn.Sequential(timm.create_model("test_resnet"), nn.ConvTranspose2d(8, 6, 3, groups=2))
     scan = scan_model(model, RULE)
     tensors = {layer.name: dict(model.named_parameters())[layer.name].detach() for layer in scan.layers}
