@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import torch_sap
 from torch_sap.masks import optimizers
-from torch_sap.selection.exact import host
+from torch_sap.selection import host
 
 PATIENCE = 60
 """Seconds after which a process or a thread counts as stuck."""

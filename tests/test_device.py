@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sap.masks.parameters import entries_of, resolve
 from torch_sap.selection.bounds import Hyperparameters
-from torch_sap.selection.exact import keys, measures
+from torch_sap.selection import keys, measures
 from torch_sap.selection.groups import Entry, split
 from torch_sap.selection.measures import measure
 from torch_sap.selection.step import prune_step

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torch_sap.selection.exact import exact, keys
+from torch_sap.selection import exact, keys
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
