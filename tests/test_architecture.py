@@ -74,6 +74,7 @@ ORDER = [
     "cli.checkpoint_files",
     "cli.checkpoint_reading",
     "cli.checkpoint_zip",
+    "cli.checkpoint_writing",
     "cli.checkpoint_pruning",
     "cli.scanning",
     "cli.report",

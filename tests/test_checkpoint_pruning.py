@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import torch_sap.cli.checkpoint_pruning as checkpoint_pruning
 import torch_sap.cli.checkpoint_reading as checkpoint_reading
+import torch_sap.cli.checkpoint_writing as checkpoint_writing
 import torch_sap.selection.streaming as streaming
 from torch_sap.cli.checkpoint_files import open_checkpoint
 from torch_sap.cli.checkpoint_pruning import prune_checkpoint
@@ -22,7 +23,7 @@ RULE = Hyperparameters(eta_r=0.1)
 def small_pieces(monkeypatch):
     """Pieces, and samples, of which even the small files of these tests have several."""
     monkeypatch.setattr(checkpoint_reading, "PIECE", 2**13)
-    monkeypatch.setattr(checkpoint_pruning, "PIECE", 2**13)
+    monkeypatch.setattr(checkpoint_writing, "PIECE", 2**13)
     monkeypatch.setattr(checkpoint_reading, "SAMPLE", (2**12, 2**12))
 
 

@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sap.masks.parameters import entries_of, resolve
-from torch_sap.selection.bounds import Hyperparameters
 from torch_sap.selection import keys, measures
+from torch_sap.selection.bounds import Hyperparameters
 from torch_sap.selection.groups import Entry, split
 from torch_sap.selection.measures import measure
 from torch_sap.selection.step import prune_step

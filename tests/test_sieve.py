@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_selection import DTYPES, expected_masks, random_group
 
-from torch_sap.selection.bounds import FixedRatio, Hyperparameters
 from torch_sap.selection import groups, sieve
+from torch_sap.selection.bounds import FixedRatio, Hyperparameters
 from torch_sap.selection.groups import Entry, Pool
 from torch_sap.selection.step import prune_step
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.cli.checkpoint_files import Checkpoint, StoredTensor, open_checkpoint
-from torch_sap.cli.checkpoint_reading import PIECE, StoredPiece, as_pieces, pieces_of, read_into, sample_keys
-from torch_sap.cli.checkpoint_zip import renew_checksums
+from torch_sap.cli.checkpoint_files import StoredTensor, open_checkpoint
+from torch_sap.cli.checkpoint_reading import StoredPiece, as_pieces, pieces_of, sample_keys
+from torch_sap.cli.checkpoint_writing import Output
 from torch_sap.records import PruningReport, TensorRecord
 from torch_sap.selection.bounds import Hyperparameters
 from torch_sap.selection.groups import Entry, Scope
@@ -65,7 +61,7 @@ def prune_checkpoint(
         raise ValueError(f"q must be at most 6 for files, whose powers are not scaled, got q={rule.q}")
     checkpoint = open_checkpoint(path, key)
     weights = checkpoint.weights(exclude)
-    with _Output(checkpoint, Path(out), overwrite) as output:
+    with Output(checkpoint, Path(out), overwrite) as output:
         output.copy_all_but(weights)
         groups: dict[str, GroupValues] = {}
         remaining = dict.fromkeys((tensor.name for tensor in weights), 0)
@@ -130,86 +126,3 @@ def _pooled(
         masks = threshold.masks(values())
     for mask in masks:
         yield held.pop(), mask
-
-
-class _Output:
-    """The files of a new checkpoint, under other names until all of them are complete."""
-
-    def __init__(self, checkpoint: Checkpoint, out: Path, overwrite: bool) -> None:
-        self.checkpoint, self.out = checkpoint, out
-        self.in_folder = checkpoint.index is not None or checkpoint.path.is_dir()
-        sources = [*checkpoint.files, *([checkpoint.index] if checkpoint.index is not None else [])]
-        self.targets = {source: out / source.name if self.in_folder else out for source in sources}
-        if not self.in_folder and out.suffix != checkpoint.path.suffix:
-            raise ValueError(f"out must end in {checkpoint.path.suffix}, as what is pruned does, got {out}")
-        for target in self.targets.values():
-            if target.is_dir():
-                raise IsADirectoryError(f"{target} is a folder; name a file to write")
-            if target.exists() and not overwrite:
-                raise FileExistsError(f"{target} exists; choose another name, or overwrite it by --overwrite")
-        self.parts = {source: target.with_name(f".{target.name}.part") for source, target in self.targets.items()}
-        self.made_folder = self.in_folder and not out.exists()
-        self.files: dict[Path, BinaryIO] = {}
-        self.stack = ExitStack()
-
-    def __enter__(self) -> _Output:
-        if self.made_folder:
-            self.out.mkdir(parents=True)
-        try:
-            for source in self.checkpoint.files:
-                self.files[source] = self.stack.enter_context(open(self.parts[source], "w+b", buffering=0))
-        except BaseException:
-            self._clear()
-            raise
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            self._clear()
-
-    def _clear(self) -> None:
-        self.stack.close()
-        for part in self.parts.values():
-            part.unlink(missing_ok=True)
-        if self.made_folder:
-            self.out.rmdir()
-
-    def copy_all_but(self, weights: Sequence[StoredTensor]) -> None:
-        """Write what lies between the weights."""
-        for source in self.checkpoint.files:
-            spans = sorted((t.offset, t.offset + t.nbytes) for t in weights if t.path == source)
-            size = source.stat().st_size
-            with open(source, "rb", buffering=0) as file:
-                starts = [0, *(end for _, end in spans)]
-                ends = [*(start for start, _ in spans), size]
-                for start, end in zip(starts, ends, strict=True):
-                    for offset in range(start, end, PIECE):
-                        memory = np.empty(min(PIECE, end - offset), np.uint8)
-                        read_into(file, offset, memory, source)
-                        self.write(source, offset, memory)
-
-    def write(self, source: Path, offset: int, memory: NDArray[np.uint8]) -> None:
-        """Write bytes at the place where the source has them."""
-        file, view = self.files[source], memory.data
-        file.seek(offset)
-        while len(view):
-            view = view[file.write(view) :]
-
-    def finish(self, weights: Sequence[StoredTensor]) -> None:
-        """Make the files complete, and give them their names."""
-        for source, file in self.files.items():
-            if source.suffix != ".safetensors":
-                renew_checksums(file, [(t.offset, t.nbytes) for t in weights if t.path == source])
-            self.sync(file)
-        self.stack.close()
-        for source, part in self.parts.items():
-            if source not in self.files:
-                shutil.copyfile(source, part)
-            shutil.copymode(source, part)
-        for source, part in self.parts.items():
-            os.replace(part, self.targets[source])
-
-    @staticmethod
-    def sync(file: BinaryIO) -> None:
-        """Wait until the disk has a file."""
-        os.fsync(file.fileno())

@@ -1,0 +1,145 @@
+"""Writing checkpoint files piece by piece, by a thread of its own while the next pieces are read and worked on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torch_sap.cli.checkpoint_files import Checkpoint, StoredTensor
+from torch_sap.cli.checkpoint_reading import PIECE, read_into
+from torch_sap.cli.checkpoint_zip import renew_checksums
+
+WAITING = 2
+"""Pieces at most that wait for the thread that writes: it is to have the next one at hand, and memory to be free."""
+
+
+class Output:
+    """The files of a new checkpoint, under other names until all of them are complete.
+
+    Args:
+        checkpoint: Whose files are written anew, byte for byte in the same places.
+        out: The file to write; a folder if the checkpoint is one or has an index.
+        overwrite: Whether files that exist are replaced.
+
+    Raises:
+        OSError: if there is such a file and it is not to be replaced, or it is a folder.
+        ValueError: if the name ends otherwise than that of the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, out: Path, overwrite: bool) -> None:
+        self.checkpoint, self.out = checkpoint, out
+        self.in_folder = checkpoint.index is not None or checkpoint.path.is_dir()
+        sources = [*checkpoint.files, *([checkpoint.index] if checkpoint.index is not None else [])]
+        self.targets = {source: out / source.name if self.in_folder else out for source in sources}
+        if not self.in_folder and out.suffix != checkpoint.path.suffix:
+            raise ValueError(f"out must end in {checkpoint.path.suffix}, as what is pruned does, got {out}")
+        for target in self.targets.values():
+            if target.is_dir():
+                raise IsADirectoryError(f"{target} is a folder; name a file to write")
+            if target.exists() and not overwrite:
+                raise FileExistsError(f"{target} exists; choose another name, or overwrite it by --overwrite")
+        self.parts = {source: target.with_name(f".{target.name}.part") for source, target in self.targets.items()}
+        self.made_folder = self.in_folder and not out.exists()
+        self.files: dict[Path, BinaryIO] = {}
+        self.stack = ExitStack()
+        self.written: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Output:
+        if self.made_folder:
+            self.out.mkdir(parents=True)
+        try:
+            for source in self.checkpoint.files:
+                self.files[source] = self.stack.enter_context(open(self.parts[source], "w+b", buffering=0))
+                _reserve(self.files[source], source.stat().st_size)
+            # entered last: it has come to its end when the files are closed
+            self.writer = self.stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="torch_sap_write"))
+        except BaseException:
+            self._clear()
+            raise
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._clear()
+
+    def _clear(self) -> None:
+        for future in self.written:
+            future.cancel()
+        self.stack.close()
+        for part in self.parts.values():
+            part.unlink(missing_ok=True)
+        if self.made_folder:
+            self.out.rmdir()
+
+    def copy_all_but(self, weights: Sequence[StoredTensor]) -> None:
+        """Write what lies between the weights."""
+        for source in self.checkpoint.files:
+            spans = sorted((t.offset, t.offset + t.nbytes) for t in weights if t.path == source)
+            size = source.stat().st_size
+            with open(source, "rb", buffering=0) as file:
+                starts = [0, *(end for _, end in spans)]
+                ends = [*(start for start, _ in spans), size]
+                for start, end in zip(starts, ends, strict=True):
+                    for offset in range(start, end, PIECE):
+                        memory = np.empty(min(PIECE, end - offset), np.uint8)
+                        read_into(file, offset, memory, source)
+                        self.write(source, offset, memory)
+
+    def write(self, source: Path, offset: int, memory: NDArray[np.uint8]) -> None:
+        """Have bytes written at the place where the source has them; they must not change any more.
+
+        An error is raised by one of the next calls, or by :meth:`finish`.
+        """
+        while len(self.written) > WAITING:
+            self.written.popleft().result()
+        self.written.append(self.writer.submit(_write, self.files[source], offset, memory))
+
+    def finish(self, weights: Sequence[StoredTensor]) -> None:
+        """Make the files complete, and give them their names."""
+        while self.written:
+            self.written.popleft().result()
+        for source, file in self.files.items():
+            if source.suffix != ".safetensors":
+                renew_checksums(file, [(t.offset, t.nbytes) for t in weights if t.path == source])
+            os.fsync(file.fileno())
+        self.stack.close()
+        for source, part in self.parts.items():
+            if source not in self.files:
+                shutil.copyfile(source, part)
+            shutil.copymode(source, part)
+        for source, part in self.parts.items():
+            os.replace(part, self.targets[source])
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Take the room on the disk at once, where the system can: ext4 writes several times faster then.
+
+    A disk that is too full is noticed before the work, too.
+    """
+    if not hasattr(os, "posix_fallocate") or not size:
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(error.errno, f"{error.strerror}; {size} bytes are needed", file.name) from error
+
+
+def _write(file: BinaryIO, offset: int, memory: NDArray[np.uint8]) -> None:
+    """Write bytes, and let the system begin to bring them to the disk, so that the wait at the end is short."""
+    file.seek(offset)
+    view = memory.data
+    while len(view):
+        view = view[file.write(view) :]
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), offset, len(memory), os.POSIX_FADV_DONTNEED)
