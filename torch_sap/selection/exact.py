@@ -255,9 +255,9 @@ def _keep_rows_on_host(
         keys.dtype
     )
     keep = keys > last
-    following = np.take_along_axis(ordered, np.minimum(first + counts, keys.shape[1] - 1), 1)
-    (tied,) = np.nonzero(((following == last) & (last >= 0))[:, 0])  # rows where not all that equal the last key go
-    equal = keys[tied] == last[tied]
-    left = first[tied] + counts[tied] - (keys[tied] < last[tied]).sum(1, keepdims=True)
-    keep[tied] |= equal & (equal.cumsum(1) > left)
+    left = first + counts - (ordered == last).argmax(axis=1, keepdims=True)  # that go of those that equal the last
+    places = np.flatnonzero(keys == last)  # in one dimension numpy is several times faster
+    rows = places // max(1, keys.shape[1])
+    rank = np.arange(len(rows)) - np.searchsorted(rows, np.arange(len(keys)))[rows]  # among the equal ones of a row
+    keep.reshape(-1)[places[rank >= left[rows, 0]]] = True
     return keep
