@@ -33,7 +33,9 @@ def empty_bins(dtype: torch.dtype) -> NDArray[np.int64]:
 
 def count_keys(keys: NDArray[Any], dtype: torch.dtype) -> NDArray[np.int64]:
     """How many of the keys are in each bin."""
-    return np.bincount(keys.reshape(-1) >> _shift(dtype), minlength=key_end(dtype) >> _shift(dtype))
+    bins = keys.reshape(-1) >> _shift(dtype) if _shift(dtype) else keys.reshape(-1)
+    # several times faster than numpy's, which makes an int64 of each key first
+    return torch.bincount(torch.from_numpy(bins), minlength=key_end(dtype) >> _shift(dtype)).numpy()
 
 
 class Histogram(NamedTuple):
