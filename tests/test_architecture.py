@@ -72,6 +72,7 @@ ORDER = [
     "integrations.tensorboard",
     "cli.__init__",
     "cli.checkpoint_files",
+    "cli.page_cache",
     "cli.checkpoint_reading",
     "cli.checkpoint_zip",
     "cli.checkpoint_writing",

@@ -75,6 +75,29 @@ def test_a_good_guess_reads_the_weights_twice(tmp_path, monkeypatch):
     assert len(read) == 2
 
 
+@pytest.mark.parametrize("whole", [2**28, 2**14, 0], ids=["all", "some", "none"])
+def test_layers_that_memory_holds_are_read_once(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(checkpoint_pruning, "WHOLE", whole)
+    read: dict[str, int] = {}
+
+    def pieces_of(tensors, **how):
+        for piece in original(tensors, **how):
+            read[piece.tensor.name] = read.get(piece.tensor.name, 0) + len(piece.memory)
+            yield piece
+
+    original = checkpoint_reading.pieces_of
+    monkeypatch.setattr(checkpoint_pruning, "pieces_of", pieces_of)
+    values = weights(torch.bfloat16)
+    path, out = write(values, tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
+    report = prune_checkpoint(path, out, "layer", RULE)
+    expected, in_memory = pruned_in_memory(in_order(path, values), "layer", eta_r=0.1)
+    assert_same_bits(load_file(out), expected)
+    assert json.dumps(report.to_dict()) == json.dumps(in_memory.to_dict())
+    for name, count in read.items():
+        size = values[name].nbytes
+        assert count == size if size <= whole else count >= 2 * size, name
+
+
 def test_shards_keep_their_files_metadata_and_index(tmp_path):
     values = weights(torch.bfloat16)
     folder, out = shard(values, tmp_path / "in"), tmp_path / "out"
@@ -165,7 +188,7 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
     assert path.read_bytes() == out.read_bytes() != before
 
 
-def test_nothing_is_left_of_a_failure(tmp_path):
+def test_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
     values = weights() | {"tail.weight": torch.full((3, 3), float("nan"))}
     path = write(values, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"tail\.weight must be finite"):
@@ -173,8 +196,10 @@ def test_nothing_is_left_of_a_failure(tmp_path):
     with pytest.raises(ValueError, match=r"must be finite, but tail\.weight"):
         prune_checkpoint(path, tmp_path / "b.safetensors", "neuron", RULE)
     folder = shard(values, tmp_path / "in")
-    with pytest.raises(ValueError, match=r"tail\.weight must be finite"):
-        prune_checkpoint(folder, tmp_path / "out", "layer", RULE)
+    for whole in (2**28, 0):
+        monkeypatch.setattr(checkpoint_pruning, "WHOLE", whole)
+        with pytest.raises(ValueError, match=r"(must be finite, but tail\.weight|tail\.weight must be finite)"):
+            prune_checkpoint(folder, tmp_path / "out", "layer", RULE)
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "in"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,10 @@ from torch_sap.selection.keys import INTEGER_OF, chunks, count_true, flatten
 from torch_sap.selection.step import GroupValues, prune_step
 from torch_sap.selection.streaming import Guess, decide
 
+WHOLE = 2**28
+"""Bytes of a tensor at most that is held in memory as a whole. Three of them are, at times: one that is worked on, the
+next one and the one before it."""
+
 
 def prune_checkpoint(
     path: str | os.PathLike[str],
@@ -37,7 +42,8 @@ def prune_checkpoint(
 
     What goes is what the whole-model function of the scope prunes of the same weights in memory, where the order of
     position is that of the file. A file does not say which weights belong to transposed convolutions: the neurons are
-    dimension 0 of each tensor. The weights are read once or (scopes "global" and "layer") twice, a few MB at a time.
+    dimension 0 of each tensor. The weights are read twice in the scope "global" and once in "neuron", a few MB at a
+    time, and once in "layer", a tensor at a time (those of more than WHOLE bytes are read twice, too).
 
     Args:
         path: A file, an index of several, or a folder with one checkpoint.
@@ -78,21 +84,32 @@ def _masks(
     weights: Sequence[StoredTensor], scope: Scope, rule: Hyperparameters, groups: dict[str, GroupValues]
 ) -> Iterator[tuple[StoredPiece, Tensor]]:
     """Each piece with its mask; fills the values of the groups in."""
-    if scope == "neuron":
-        for tensor in weights:
-            found = []
-            for piece in pieces_of([tensor], rows=True):
-                (mask,), values = prune_step([Entry(tensor.name, piece.values)], "neuron", rule)
-                found.append(values[tensor.name])
-                yield piece, piece.values.new_ones(piece.values.shape, dtype=torch.bool) if mask is None else mask
-            groups[tensor.name] = GroupValues(
-                *(np.concatenate([getattr(v, name) for v in found]) for name in ("d", "index", "r", "c"))
-            )
-    elif scope == "layer":
-        for tensor in weights:
-            yield from _pooled(tensor.name, [tensor], rule, groups)
-    else:
+    if scope == "global":
         yield from _pooled("global", weights, rule, groups)
+        return
+    for fits, some in groupby(weights, lambda tensor: scope == "neuron" or tensor.nbytes <= WHOLE):
+        tensors = list(some)
+        if fits:
+            size = WHOLE if scope == "layer" else None
+            yield from _alone(pieces_of(tensors, rows=True, size=size), scope, rule, groups)
+        else:
+            for tensor in tensors:
+                yield from _pooled(tensor.name, [tensor], rule, groups)
+
+
+def _alone(
+    pieces: Iterable[StoredPiece], scope: Scope, rule: Hyperparameters, groups: dict[str, GroupValues]
+) -> Iterator[tuple[StoredPiece, Tensor]]:
+    """Pieces that hold whole groups: each is decided as in memory."""
+    for tensor, of_tensor in groupby(pieces, lambda piece: piece.tensor):
+        found = []
+        for piece in of_tensor:
+            (mask,), values = prune_step([Entry(tensor.name, piece.values)], scope, rule)
+            found.append(values[tensor.name])
+            yield piece, piece.values.new_ones(piece.values.shape, dtype=torch.bool) if mask is None else mask
+        groups[tensor.name] = GroupValues(
+            *(np.concatenate([getattr(v, name) for v in found]) for name in ("d", "index", "r", "c"))
+        )
 
 
 def _zero_(piece: StoredPiece, mask: Tensor) -> None:

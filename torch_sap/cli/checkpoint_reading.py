@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.cli.checkpoint_files import StoredTensor
+from torch_sap.cli.page_cache import forget, is_too_large
 from torch_sap.selection.keys import keys_of
 from torch_sap.selection.streaming import Piece
 from torch_sap.selection.sums import BLOCK
@@ -39,13 +40,14 @@ class StoredPiece(NamedTuple):
     is_last: bool
 
 
-def pieces_of(tensors: Iterable[StoredTensor], *, rows: bool = False) -> Iterator[StoredPiece]:
+def pieces_of(tensors: Sequence[StoredTensor], *, rows: bool = False, size: int | None = None) -> Iterator[StoredPiece]:
     """Read tensors piece by piece.
 
     Args:
         tensors: What to read, in this order.
         rows: Whether the pieces are a number of whole rows (of dimension 0), of two dimensions; or else entries in
             one dimension, a number of BLOCK. A tensor that does not lie in row-major order comes whole, in its shape.
+        size: Bytes at most in a piece, if a row is not more; PIECE if not given.
 
     Yields:
         The pieces, in new memory.
@@ -53,26 +55,29 @@ def pieces_of(tensors: Iterable[StoredTensor], *, rows: bool = False) -> Iterato
     Raises:
         ValueError: if a file ends too early.
     """
+    forgets = is_too_large(sum(tensor.nbytes for tensor in tensors))
 
     def read() -> Iterator[StoredPiece]:
         for tensor in tensors:
             with open(tensor.path, "rb", buffering=0) as file:
-                for offset, length, shape in _parts(tensor, rows):
+                for offset, length, shape in _parts(tensor, rows, PIECE if size is None else size):
                     memory = np.empty(length, np.uint8)
                     read_into(file, offset, memory, tensor.path)
+                    if forgets:
+                        forget(file, offset, length)
                     yield _view(tensor, memory, offset, shape)
 
     return _one_ahead(read())
 
 
-def _parts(tensor: StoredTensor, rows: bool) -> Iterator[tuple[int, int, tuple[int, ...] | None]]:
+def _parts(tensor: StoredTensor, rows: bool, most: int) -> Iterator[tuple[int, int, tuple[int, ...] | None]]:
     """Offset and length in bytes of each piece, and its shape; None if the tensor comes in its own."""
     assert tensor.dtype is not None
     if tensor.stride != torch.empty(tensor.shape, device="meta").stride() or tensor.numel == 0:
         yield tensor.offset, tensor.nbytes, None
         return
     size, width = tensor.dtype.itemsize, tensor.numel // tensor.shape[0] if rows else BLOCK
-    step = width * size * max(1, PIECE // (width * size))
+    step = width * size * max(1, most // (width * size))
     for start in range(0, tensor.nbytes, step):
         length = min(step, tensor.nbytes - start)
         shape = (length // size // width, width) if rows else (length // size,)

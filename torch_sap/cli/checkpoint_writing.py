@@ -18,9 +18,14 @@ from numpy.typing import NDArray
 from torch_sap.cli.checkpoint_files import Checkpoint, StoredTensor
 from torch_sap.cli.checkpoint_reading import PIECE, read_into
 from torch_sap.cli.checkpoint_zip import renew_checksums
+from torch_sap.cli.page_cache import forget, is_too_large
 
-WAITING = 2
-"""Pieces at most that wait for the thread that writes: it is to have the next one at hand, and memory to be free."""
+WAITING = 2**26
+"""Bytes at most that wait to be written, or one piece: the thread is to have the next one at hand, and memory to be
+free."""
+
+UNDER_WAY = 2**28
+"""Bytes that the disk may still be busy with."""
 
 
 class Output:
@@ -49,10 +54,11 @@ class Output:
             if target.exists() and not overwrite:
                 raise FileExistsError(f"{target} exists; choose another name, or overwrite it by --overwrite")
         self.parts = {source: target.with_name(f".{target.name}.part") for source, target in self.targets.items()}
+        self.is_too_large = is_too_large(sum(source.stat().st_size for source in checkpoint.files))
         self.made_folder = self.in_folder and not out.exists()
         self.files: dict[Path, BinaryIO] = {}
         self.stack = ExitStack()
-        self.written: deque[Future[None]] = deque()
+        self.written: deque[tuple[int, Future[None]]] = deque()
 
     def __enter__(self) -> Output:
         if self.made_folder:
@@ -73,7 +79,7 @@ class Output:
             self._clear()
 
     def _clear(self) -> None:
-        for future in self.written:
+        for _, future in self.written:
             future.cancel()
         self.stack.close()
         for part in self.parts.values():
@@ -100,14 +106,19 @@ class Output:
 
         An error is raised by one of the next calls, or by :meth:`finish`.
         """
-        while len(self.written) > WAITING:
-            self.written.popleft().result()
-        self.written.append(self.writer.submit(_write, self.files[source], offset, memory))
+        while self.written and sum(length for length, _ in self.written) + len(memory) > WAITING:
+            self._await_one()
+        work = self.writer.submit(_write, self.files[source], offset, memory, self.is_too_large)
+        self.written.append((len(memory), work))
+
+    def _await_one(self) -> None:
+        _, future = self.written.popleft()
+        future.result()
 
     def finish(self, weights: Sequence[StoredTensor]) -> None:
         """Make the files complete, and give them their names."""
         while self.written:
-            self.written.popleft().result()
+            self._await_one()
         for source, file in self.files.items():
             if source.suffix != ".safetensors":
                 renew_checksums(file, [(t.offset, t.nbytes) for t in weights if t.path == source])
@@ -135,11 +146,12 @@ def _reserve(file: BinaryIO, size: int) -> None:
             raise OSError(error.errno, f"{error.strerror}; {size} bytes are needed", file.name) from error
 
 
-def _write(file: BinaryIO, offset: int, memory: NDArray[np.uint8]) -> None:
+def _write(file: BinaryIO, offset: int, memory: NDArray[np.uint8], forgets: bool) -> None:
     """Write bytes, and let the system begin to bring them to the disk, so that the wait at the end is short."""
     file.seek(offset)
     view = memory.data
     while len(view):
         view = view[file.write(view) :]
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), offset, len(memory), os.POSIX_FADV_DONTNEED)
+    forget(file, offset, len(memory))
+    if forgets:  # of these the disk has those by now that were written some time ago
+        forget(file, max(0, offset - UNDER_WAY), len(memory))

@@ -1,0 +1,65 @@
+import os
+
+import pytest
+from checkpoints import weights, write
+
+import torch_sap.cli.checkpoint_reading as checkpoint_reading
+import torch_sap.cli.checkpoint_writing as checkpoint_writing
+import torch_sap.cli.page_cache as page_cache
+from torch_sap.cli.checkpoint_pruning import prune_checkpoint
+from torch_sap.cli.scanning import scan_checkpoint
+from torch_sap.selection.bounds import Hyperparameters
+
+RULE = Hyperparameters()
+
+
+@pytest.fixture
+def forgotten(monkeypatch):
+    """Each file of which pages are given back, with how many bytes are."""
+    found: dict[str, int] = {}
+
+    def forget(file, offset, length):
+        name = os.path.basename(file.name)
+        found[name] = found.get(name, 0) + length
+
+    monkeypatch.setattr(checkpoint_reading, "forget", forget)
+    monkeypatch.setattr(checkpoint_writing, "forget", forget)
+    monkeypatch.setattr(checkpoint_reading, "PIECE", 2**13)
+    monkeypatch.setattr(checkpoint_writing, "UNDER_WAY", 2**14)
+    return found
+
+
+def test_what_is_too_large(monkeypatch):
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert not page_cache.is_too_large(memory // page_cache.SHARE)
+    assert page_cache.is_too_large(memory // page_cache.SHARE + 1)
+    monkeypatch.delattr(page_cache.os, "sysconf")
+    assert not page_cache.is_too_large(memory)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "neuron"])
+def test_files_larger_than_memory_are_not_kept_in_it(tmp_path, monkeypatch, forgotten, scope):
+    path, out = write(weights(), tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
+    prune_checkpoint(path, out, scope, RULE)
+    scan_checkpoint(path, RULE)
+    size = path.stat().st_size
+    assert forgotten == {".b.safetensors.part": size}, "a small file is only brought to the disk"
+    forgotten.clear()
+    monkeypatch.setattr(page_cache, "SHARE", 2**40)
+    prune_checkpoint(path, tmp_path / "c.safetensors", scope, RULE)
+    assert (tmp_path / "c.safetensors").read_bytes() == out.read_bytes()
+    assert forgotten[".c.safetensors.part"] == 2 * size, "brought to the disk, and later given back"
+    assert forgotten["a.safetensors"] > 0.95 * size
+    forgotten.clear()
+    scan_checkpoint(path, RULE)
+    assert 0.95 * size < forgotten["a.safetensors"] < size
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to forget")
+def test_what_is_forgotten_can_be_read_again(tmp_path):
+    path = tmp_path / "a"
+    with open(path, "w+b") as file:
+        file.write(bytes(range(256)) * 256)
+        file.flush()
+        page_cache.forget(file, 1000, 60000)
+    assert path.read_bytes() == bytes(range(256)) * 256
