@@ -137,7 +137,10 @@ def magnitudes(keys: Any, dtype: torch.dtype, *, reuse: bool = False) -> Any:
 
 def _floats(keys: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
     if dtype is torch.bfloat16:  # the upper half of a float32
-        return (keys.astype(np.int32) << 16).view(np.float32)
+        out = scratch("floats", keys.shape, np.int32)
+        np.copyto(out, keys)
+        np.left_shift(out, 16, out=out)
+        return out.view(np.float32)
     return keys.view(f"f{dtype.itemsize}")
 
 
