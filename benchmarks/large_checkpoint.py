@@ -1,10 +1,10 @@
 """Scan and prune a checkpoint that is large, and compare with what just reading it takes.
 
 Makes a safetensors file of random weights in the shapes of a language model, reads it twice, and runs, each in a
-process of its own, `torch-sap scan`, and `torch-sap prune` in each scope. Of each it takes the seconds (of the
-commands with Python's start and imports), those spent in writing, and the peak of the resident memory. The file is
-dropped from the page cache before each; of the reading it is dropped between the two times too ("disk"), or not
-("disk, then cache").
+process of its own, `torch-sap scan`, and `torch-sap prune` in each scope; all of it several times in turn. Of each it
+takes the seconds (of the commands with Python's start and imports, and with writing, to the disk) and the peak of the
+resident memory. The file is dropped from the page cache before each; of the reading it is dropped between the two
+times too ("disk"), or not ("disk, then cache").
 
     python benchmarks/large_checkpoint.py --gb 12 --out docs/results/large_checkpoint.csv
 """
@@ -24,14 +24,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from speed import machine
 
-import torch_sap.cli.checkpoint_pruning as checkpoint_pruning
+from torch_sap.cli import main as torch_sap_main
 from torch_sap.cli.main import main as torch_sap_main
 
 TYPES = {"bfloat16": "BF16", "float32": "F32"}
 PIECE = 2**24
 SCOPES = ("global", "layer", "neuron")
-COLUMNS = ("step", "GB", "dtype", "threads", "seconds", "writing", "without_writing", "of_reading", "peak_MB")
+COLUMNS = ("turn", "step", "GB", "dtype", "threads", "seconds", "speed_of_reading", "peak_MiB", "machine")
 
 Row = dict[str, str | int | float]
 
@@ -48,16 +49,26 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             make(path, args.gb, args.dtype)
             print(f"made {path}", flush=True)
         rows: list[Row] = []
-        for step in args.steps:
-            rows.append(_measure(step, path, args, rows))
-            print({name: rows[-1][name] for name in COLUMNS}, flush=True)
+        for turn in range(args.first_turn, args.first_turn + args.turns):
+            reading = None
+            for step in args.steps:
+                seconds, peak = _measure(step, path, args.threads)
+                reading = reading or seconds
+                row = (turn, step, round(path.stat().st_size / 1e9, 2), args.dtype, args.threads, round(seconds, 1))
+                rows.append(dict(zip(COLUMNS, (*row, round(reading / seconds, 2), peak, machine("cpu")), strict=True)))
+                print(*rows[-1].values(), flush=True)
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        _save(rows, args.out, args.first_turn > 1)
     return rows
+
+
+def _save(rows: Sequence[Row], out: Path, add: bool) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a" if add else "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if not add:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def shapes(total: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -118,58 +129,29 @@ def drop_from_cache(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _measure(step: str, path: Path, args: argparse.Namespace, before: Sequence[Row]) -> Row:
-    """Run a step in a process of its own."""
+def _measure(step: str, path: Path, threads: int) -> tuple[float, int | str]:
+    """Seconds of a step, and the peak of its memory in MiB; commands run in a process of their own."""
     drop_from_cache(path)
+    start = time.perf_counter()
     if step.startswith("read twice"):
-        start = time.perf_counter()
         read(path)
         if step == "read twice (disk)":
             drop_from_cache(path)
         read(path)
-        return _row(step, path, args, before, time.perf_counter() - start, 0.0, "")
-    command = [sys.executable, __file__, "--child", step, "--file", str(path), "--threads", str(args.threads)]
+        return time.perf_counter() - start, ""
+    command = [sys.executable, __file__, "--child", step, "--file", str(path), "--threads", str(threads)]
     with tempfile.TemporaryFile("w+") as output:
-        start = time.perf_counter()
         code = subprocess.run(command, stdout=output).returncode
         seconds = time.perf_counter() - start
         if code:
             raise SystemExit(f"{step} failed with {code}")
         output.seek(0)
-        writing, peak = map(float, output.read().splitlines()[-1].split())
-    return _row(step, path, args, before, seconds, writing, round(peak))
-
-
-def _row(
-    step: str,
-    path: Path,
-    args: argparse.Namespace,
-    before: Sequence[Row],
-    seconds: float,
-    writing: float,
-    peak: int | str,
-) -> Row:
-    reading = next((float(row["seconds"]) for row in before if row["step"] == "read twice (disk)"), seconds)
-    return {
-        "step": step,
-        "GB": round(path.stat().st_size / 1e9, 2),
-        "dtype": args.dtype,
-        "threads": args.threads,
-        "seconds": round(seconds, 1),
-        "writing": round(writing, 1),
-        "without_writing": round(seconds - writing, 1),
-        "of_reading": round(reading / (seconds - writing), 2),
-        "peak_MB": peak,
-    }
+        return seconds, round(float(output.read().splitlines()[-1]))
 
 
 def _child(step: str, path: Path, threads: int) -> None:
-    """Do a step; the last line printed is how many seconds were spent in writing, and the peak of memory in MiB."""
+    """Do a step; the last line printed is the peak of memory in MiB."""
     torch.set_num_threads(threads)
-    seconds = [0.0]
-    output = checkpoint_pruning._Output
-    for name in ("write", "sync"):
-        setattr(output, name, _timed(output.__dict__[name], seconds))
     if step == "scan":
         torch_sap_main(["scan", str(path), "--json"])
     else:
@@ -180,18 +162,7 @@ def _child(step: str, path: Path, threads: int) -> None:
                 sys.exit(code)
     # not ru_maxrss: a child begins with its parent's
     peak = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    print(seconds[0], int(peak) / 1024)
-
-
-def _timed(method, seconds):
-    function = method.__func__ if isinstance(method, staticmethod) else method
-
-    def timed(*arguments):
-        start = time.perf_counter()
-        function(*arguments)
-        seconds[0] += time.perf_counter() - start
-
-    return staticmethod(timed) if isinstance(method, staticmethod) else timed
+    print(int(peak) / 1024)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -202,7 +173,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gb", type=float, default=12, help="size of the file in 10 ** 9 bytes")
     parser.add_argument("--dtype", choices=TYPES, default="bfloat16", help="of the weights")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--steps", nargs="+", choices=steps, default=steps, help="what to measure")
+    parser.add_argument(
+        "--steps", nargs="+", choices=steps, default=steps, help="what to measure; speeds are of the first"
+    )
+    parser.add_argument("--turns", type=int, default=3, help="how often all of it is measured")
+    parser.add_argument("--first-turn", type=int, default=1, help="from 2 on the turns are added to the CSV file")
     parser.add_argument("--folder", type=Path, help="where to make the files; more than twice the size must be free")
     parser.add_argument("--file", type=Path, help="a file to take, or to make and keep, instead")
     parser.add_argument("--out", type=Path, help="CSV file to write")
