@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from speed import machine
 
-from torch_sap.cli import main as torch_sap_main
 from torch_sap.cli.main import main as torch_sap_main
 
 TYPES = {"bfloat16": "BF16", "float32": "F32"}
