@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torch_sap.selection import keep_largest, keep_largest_in_rows
 from torch_sap.selection.across import keep_largest_across
 from torch_sap.selection.bounds import Hyperparameters
 from torch_sap.selection.collective import Part, gather_along, is_dtensor
 from torch_sap.selection.exact import keep_largest, keep_largest_in_rows
-from torch_sap.selection.host import map_pieces
+from torch_sap.selection.host import Job, map_pieces
 from torch_sap.selection.keys import chunk_size, common_dtype, count_true, flatten, keys_of, sort_rows
 from torch_sap.selection.sieve import Sieve, Sifted, expect
 from torch_sap.selection.sums import flat_sums, row_sums
@@ -103,8 +104,8 @@ class Pool:
         if self.on_host and not any(self.parts):
             self.expected = rule
 
-    def sums(self, exponents: Sequence[float], scale: float) -> list[Any]:
-        """For each tensor a float64 table of shape (1 + exponents, 1): d, then the power sums."""
+    def sums(self, exponents: Sequence[float], scale: float) -> Job:
+        """The making of a float64 table of shape (1 + exponents, 1) for each tensor: d, then the power sums."""
         flats: list[tuple[Any, ...]] = [
             (flatten(scores, scores), None if mask is None else flatten(mask, scores)) for scores, mask in self.tensors
         ]
@@ -113,8 +114,13 @@ class Pool:
         if self.sieve is not None:
             how["visit"] = self.sieve.sift
             flats = [(*flat, keep) for flat, keep in zip(flats, self.sieve.flats, strict=True)]
-        sums, self.sifted = flat_sums(flats, self.dtype, exponents, **how)
-        return [_with_count(entry.unpruned(), table) for entry, table in zip(self.entries, sums, strict=True)]
+        job = flat_sums(flats, self.dtype, exponents, **how)
+
+        def gather(found: list[Any]) -> list[Any]:
+            sums, self.sifted = job.gather(found)
+            return [_with_count(entry.unpruned(), table) for entry, table in zip(self.entries, sums, strict=True)]
+
+        return job._replace(gather=gather)
 
     def join(self, tables: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         """The table of the group from those of its tensors and their parts, added without rounding."""
@@ -165,19 +171,20 @@ class Rows:
             for start in range(0, len(first), size := max(1, chunk_size(self.on_host) // length)):
                 yield tuple(None if t is None else t[start : start + size] for t in part)
 
-    def sums(self, exponents: Sequence[float], scale: float) -> list[Any]:
-        """A float64 table of shape (1 + exponents, rows): d of each row, then its power sums."""
+    def sums(self, exponents: Sequence[float], scale: float) -> Job:
+        """The making of a float64 table of shape (1 + exponents, rows): d of each row, then its power sums."""
 
         def table(scores: Tensor, mask: Tensor | None) -> Any:
             rows, row_mask = scores.flatten(1), None if mask is None else mask.flatten(1)
             sums = row_sums(rows, row_mask, self.dtype, exponents, on_host=self.on_host, scale=scale)
             return _with_count(_unpruned_in_rows(rows, row_mask), sums)
 
-        blocks = list(self._blocks(self.entry.scores, self.entry.mask))
-        tables = map_pieces(table, blocks, on_host=self.on_host)
-        if not tables:
-            return [np.zeros((1 + len(exponents), 0))]
-        return [np.concatenate(tables, 1) if self.on_host else torch.cat(tables, 1)]
+        def gather(tables: list[Any]) -> list[Any]:
+            if not tables:
+                return [np.zeros((1 + len(exponents), 0))]
+            return [np.concatenate(tables, 1) if self.on_host else torch.cat(tables, 1)]
+
+        return Job(table, list(self._blocks(self.entry.scores, self.entry.mask)), gather)
 
     def join(self, tables: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         """The table of all rows from those of the parts."""

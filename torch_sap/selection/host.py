@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import starmap
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -81,3 +81,18 @@ def map_pieces(work: Callable[..., Result], pieces: Sequence[tuple[Any, ...]], *
             if not helper.cancel():  # one that has not begun yet may wait for this very thread, if maps are nested
                 helper.result()
     return results
+
+
+class Job(NamedTuple):
+    """Pieces that any thread may work on, in any order, and what is made of all that comes of them."""
+
+    work: Callable[..., Any]
+    pieces: Sequence[tuple[Any, ...]]
+    gather: Callable[[list[Any]], Any]
+
+
+def run_jobs(jobs: Sequence[Job], *, on_host: bool) -> list[Any]:
+    """What each job gathers, with the pieces of all of them mapped together: no thread waits for the end of a job."""
+    pieces = [(job.work, piece) for job in jobs for piece in job.pieces]
+    results = iter(map_pieces(lambda work, piece: work(*piece), pieces, on_host=on_host))
+    return [job.gather([next(results) for _ in job.pieces]) for job in jobs]

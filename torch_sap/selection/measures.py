@@ -18,7 +18,7 @@ from torch import Tensor
 from torch_sap.selection.bounds import check_norms
 from torch_sap.selection.collective import Part, common_part, gather
 from torch_sap.selection.groups import Entry, Group, Scope, split
-from torch_sap.selection.host import map_pieces
+from torch_sap.selection.host import run_jobs
 from torch_sap.selection.keys import check_dtype, magnitudes
 from torch_sap.selection.sums import index_from_sums
 
@@ -143,12 +143,12 @@ def measure_groups(groups: Sequence[Group], p: float, q: float) -> list[tuple[ND
         ValueError: if an entry holds NaN or infinity; it is named.
     """
     on_host = all(group.on_host for group in groups)
-    tables = _to_host(
-        groups, map_pieces(lambda group: group.sums((p, q), 1.0), [(g,) for g in groups], on_host=on_host)
-    )
+    jobs = [group.sums((p, q), 1.0) for group in groups]
+    tables = _to_host(groups, run_jobs(jobs, on_host=on_host))
     for i, (group, table) in enumerate(zip(groups, tables, strict=True)):
         if _out_of_range(group, table, q):
-            (tables[i],) = _to_host([group], [group.sums((p, q), _safe_scale(group))])
+            again = run_jobs([group.sums((p, q), _safe_scale(group))], on_host=group.on_host)
+            (tables[i],) = _to_host([group], again)
     return [(table[0].astype(np.int64), index_from_sums(table[1], table[2], table[0], p=p, q=q)) for table in tables]
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.selection.host import map_pieces, scratch
+from torch_sap.selection.host import Job, scratch
 from torch_sap.selection.keys import chunks, keys_of, magnitudes
 
 BLOCK = 2**12
@@ -92,7 +92,7 @@ def flat_sums(
     on_host: bool,
     scale: float = 1.0,
     visit: Callable[..., Any] = lambda keys, *others: None,
-) -> tuple[list[Any], list[Any]]:
+) -> Job:
     """Sums of ``|scale * w| ** exponent`` over the unpruned entries of each tensor.
 
     Args:
@@ -105,8 +105,8 @@ def flat_sums(
         visit: Called with the keys of each piece, while they are in the cache, and the piece of what it needs.
 
     Returns:
-        For each tensor float64 of shape (exponents, 1), array or tensor; not finite if a score is not finite or a
-        sum overflows. And what ``visit`` gave for each piece, in order.
+        A job that gives for each tensor float64 of shape (exponents, 1), array or tensor; not finite if a score is
+        not finite or a sum overflows. And what ``visit`` gave for each piece, in order.
     """
 
     def work(number: int, scores: Any, mask: Any, *others: Any) -> tuple[int, list[list[Any]], Any]:
@@ -114,19 +114,21 @@ def flat_sums(
         visited = visit(keys, *others)
         return number, power_sums(keys, dtype, exponents, scale, block_sums), visited
 
+    def gather(found: list[tuple[int, list[list[Any]], Any]]) -> tuple[list[Any], list[Any]]:
+        blocks: list[list[list[Any]]] = [[[] for _ in exponents] for _ in tensors]
+        for number, sums, _ in found:
+            for all_blocks, more in zip(blocks[number], sums, strict=True):
+                all_blocks += more
+        visited = [result for _, _, result in found]
+        if on_host:
+            return [np.array([[exact_sum(parts)] for parts in of_tensor]) for of_tensor in blocks], visited
+        empty = tensors[0][0].new_zeros(1, dtype=torch.float64)
+        return [
+            torch.stack([torch.cat(parts or [empty]).sum().reshape(1) for parts in of_tensor]) for of_tensor in blocks
+        ], visited
+
     pieces = [(i, *piece) for i, flats in enumerate(tensors) for piece in chunks(*flats, on_host=on_host)]
-    found = map_pieces(work, pieces, on_host=on_host)
-    blocks: list[list[list[Any]]] = [[[] for _ in exponents] for _ in tensors]
-    for number, sums, _ in found:
-        for all_blocks, more in zip(blocks[number], sums, strict=True):
-            all_blocks += more
-    visited = [result for _, _, result in found]
-    if on_host:
-        return [np.array([[exact_sum(parts)] for parts in of_tensor]) for of_tensor in blocks], visited
-    empty = tensors[0][0].new_zeros(1, dtype=torch.float64)
-    return [
-        torch.stack([torch.cat(parts or [empty]).sum().reshape(1) for parts in of_tensor]) for of_tensor in blocks
-    ], visited
+    return Job(work, pieces, gather)
 
 
 def row_sums(
