@@ -85,3 +85,15 @@ def test_sums_do_not_depend_on_the_sieve():
         np.testing.assert_array_equal(one, other)
     assert plain.sieve is None
     assert sieving.sieve is not None
+
+
+@pytest.mark.parametrize("size", [0, 3, 5000, 300_000])
+def test_a_sample_is_of_unpruned_entries_zeros_among_them(size):
+    scores, mask = torch.ones(size), torch.zeros(size, dtype=torch.bool)
+    mask[::2] = True
+    scores[::4] = 0
+    sample = sieve._sample([(scores, mask)], torch.float32)
+    zeros = np.count_nonzero(sample == 0)
+    assert len(sample) >= min(size, 2**11) / 2
+    assert abs(zeros - len(sample) / 2) <= 1
+    assert set(sample[zeros:]) <= {torch.ones(1).view(torch.int32).item()}

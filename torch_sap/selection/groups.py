@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.selection import keep_largest, keep_largest_in_rows
 from torch_sap.selection.across import keep_largest_across
 from torch_sap.selection.bounds import Hyperparameters
 from torch_sap.selection.collective import Part, gather_along, is_dtensor

@@ -25,7 +25,11 @@ WORTHWHILE = 2**16
 """Entries of a group that are not sorted faster than sieved."""
 
 SAMPLE = (2**12, 2**17)
-"""The guess is made from one in 32 entries of a group, but from so many at least and at most."""
+"""The guess is made from one in 128 entries of a group, but from so many at least and at most."""
+
+RUN = 8
+"""Entries side by side that a sample takes: they come from memory together. More of them would say less, since they are
+often of one row, whose magnitudes may be larger or smaller than others'."""
 
 MARGIN = 1.25
 """Half the distance between the two keys, in square roots of the sample's size. The number that a sample lets expect
@@ -101,7 +105,6 @@ def expect(tensors: Tensors, dtype: torch.dtype, rule: Hyperparameters) -> Sieve
     if count == 0:
         return None
     margin = int(MARGIN * len(sample) ** 0.5)
-    sample.sort()
     low, high = (int(sample[np.clip(i, 0, len(sample) - 1)]) for i in (count - margin, count + margin))
     return Sieve(tensors, low, high + 1) if low > 0 else None
 
@@ -122,11 +125,14 @@ def count_in(sample: NDArray[Any], dtype: torch.dtype, rule: Hyperparameters) ->
 
 
 def _sample(tensors: Tensors, dtype: torch.dtype) -> NDArray[Any]:
-    """Keys of unpruned entries at regular distances."""
+    """Keys of unpruned entries, a few side by side at regular distances, sorted."""
     total = sum(scores.numel() for scores, _ in tensors)
-    stride = -(-total // max(SAMPLE[0], min(total // 32, SAMPLE[1]))) or 1
-    found = []
+    step = RUN * (-(-total // max(SAMPLE[0], min(total // 128, SAMPLE[1]))) or 1)
+    found, pruned = [], 0
     for scores, mask in tensors:
-        keys = keys_of(flatten(scores, scores)[::stride], None, dtype, on_host=True)
-        found.append(keys if mask is None else keys[flatten(mask, scores)[::stride].numpy()])
-    return np.concatenate(found)
+        run = min(RUN, scores.numel())
+        here = None if mask is None else flatten(mask, scores).unfold(0, run, step).numpy()
+        found.append(keys_of(flatten(scores, scores).unfold(0, run, step), here, dtype, on_host=True).reshape(-1))
+        pruned += 0 if here is None else here.size - int(np.count_nonzero(here))
+    keys: NDArray[Any] = np.sort(np.concatenate(found))
+    return keys[pruned:]  # those of pruned entries, 0, come first
