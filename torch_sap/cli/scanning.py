@@ -26,7 +26,7 @@ from torch_sap.selection.bounds import Hyperparameters
 from torch_sap.selection.histogram import Histogram, count_keys, empty_bins
 from torch_sap.selection.host import map_pieces
 from torch_sap.selection.keys import HOST_CHUNK, keys_of
-from torch_sap.selection.sums import index_from_sums, row_sums
+from torch_sap.selection.sums import bin_sums, index_from_sums, row_sums
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,10 @@ class _Tensor:
     def close(self, rule: Hyperparameters) -> None:
         """Make the figures of the complete tensor, and keep of the bins what is not empty."""
         table = np.concatenate(self.tables, 1)
-        self.sums = [math.fsum(row) if np.isfinite(row).all() else math.inf for row in table]
+        if self.dtype.itemsize == 2:
+            self.sums = bin_sums(self.bins, self.dtype, (rule.p, rule.q))
+        else:
+            self.sums = [math.fsum(row) if np.isfinite(row).all() else math.inf for row in table]
         if not np.isfinite(self.sums).all():
             raise ValueError(f"{self.name} must be finite and so must the sums of its powers")
         d = np.full(table.shape[1], self.row_length)

@@ -17,7 +17,7 @@ from torch_sap.selection.host import map_pieces, scratch
 from torch_sap.selection.keys import check_dtype, chunks, flatten, keys_of
 from torch_sap.selection.sieve import count_in
 from torch_sap.selection.step import GroupValues
-from torch_sap.selection.sums import block_sums, exact_sum, index_from_sums, power_sums
+from torch_sap.selection.sums import Bins, block_sums, exact_sum, index_from_sums, power_sums
 
 Stream = Callable[[], Iterable[Tensor]]
 """Gives the tensors of a group on the CPU, in order of position: the same ones each time that it is called."""
@@ -199,6 +199,7 @@ class _Sums:
         self.d = 0
         self.tables: list[list[float]] = []
         self.blocks: tuple[list[Any], list[Any]] = ([], [])
+        self.bins: Bins | None = None
 
     def add(self, piece: Piece) -> None:
         if not isinstance(piece.values, Tensor):
@@ -208,10 +209,16 @@ class _Sums:
         if self.guess is None:
             self.dtype = dtype if self.d == 0 else torch.promote_types(self.dtype, dtype)
 
+        if dtype.itemsize == 2 and self.bins is None:
+            self.bins = Bins(dtype)
+
         def work(scores: Any, _: None) -> tuple[list[Any], Any]:
             keys = keys_of(scores, None, self.dtype, on_host=True, reuse=True)
             seen = None if self.guess is None else self.guess.look(keys)
-            return power_sums(keys, self.dtype, (self.rule.p, self.rule.q), 1.0, block_sums), seen
+            if self.bins is None:
+                return power_sums(keys, self.dtype, (self.rule.p, self.rule.q), 1.0, block_sums), seen
+            self.bins.add(keys if dtype == self.dtype else keys_of(scores, None, dtype, on_host=True, reuse=True))
+            return [[], []], seen
 
         found = map_pieces(work, list(chunks(flat, None, on_host=True)), on_host=True)
         if self.guess is not None:
@@ -224,10 +231,13 @@ class _Sums:
             self._end_tensor(piece.name)
 
     def _end_tensor(self, name: str) -> None:
-        self.tables.append([exact_sum(blocks) for blocks in self.blocks])
+        if self.bins is None:
+            self.tables.append([exact_sum(blocks) for blocks in self.blocks])
+        else:
+            self.tables.append(self.bins.sums((self.rule.p, self.rule.q)))
         if not np.isfinite(self.tables[-1]).all():
             raise ValueError(f"{name} must be finite and so must the sums of its powers")
-        self.blocks = ([], [])
+        self.blocks, self.bins = ([], []), None
 
     def values(self) -> GroupValues:
         sum_p, sum_q = (np.array([math.fsum(table[i] for table in self.tables)]) for i in (0, 1))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torch_sap.selection.histogram import count_keys, empty_bins
 from torch_sap.selection.host import Job, scratch
-from torch_sap.selection.keys import chunks, keys_of, magnitudes
+from torch_sap.selection.keys import chunk_size, chunks, keys_of, magnitudes
 
 BLOCK = 2**12
 """Entries that are summed in one go. A chunk is a whole number of blocks and the sums of blocks are added exactly, so
@@ -76,6 +78,42 @@ def _sum(rows: Any) -> Any:
     return np.einsum("ij->i", rows)
 
 
+class Bins:
+    """How often each key of a 16-bit type occurs in a tensor; its sums are made of that, four times as fast.
+
+    Args:
+        dtype: float16 or bfloat16.
+        pieces: How many pieces are to be added.
+    """
+
+    def __init__(self, dtype: torch.dtype, pieces: int = 0) -> None:
+        self.dtype, self.pieces = dtype, pieces
+        self.counts: NDArray[np.int64] | None = None
+        self.adding = Lock()
+
+    def add(self, keys: NDArray[Any]) -> bool:
+        """Count the keys of a piece, in any thread; whether it was the last one."""
+        counts = count_keys(keys, self.dtype)
+        with self.adding:
+            self.counts = counts if self.counts is None else np.add(self.counts, counts, out=self.counts)
+            self.pieces -= 1
+            return self.pieces == 0
+
+    def sums(self, exponents: Sequence[float], scale: float = 1.0) -> list[float]:
+        """The sum of each power of the magnitudes; the counts are given up."""
+        counts, self.counts = empty_bins(self.dtype) if self.counts is None else self.counts, None
+        return bin_sums(counts, self.dtype, exponents, scale)
+
+
+def bin_sums(
+    bins: NDArray[np.int64], dtype: torch.dtype, exponents: Sequence[float], scale: float = 1.0
+) -> list[float]:
+    """Power sums of a tensor of a 16-bit type from how often each of its keys occurs."""
+    places = np.flatnonzero(bins)
+    counts = bins[places].astype(np.float64)
+    return power_sums(places.astype(np.int16), dtype, exponents, scale, lambda powers: float((powers * counts).sum()))
+
+
 def exact_sum(parts: Sequence[NDArray[np.float64]]) -> float:
     """The sum of all numbers in some arrays, rounded once; infinite if it overflows."""
     try:
@@ -108,11 +146,23 @@ def flat_sums(
         A job that gives for each tensor float64 of shape (exponents, 1), array or tensor; not finite if a score is
         not finite or a sum overflows. And what ``visit`` gave for each piece, in order.
     """
+    types = [scores.dtype for scores, *_ in tensors]
+    counted = {
+        i: Bins(types[i], -(-scores.numel() // chunk_size(on_host)))
+        for i, (scores, *_) in enumerate(tensors)
+        if on_host and types[i].itemsize == 2
+    }
 
     def work(number: int, scores: Any, mask: Any, *others: Any) -> tuple[int, list[list[Any]], Any]:
         keys = keys_of(scores, mask, dtype, on_host=on_host, reuse=True)
         visited = visit(keys, *others)
-        return number, power_sums(keys, dtype, exponents, scale, block_sums), visited
+        if number not in counted:
+            return number, power_sums(keys, dtype, exponents, scale, block_sums), visited
+        if types[number] != dtype:
+            keys = keys_of(scores, mask, types[number], on_host=on_host, reuse=True)
+        is_last = counted[number].add(keys)
+        sums = counted[number].sums(exponents, scale) if is_last else []
+        return number, [[np.array([value])] for value in sums] or [[] for _ in exponents], visited
 
     def gather(found: list[tuple[int, list[list[Any]], Any]]) -> tuple[list[Any], list[Any]]:
         blocks: list[list[list[Any]]] = [[[] for _ in exponents] for _ in tensors]
