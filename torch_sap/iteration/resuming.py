@@ -23,6 +23,7 @@ from torch_sap.iteration.stepper import Stepper
 from torch_sap.iteration.stopping import StoppingRule
 from torch_sap.masks.parameters import entries_of
 from torch_sap.selection.agreement import unwrap
+from torch_sap.selection.bounds import check_path
 from torch_sap.selection.collective import is_dtensor
 from torch_sap.selection.measures import measure
 
@@ -61,8 +62,7 @@ class Run:
         self._random: list[Any] = []  # of each process, after that training
         if path is None:
             return
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"checkpoint must be the path of a file or None, got {path!r}")
+        check_path("checkpoint", path)
         self._group = _group_of(sap.model)
         if any(_gathered(os.path.exists(path), self._group)):
             self._resume()

@@ -218,8 +218,9 @@ class Stepper:
         Raises:
             ValueError: if the state is of another format, of other settings or of another model; nothing is changed.
         """
-        parts = {"settings", "rewind_point", "kept", "history"}
-        if not isinstance(state, Mapping) or state.get("format") != FORMAT or not parts <= state.keys():
+        types = {"settings": Mapping, "rewind_point": Mapping | None, "kept": Mapping | None, "history": Mapping}
+        ours = isinstance(state, Mapping) and state.get("format") == FORMAT and types.keys() <= state.keys()
+        if not ours or not all(isinstance(state[name], kind) for name, kind in types.items()):
             raise ValueError(f"state must be a state_dict of a torch_sap stepper of format {FORMAT}")
         if different := differences(self._settings(), state["settings"], "in the state"):
             raise ValueError(f"state must come from a stepper with the same settings, but they differ: {different}")

@@ -138,7 +138,8 @@ def as_rules(stop: StoppingRule | Iterable[StoppingRule]) -> tuple[StoppingRule,
     Raises:
         TypeError: if something else is among them.
     """
-    rules = (stop,) if isinstance(stop, StoppingRule) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
+    several = isinstance(stop, Iterable) and not isinstance(stop, (StoppingRule, str))
+    rules = tuple(stop) if several else (stop,)
     for rule in rules:
         if not isinstance(rule, StoppingRule):
             raise TypeError(f"stop must be a StoppingRule or several, got {rule!r}")

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -61,8 +62,10 @@ def place(whole: Tensor, like: Tensor) -> Tensor:
         return moved
     from torch.distributed.tensor import distribute_tensor
 
+    # each process cuts its part out by itself; PyTorch 2.5 cannot, and sends all parts from the first process
+    alone = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
     with torch.no_grad():
-        return distribute_tensor(whole.detach(), like.device_mesh, like.placements, src_data_rank=None)
+        return distribute_tensor(whole.detach(), like.device_mesh, like.placements, **alone)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ SAMPLE = 2**16
 MOST_COLLECTED = 2**14
 """Entries of a chunk that are kept to find the key among them; if there are more, bins are counted."""
 
+LONG_ROW = 2**10
+"""Entries of a row from which on parting it is faster than sorting all of it, if few go."""
+
 Tensors = Sequence[tuple[Tensor, Tensor | None]]
 """Scores and bool mask (None: nothing pruned) of each tensor of a group, in order of position."""
 
@@ -250,6 +253,10 @@ def _keep_rows_on_host(
         np.bitwise_or(keys, mask.view(np.int8) - np.int8(1), out=keys)
     ordered = scratch("ordered", keys.shape, keys.dtype)
     ordered[...] = keys
+    end = int((first + counts).max(initial=1))  # the keys that go are among so many smallest
+    if keys.shape[1] >= LONG_ROW and end <= keys.shape[1] // 2:
+        ordered.partition(end - 1, axis=1)
+        ordered = ordered[:, :end]
     ordered.sort(axis=1)
     last = np.where(counts > 0, np.take_along_axis(ordered, np.maximum(first + counts - 1, 0), 1), -1).astype(
         keys.dtype
