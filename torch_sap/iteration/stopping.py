@@ -138,8 +138,11 @@ def as_rules(stop: StoppingRule | Iterable[StoppingRule]) -> tuple[StoppingRule,
     Raises:
         TypeError: if something else is among them.
     """
-    several = isinstance(stop, Iterable) and not isinstance(stop, (StoppingRule, str))
-    rules = tuple(stop) if several else (stop,)
+    if isinstance(stop, StoppingRule):
+        return (stop,)
+    if isinstance(stop, str) or not isinstance(stop, Iterable):
+        raise TypeError(f"stop must be a StoppingRule or several, got {stop!r}")
+    rules = tuple(stop)
     for rule in rules:
         if not isinstance(rule, StoppingRule):
             raise TypeError(f"stop must be a StoppingRule or several, got {rule!r}")
