@@ -56,6 +56,8 @@ CASES = {
     'Whole models': [
         ('global_unstructured(None)', 'TypeError', 'model must be a torch.nn.Module or an iterable of (module, name) pairs, got NoneType'),
         ('global_unstructured([])', 'ValueError', 'model must have a parameter to prune, but the iterable of (module, name) pairs is empty'),
+        ('global_unstructured(model.parameters())', 'TypeError', 'each pair must be (module, name), got a Parameter; pass the model itself'),
+        ('neuron_unstructured([(layer, "bias")])', 'ValueError', '0.bias must have more than one dimension to have rows, got shape (9,); leave it out, or take another scope'),
         ('global_unstructured([layer])', 'TypeError', 'each pair must be (module, name), got Linear(in_features=6, out_features=9, bias=True)'),
         ('global_unstructured([(layer, "wieght")])', 'ValueError', "name must be a parameter of the module, got 'wieght' for Linear"),
         ('global_unstructured(model, p=2.0)', 'ValueError', 'p must be smaller than q, got p=2.0, q=1.0'),

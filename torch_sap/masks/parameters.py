@@ -229,7 +229,8 @@ def _in_pairs(pairs: Iterable[Pair]) -> list[Prunable]:
         if not (
             isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], nn.Module) and isinstance(pair[1], str)
         ):
-            raise TypeError(f"each pair must be (module, name), got {pair!r}")
+            found = f"a {type(pair).__name__}; pass the model itself" if isinstance(pair, Tensor) else repr(pair)
+            raise TypeError(f"each pair must be (module, name), got {found}")
         _, parameter = _parameter(*pair)
         names.setdefault(id(parameter), f"{number}.{pair[1]}")
         if pair not in (known := holders.setdefault(id(parameter), [])):

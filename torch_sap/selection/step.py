@@ -52,8 +52,14 @@ def prune_step(entries: Sequence[Entry], scope: Scope, rule: Hyperparameters) ->
         New masks and the values that led to them.
 
     Raises:
-        ValueError: if an entry holds NaN or infinity; it is named.
+        ValueError: if an entry holds NaN or infinity, or has no rows to prune; it is named.
     """
+    for entry in entries:
+        if scope == "neuron" and len(entry.shape) < 2:
+            raise ValueError(
+                f"{entry.name} must have more than one dimension to have rows, got shape {entry.shape}; "
+                "leave it out, or take another scope"
+            )
     groups = split(entries, scope)
     for group in groups:
         group.expect(rule)
