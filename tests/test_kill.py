@@ -30,7 +30,7 @@ def test_killed_at_random_instants(number, tmp_path):
     found = killed("instants", tmp_path, number)
     assert_equal(found, number)
     assert found["kills"] >= number * 0.9
-    assert len(found["places"]) >= min(number, 5) - 1, "spread over the run"
+    assert len(found["places"]) >= 3, "spread over the run"
     print(found["kills"], "kills of", number, "runs of", found["seconds"], "s:", found["places"])
 
 

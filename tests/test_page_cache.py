@@ -55,7 +55,6 @@ def test_files_larger_than_memory_are_not_kept_in_it(tmp_path, monkeypatch, forg
     assert 0.95 * size < forgotten["a.safetensors"] < size
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to forget")
 def test_what_is_forgotten_can_be_read_again(tmp_path):
     path = tmp_path / "a"
     with open(path, "w+b") as file:

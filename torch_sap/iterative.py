@@ -174,7 +174,7 @@ def sap_rounds(
 
     Raises:
         TypeError: if ``sap`` is no stepper, when the first round is asked for.
-        All else as iterative_sap.
+        ValueError, OSError: as of iterative_sap.
     """
     if not isinstance(sap, Stepper):
         raise TypeError(
