@@ -173,6 +173,7 @@ class Pruning(InOrder):
         after = data.draw(st.sampled_from(["forward", "prune", "remove"]), label="next")
         if after == "remove":
             self.remove(expected)
+            self.model.eval()
         elif after == "prune":
             self.model.train(training)
             self.prune(data.draw(st.sampled_from(SCOPES)), {"gamma": 0.0})
