@@ -263,6 +263,7 @@ def test_a_pruned_model_is_gone_at_once_without_the_garbage_collector():
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_thousand_models_leave_nothing_behind():
     def memory():
         with open("/proc/self/statm") as file:
