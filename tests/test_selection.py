@@ -81,8 +81,11 @@ def test_rows_are_sorting(dtype, on_host, masked, monkeypatch):
         mask = torch.rand(9, 17) > 0.3 * most if masked else torch.ones(9, 17, dtype=torch.bool)
         unpruned = mask.sum(1)
         counts = (most * torch.rand(9) * (unpruned + 1)).long().clamp_max(unpruned)
-        kept = exact.keep_largest_in_rows(rows, mask if masked else None, counts, unpruned, dtype, on_host=on_host)
-        kept = torch.as_tensor(kept)
+        kept = torch.empty(9, 17, dtype=torch.bool)
+        given = kept, rows, mask if masked else None, counts, unpruned
+        if on_host:
+            given = [None if tensor is None else keys.as_array(tensor) for tensor in given]
+        exact.keep_largest_in_rows(*given, dtype, on_host=on_host)
         for row, row_mask, count, found in zip(rows, mask, counts.tolist(), kept, strict=True):
             torch.testing.assert_close(found, expected_masks([row], [row_mask], count)[0])
 

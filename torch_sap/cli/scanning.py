@@ -25,7 +25,7 @@ from torch_sap.records import numbers
 from torch_sap.selection.bounds import Hyperparameters
 from torch_sap.selection.histogram import Histogram, count_keys, empty_bins
 from torch_sap.selection.host import map_pieces
-from torch_sap.selection.keys import HOST_CHUNK, keys_of
+from torch_sap.selection.keys import HOST_CHUNK, as_array, keys_of
 from torch_sap.selection.sums import bin_sums, index_from_sums, row_sums
 
 
@@ -173,12 +173,13 @@ class _Tensor:
     def add(self, rows: Tensor, rule: Hyperparameters) -> None:
         self.row_length = rows.shape[1]
 
-        def work(block: Tensor) -> tuple[Any, Any]:
+        def work(block: NDArray[Any]) -> tuple[Any, Any]:
             counts = count_keys(keys_of(block, None, self.dtype, on_host=True, reuse=True), self.dtype)
             return counts, row_sums(block, None, self.dtype, (rule.p, rule.q), on_host=True)
 
-        blocks = rows.split(max(1, HOST_CHUNK // max(1, self.row_length)))
-        for counts, table in map_pieces(work, [(block,) for block in blocks], on_host=True):
+        array, size = as_array(rows), max(1, HOST_CHUNK // max(1, self.row_length))
+        blocks = [(array[start : start + size],) for start in range(0, len(array), size)]
+        for counts, table in map_pieces(work, blocks, on_host=True):
             self.bins += counts
             self.tables.append(table)
 

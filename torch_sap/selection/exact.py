@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.selection.host import map_pieces, scratch
-from torch_sap.selection.keys import chunks, common_dtype, flatten, is_dense, key_end, keys_of
+from torch_sap.selection.keys import HOST_CHUNK, chunks, common_dtype, flatten, is_dense, key_end, keys_of
 
 BIN_BITS = 16
 """An interval is cut into at most 2 ** BIN_BITS bins."""
@@ -26,7 +26,7 @@ BIN_BITS = 16
 SAMPLE = 2**16
 """Entries of a group that the first guess on the host looks at."""
 
-MOST_COLLECTED = 2**14
+MOST_COLLECTED = HOST_CHUNK // 16
 """Entries of a chunk that are kept to find the key among them; if there are more, bins are counted."""
 
 LONG_ROW = 2**10
@@ -102,7 +102,7 @@ def _keep_late_ties(
     ties: Any = 0
     flat_mask = None if mask is None else mask.reshape(-1)
     for out, piece, piece_mask in chunks(late, scores.reshape(-1), flat_mask, on_host=on_host):
-        equal = keys_of(piece, piece_mask, dtype, on_host=on_host) == key
+        equal = keys_of(piece, piece_mask, dtype, on_host=on_host, reuse=True) == key
         equal = equal if piece_mask is None else equal & piece_mask
         if on_host:
             places = np.flatnonzero(equal)
@@ -217,54 +217,65 @@ def find_on_device(
 
 
 def keep_largest_in_rows(
-    rows: Tensor, mask: Tensor | None, counts: Tensor, unpruned: Tensor, dtype: torch.dtype, *, on_host: bool
-) -> Any:
-    """Mask of a block of rows after the ``counts`` smallest unpruned magnitudes of each row are taken away.
+    out: Any, rows: Any, mask: Any, counts: Any, unpruned: Any, dtype: torch.dtype, *, on_host: bool
+) -> None:
+    """Write the mask of some rows after the ``counts`` smallest unpruned magnitudes of each are taken away.
 
     Args:
+        out: Bool, the new mask: first dimension rows, otherwise of any shape with as many entries, and any strides.
         rows: Scores, shape (rows, entries).
         mask: Bool mask of the same shape, or None.
         counts: int64, shape (rows,): entries to take away, from 0 to the number of unpruned ones.
         unpruned: int64, shape (rows,): that number.
         dtype: Type that the keys are made in.
-        on_host: Whether to work with numpy. The tensors must be on the CPU then.
+        on_host: Whether all of these are arrays (see :func:`torch_sap.selection.keys.as_array`), or else tensors.
 
-    Returns:
-        New bool mask of the rows' shape, array or tensor. Of equal magnitudes in a row the first go.
+    Of equal magnitudes in a row the first go.
     """
-    keys: Any = keys_of(rows, None, dtype, on_host=on_host, reuse=True)
-    first = (rows.shape[1] - unpruned).unsqueeze(1)  # as many keys of pruned entries, -1, come before all others
-    counts = counts.unsqueeze(1)
+    keys = keys_of(rows, None, dtype, on_host=on_host, reuse=True)
+    first = (rows.shape[1] - unpruned)[:, None]  # as many keys of pruned entries, -1, come before all others
+    go = first + counts[:, None]
     if on_host:
-        return _keep_rows_on_host(keys, None if mask is None else mask.numpy(), counts.numpy(), first.numpy())
+        in_place = out.flags.c_contiguous
+        keep = out.reshape(keys.shape) if in_place else scratch("keep", keys.shape, np.bool_)
+        _keep_rows_on_host(keep, keys, mask, first, go)
+        if not in_place:
+            out[...] = keep.reshape(out.shape)
+        return
     if mask is not None:
         keys.masked_fill_(~mask, -1)
-    last = keys.sort(dim=1).values.gather(1, (first + counts - 1).clamp_min(0))
-    last = torch.where(counts > 0, last, -1)  # the largest key of each row that goes
+    last = keys.sort(dim=1).values.gather(1, (go - 1).clamp_min(0))
+    last = torch.where(go > first, last, -1)  # the largest key of each row that goes
     equal = keys == last
-    left = first + counts - (keys < last).sum(1, keepdim=True)
-    return (keys > last) | ((last >= 0) & equal & (equal.cumsum(1) > left))
+    left = go - (keys < last).sum(1, keepdim=True)
+    out.copy_(((keys > last) | ((last >= 0) & equal & (equal.cumsum(1) > left))).view(out.shape))
 
 
 def _keep_rows_on_host(
-    keys: NDArray[Any], mask: NDArray[np.bool_] | None, counts: NDArray[np.int64], first: NDArray[np.int64]
-) -> NDArray[np.bool_]:
+    keep: NDArray[np.bool_],
+    keys: NDArray[Any],
+    mask: NDArray[np.bool_] | None,
+    first: NDArray[np.int64],
+    go: NDArray[np.int64],
+) -> None:
+    """Write which keys stay: all but the ``go`` smallest of each row; ``first`` of these are of pruned entries."""
     if mask is not None:
-        np.bitwise_or(keys, mask.view(np.int8) - np.int8(1), out=keys)
+        excluded = np.subtract(mask.view(np.int8), 1, out=scratch("excluded", mask.shape, np.int8))
+        np.bitwise_or(keys, excluded, out=keys)
     ordered = scratch("ordered", keys.shape, keys.dtype)
     ordered[...] = keys
-    end = int((first + counts).max(initial=1))  # the keys that go are among so many smallest
+    end = int(go.max(initial=1))  # the keys that go are among so many smallest
     if keys.shape[1] >= LONG_ROW and end <= keys.shape[1] // 2:
         ordered.partition(end - 1, axis=1)
         ordered = ordered[:, :end]
     ordered.sort(axis=1)
-    last = np.where(counts > 0, np.take_along_axis(ordered, np.maximum(first + counts - 1, 0), 1), -1).astype(
-        keys.dtype
-    )
-    keep = keys > last
-    left = first + counts - (ordered == last).argmax(axis=1, keepdims=True)  # that go of those that equal the last
-    places = np.flatnonzero(keys == last)  # in one dimension numpy is several times faster
+    last = np.where(go > first, np.take_along_axis(ordered, np.maximum(go - 1, 0), 1), -1).astype(keys.dtype)
+    np.greater(keys, last, out=keep)
+    if np.count_nonzero(keep) == keep.size - int(go.sum()):  # what equals the last goes, too
+        return
+    left = go - (ordered == last).argmax(axis=1, keepdims=True)  # that go of those that equal the last
+    equal = np.equal(keys, last, out=scratch("equal", keys.shape, np.bool_))
+    places = np.flatnonzero(equal)  # in one dimension numpy is several times faster
     rows = places // max(1, keys.shape[1])
     rank = np.arange(len(rows)) - np.searchsorted(rows, np.arange(len(keys)))[rows]  # among the equal ones of a row
     keep.reshape(-1)[places[rank >= left[rows, 0]]] = True
-    return keep

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch_sap.selection.bounds import Hyperparameters
 from torch_sap.selection.collective import Part, gather_along, is_dtensor
 from torch_sap.selection.exact import keep_largest, keep_largest_in_rows
 from torch_sap.selection.host import Job, map_pieces
-from torch_sap.selection.keys import chunk_size, common_dtype, count_true, flatten, keys_of, sort_rows
+from torch_sap.selection.keys import as_array, chunk_size, common_dtype, count_true, flatten, keys_of, sort_rows
 from torch_sap.selection.sieve import Sieve, Sifted, expect
 from torch_sap.selection.sums import flat_sums, row_sums
 
@@ -159,22 +160,24 @@ class Rows:
         """Nothing is prepared for rows."""
 
     def _blocks(self, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-        """Some rows of each tensor at a time, as views with the rows in dimension 0."""
-        parts = zip(
-            *([None] * self.entry.channel_groups if t is None else self.entry.rows(t) for t in tensors),
-            strict=True,
-        )
-        for part in parts:
+        """Some rows of each tensor at a time, as views with the rows in dimension 0; arrays on the host."""
+        for part in zip(
+            *([None] * self.entry.channel_groups if t is None else self._rows(t) for t in tensors), strict=True
+        ):
             first = next(t for t in part if t is not None)
-            length = max(1, first[:1].numel())
+            length = max(1, math.prod(first.shape[1:]))
             for start in range(0, len(first), size := max(1, chunk_size(self.on_host) // length)):
                 yield tuple(None if t is None else t[start : start + size] for t in part)
+
+    def _rows(self, tensor: Tensor) -> list[Any]:
+        rows = self.entry.rows(tensor)
+        return [as_array(part) for part in rows] if self.on_host else list(rows)
 
     def sums(self, exponents: Sequence[float], scale: float) -> Job:
         """The making of a float64 table of shape (1 + exponents, rows): d of each row, then its power sums."""
 
-        def table(scores: Tensor, mask: Tensor | None) -> Any:
-            rows, row_mask = scores.flatten(1), None if mask is None else mask.flatten(1)
+        def table(scores: Any, mask: Any) -> Any:
+            rows, row_mask = _flat(scores), _flat(mask)
             sums = row_sums(rows, row_mask, self.dtype, exponents, on_host=self.on_host, scale=scale)
             return _with_count(_unpruned_in_rows(rows, row_mask), sums)
 
@@ -192,9 +195,8 @@ class Rows:
     def ordered(self) -> Iterator[Any]:
         """The keys of each row in ascending order, pruned ones (0) first, some rows at a time."""
         for scores, mask in self._blocks(self.entry.scores, self.entry.mask):
-            assert scores is not None
             keys = keys_of(scores, mask, self.dtype, on_host=self.on_host)
-            yield sort_rows(keys.reshape(len(scores), -1))
+            yield sort_rows(_flat(keys))
 
     def masks(self, counts: NDArray[np.int64], unpruned: NDArray[np.int64]) -> list[Tensor | None]:
         """New mask without the ``counts[i]`` smallest entries of row i; None if nothing is pruned."""
@@ -205,18 +207,18 @@ class Rows:
             return [self.given.mask]
         keep = torch.empty_like(self.entry.scores, dtype=torch.bool)
         blocks = list(self._blocks(keep, self.entry.scores, self.entry.mask))
-        ends = np.cumsum([len(block[0]) for block in blocks])[:-1].tolist()
-        numbers = (torch.from_numpy(values).to(keep.device).tensor_split(ends) for values in (counts, unpruned))
+        ends = np.cumsum([0] + [len(block[0]) for block in blocks]).tolist()
+        numbers: list[Any] = [counts, unpruned]
+        if not self.on_host:
+            numbers = [torch.from_numpy(values).to(keep.device) for values in numbers]
 
-        def write(out: Tensor, scores: Tensor, mask: Tensor | None, count: Tensor, d: Tensor) -> None:
-            row_mask = None if mask is None else mask.flatten(1)
-            kept = keep_largest_in_rows(scores.flatten(1), row_mask, count, d, self.dtype, on_host=self.on_host)
-            if self.on_host:  # one thread: torch's threads stall on small copies when others use the cores
-                out.numpy()[...] = kept.reshape(out.shape)
-            else:
-                out.copy_(kept.view(out.shape))
+        def write(out: Any, scores: Any, mask: Any, count: Any, d: Any) -> None:
+            keep_largest_in_rows(out, _flat(scores), _flat(mask), count, d, self.dtype, on_host=self.on_host)
 
-        pieces = [(*block, *here) for block, *here in zip(blocks, *numbers, strict=True)]
+        pieces = [
+            (*block, *(values[start:end] for values in numbers))
+            for block, (start, end) in zip(blocks, pairwise(ends), strict=True)
+        ]
         map_pieces(write, pieces, on_host=self.on_host)
         if self.given.part != self.entry.part:
             assert self.given.part is not None
@@ -227,14 +229,17 @@ class Rows:
 Group = Pool | Rows
 
 
-def _unpruned_in_rows(rows: Tensor, mask: Tensor | None) -> Any:
+def _flat(rows: Any) -> Any:
+    """Rows in two dimensions."""
+    return None if rows is None else rows.reshape(len(rows), -1)
+
+
+def _unpruned_in_rows(rows: Any, mask: Any) -> Any:
+    if isinstance(rows, Tensor):
+        return torch.full((len(rows),), rows.shape[1], device=rows.device) if mask is None else mask.sum(1)
     if mask is None:
-        return (
-            np.full(len(rows), rows.shape[1])
-            if rows.is_cpu
-            else torch.full((len(rows),), rows.shape[1], device=rows.device)
-        )
-    return np.add.reduce(mask.numpy().view(np.uint8), axis=1, dtype=np.uint32) if rows.is_cpu else mask.sum(1)
+        return np.full(len(rows), rows.shape[1])
+    return np.add.reduce(mask.view(np.uint8), axis=1, dtype=np.uint32)
 
 
 def _with_count(d: Any, sums: Any) -> Any:

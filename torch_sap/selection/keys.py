@@ -78,18 +78,19 @@ def chunk_size(on_host: bool) -> int:
 def chunks(*flats: Tensor | None, on_host: bool) -> Iterator[tuple[Any, ...]]:
     """Cut one-dimensional tensors of one length into pieces, together. None stays None.
 
-    On the host the pieces are arrays: those are cut in a tenth of the time, in which the other threads wait. Only
-    bfloat16, which numpy does not have, stays a tensor.
+    On the host the pieces are arrays: those are cut in a tenth of the time, in which the other threads wait.
     """
     size = chunk_size(on_host)
     length = next(flat.numel() for flat in flats if flat is not None)
-    sources = [_as_array(flat) if on_host and flat is not None else flat for flat in flats]
+    sources = [as_array(flat) if on_host and flat is not None else flat for flat in flats]
     for start in range(0, length, size):
         yield tuple(None if source is None else source[start : start + size] for source in sources)
 
 
-def _as_array(tensor: Tensor) -> Any:
-    return tensor if tensor.dtype is torch.bfloat16 else tensor.numpy()
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """The memory of a tensor on the host as an array; of bfloat16, which numpy does not have, the bits as int16."""
+    array: NDArray[Any] = (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return array
 
 
 def count_true(mask: Tensor) -> Any:
@@ -100,24 +101,26 @@ def count_true(mask: Tensor) -> Any:
 def keys_of(scores: Any, mask: Any, dtype: torch.dtype, *, on_host: bool, reuse: bool = False) -> Any:
     """Keys of |scores| in ``dtype``, 0 where the mask is False, of the scores' shape.
 
-    Scores and mask (or None) are tensors, on the host arrays too. The keys are in new memory, or (on the host,
-    ``reuse``) in memory that the next such call of this thread overwrites.
+    Scores and mask (or None) are tensors, on the host also what :func:`as_array` makes of them. The keys are in new
+    memory, or (on the host, ``reuse``) in memory that the next such call of this thread overwrites.
     """
     largest = key_end(dtype) - 1
     if not on_host:
         keys = scores.to(dtype).view(INTEGER_OF[dtype]) & largest
         return keys if mask is None else keys.mul_(mask)
-    source = _bits(scores, dtype)
+    source = _bits(as_array(scores) if isinstance(scores, Tensor) else scores, dtype)
     out = scratch("keys", source.shape, source.dtype) if reuse else np.empty(source.shape, source.dtype)
     np.bitwise_and(source, largest, out=out)
     return out if mask is None else np.multiply(out, np.asarray(mask).view(np.int8), out=out)
 
 
-def _bits(scores: Any, dtype: torch.dtype) -> NDArray[Any]:
-    """The bit patterns of scores converted to a type, as integers."""
-    if isinstance(scores, np.ndarray) and dtype is not torch.bfloat16:
-        return scores.astype(f"f{dtype.itemsize}", copy=False).view(f"i{dtype.itemsize}")
-    return np.asarray(torch.as_tensor(scores).to(dtype).view(INTEGER_OF[dtype]).numpy())
+def _bits(scores: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
+    """The bit patterns of an array of scores converted to a type, as integers."""
+    if scores.dtype == np.int16:  # those of bfloat16 already
+        if dtype is torch.bfloat16:
+            return scores
+        scores = _floats(scores, torch.bfloat16)
+    return scores.astype(f"f{dtype.itemsize}", copy=False).view(f"i{dtype.itemsize}")
 
 
 def magnitudes(keys: Any, dtype: torch.dtype, *, reuse: bool = False) -> Any:

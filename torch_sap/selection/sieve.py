@@ -18,7 +18,7 @@ from torch import Tensor
 from torch_sap.selection.bounds import Hyperparameters
 from torch_sap.selection.exact import Tensors
 from torch_sap.selection.host import scratch
-from torch_sap.selection.keys import flatten, is_dense, keys_of, magnitudes
+from torch_sap.selection.keys import HOST_CHUNK, flatten, is_dense, keys_of, magnitudes
 from torch_sap.selection.sums import index_from_sums
 
 WORTHWHILE = 2**16
@@ -35,7 +35,7 @@ MARGIN = 1.25
 """Half the distance between the two keys, in square roots of the sample's size. The number that a sample lets expect
 spreads by 0.2 to 0.35 of them for normal, uniform and Laplace weights and (p, q) of (0.5, 1) and (1, 2)."""
 
-MOST_REMEMBERED = 2**14
+MOST_REMEMBERED = HOST_CHUNK // 16
 """Entries of a piece that are remembered; where more lie between the keys (equal weights) the guess is given up."""
 
 

@@ -182,15 +182,15 @@ def flat_sums(
 
 
 def row_sums(
-    rows: Tensor,
-    mask: Tensor | None,
+    rows: Any,
+    mask: Any,
     dtype: torch.dtype,
     exponents: Sequence[float],
     *,
     on_host: bool,
     scale: float = 1.0,
 ) -> Any:
-    """As :func:`flat_sums`, for each row of a two-dimensional block: float64, shape (exponents, rows)."""
+    """As :func:`flat_sums`, for each row of a block of two dimensions: float64, shape (exponents, rows)."""
     keys = keys_of(rows, mask, dtype, on_host=on_host, reuse=True)
     sums = power_sums(keys, dtype, exponents, scale, _sum)
     return np.stack(sums) if on_host else torch.stack(sums)
