@@ -66,13 +66,22 @@ def test_a_guess_that_is_wrong_costs_time_only(tmp_path, monkeypatch, spread):
     assert_same_bits(load_file(out), expected)
 
 
-def test_a_good_guess_reads_the_weights_twice(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_weights_are_read_twice(tmp_path, monkeypatch, dtype):
     read = []
     monkeypatch.setattr(checkpoint_pruning, "pieces_of", lambda tensors: read.append(1) or original(tensors))
     original = checkpoint_reading.pieces_of
-    path = write({"a.weight": torch.randn(500, 300)}, tmp_path / "a.safetensors")
+    path = write({"a.weight": torch.randn(500, 300).to(dtype)}, tmp_path / "a.safetensors")
     prune_checkpoint(path, tmp_path / "b.safetensors", "global", RULE)
     assert len(read) == 2
+
+
+def test_half_precision_of_two_kinds(tmp_path):
+    values = {"a.weight": torch.randn(50, 300).to(torch.float16), "b.weight": torch.randn(60, 200).to(torch.bfloat16)}
+    path = write(values, tmp_path / "a.safetensors")
+    prune_checkpoint(path, tmp_path / "b.safetensors", "global", RULE)
+    expected, _ = pruned_in_memory(in_order(path, values), "global", eta_r=0.1)
+    assert_same_bits(load_file(tmp_path / "b.safetensors"), expected)
 
 
 @pytest.mark.parametrize("whole", [2**28, 2**14, 0], ids=["all", "some", "none"])

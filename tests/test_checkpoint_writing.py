@@ -29,11 +29,11 @@ def test_an_error_in_writing_is_raised_and_leaves_nothing(tmp_path, monkeypatch,
     prune_checkpoint(path, tmp_path / "whole.safetensors", "global", RULE)
     fatal, done = range(len(count))[number], []
 
-    def full(file, offset, *others):
+    def full(*arguments):
         if len(done) == fatal:
             raise OSError(errno.ENOSPC, "No space left on device")
-        done.append(offset)
-        original(file, offset, *others)
+        done.append(arguments)
+        original(*arguments)
 
     monkeypatch.setattr(checkpoint_writing, "_write", full)
     for source, out in ((path, tmp_path / "b.safetensors"), (folder, tmp_path / "out")):
@@ -82,7 +82,7 @@ def test_few_pieces_wait_for_a_slow_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_writing, "WAITING", 3 * 2**14)  # three pieces
     original, slow = checkpoint_writing.Output.write, threading.Event()
 
-    def write_late(file, offset, *_):
+    def write_late(file, past_cache, offset, *_):
         slow.wait(0.002)
         written.append(offset)
 

@@ -1,6 +1,9 @@
+import errno
+import io
 import os
 
 import pytest
+import torch
 from checkpoints import weights, write
 
 import torch_sap.cli.checkpoint_reading as checkpoint_reading
@@ -39,6 +42,7 @@ def test_what_is_too_large(monkeypatch):
 
 @pytest.mark.parametrize("scope", ["global", "layer", "neuron"])
 def test_files_larger_than_memory_are_not_kept_in_it(tmp_path, monkeypatch, forgotten, scope):
+    monkeypatch.delattr(page_cache.os, "O_DIRECT", raising=False)
     path, out = write(weights(), tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
     prune_checkpoint(path, out, scope, RULE)
     scan_checkpoint(path, RULE)
@@ -53,6 +57,60 @@ def test_files_larger_than_memory_are_not_kept_in_it(tmp_path, monkeypatch, forg
     forgotten.clear()
     scan_checkpoint(path, RULE)
     assert 0.95 * size < forgotten["a.safetensors"] < size
+
+
+def open_with_any_blocks(path):
+    """What open_past_cache gives on a disk that takes what it is given."""
+    return open(path, "r+b", buffering=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("opened", [page_cache.open_past_cache, open_with_any_blocks], ids=["this disk", "any disk"])
+def test_whole_blocks_are_written_past_the_cache(tmp_path, monkeypatch, suffix, dtype, opened):
+    written = []
+
+    def write_all(file, offset, memory):
+        if any(file is direct for direct in files):
+            assert offset % page_cache.BLOCK == len(memory) % page_cache.BLOCK == 0
+            assert memory.ctypes.data % page_cache.BLOCK == 0
+            written.append(len(memory))
+        original(file, offset, memory)
+
+    def open_past_cache(path):
+        files.append(opened(path))
+        return files[-1]
+
+    original, files = checkpoint_writing._write_all, []
+    path, out = write(weights(dtype), tmp_path / f"a{suffix}"), tmp_path / f"b{suffix}"
+    prune_checkpoint(path, out, "layer", RULE)
+    monkeypatch.setattr(page_cache, "SHARE", 2**40)
+    monkeypatch.setattr(checkpoint_writing, "_write_all", write_all)
+    monkeypatch.setattr(checkpoint_writing, "open_past_cache", open_past_cache)
+    prune_checkpoint(path, tmp_path / f"c{suffix}", "layer", RULE)
+    assert (tmp_path / f"c{suffix}").read_bytes() == out.read_bytes()
+    if files[0] is not None:
+        assert sum(written) > 0.8 * path.stat().st_size
+        assert all(file.closed for file in files)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_a_disk_that_refuses_blocks(tmp_path, monkeypatch, code):
+    class Refuses(io.FileIO):
+        def write(self, *_):
+            raise OSError(code, os.strerror(code))
+
+    path, out = write(weights(), tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
+    prune_checkpoint(path, out, "layer", RULE)
+    monkeypatch.setattr(page_cache, "SHARE", 2**40)
+    monkeypatch.setattr(checkpoint_writing, "open_past_cache", lambda path: Refuses(path, "r+"))
+    if code == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            prune_checkpoint(path, tmp_path / "c.safetensors", "layer", RULE)
+        assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors"]
+        return
+    prune_checkpoint(path, tmp_path / "c.safetensors", "layer", RULE)
+    assert (tmp_path / "c.safetensors").read_bytes() == out.read_bytes()
 
 
 def test_what_is_forgotten_can_be_read_again(tmp_path):

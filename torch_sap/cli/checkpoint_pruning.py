@@ -126,8 +126,9 @@ def _pooled(
     name: str, weights: Sequence[StoredTensor], rule: Hyperparameters, groups: dict[str, GroupValues]
 ) -> Iterator[tuple[StoredPiece, Tensor]]:
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in weights if tensor.dtype is not None))
-    keys = sample_keys(weights, dtype)
-    guess = Guess(keys, dtype, rule) if len(keys) else None
+    guess = None
+    if dtype.itemsize > 2 and len(keys := sample_keys(weights, dtype)):
+        guess = Guess(keys, dtype, rule)
     groups[name], threshold = decide(lambda: as_pieces(pieces_of(weights)), rule, guess)
     held: list[StoredPiece] = []
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.cli.checkpoint_files import StoredTensor
-from torch_sap.cli.page_cache import forget, is_too_large
+from torch_sap.cli.page_cache import forget, is_too_large, memory_like
 from torch_sap.selection.keys import keys_of
 from torch_sap.selection.streaming import Piece
 from torch_sap.selection.sums import BLOCK
@@ -59,9 +59,10 @@ def pieces_of(tensors: Sequence[StoredTensor], *, rows: bool = False, size: int 
 
     def read() -> Iterator[StoredPiece]:
         for tensor in tensors:
+            assert tensor.dtype is not None
             with open(tensor.path, "rb", buffering=0) as file:
                 for offset, length, shape in _parts(tensor, rows, PIECE if size is None else size):
-                    memory = np.empty(length, np.uint8)
+                    memory = memory_like(offset, length, tensor.dtype.itemsize)
                     read_into(file, offset, memory, tensor.path)
                     if forgets:
                         forget(file, offset, length)

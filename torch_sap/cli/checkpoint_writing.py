@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch_sap.cli.checkpoint_files import Checkpoint, StoredTensor
 from torch_sap.cli.checkpoint_reading import PIECE, read_into
 from torch_sap.cli.checkpoint_zip import renew_checksums
-from torch_sap.cli.page_cache import forget, is_too_large
+from torch_sap.cli.page_cache import forget, is_too_large, memory_like, open_past_cache, whole_blocks
 
 WAITING = 2**26
 """Bytes at most that wait to be written, or one piece: the thread is to have the next one at hand, and memory to be
@@ -57,6 +57,7 @@ class Output:
         self.is_too_large = is_too_large(sum(source.stat().st_size for source in checkpoint.files))
         self.made_folder = self.in_folder and not out.exists()
         self.files: dict[Path, BinaryIO] = {}
+        self.past_cache: dict[Path, BinaryIO] = {}
         self.stack = ExitStack()
         self.written: deque[tuple[int, Future[None]]] = deque()
 
@@ -67,6 +68,8 @@ class Output:
             for source in self.checkpoint.files:
                 self.files[source] = self.stack.enter_context(open(self.parts[source], "w+b", buffering=0))
                 _reserve(self.files[source], source.stat().st_size)
+                if self.is_too_large and (direct := open_past_cache(self.parts[source])) is not None:
+                    self.past_cache[source] = self.stack.enter_context(direct)
             # entered last: it has come to its end when the files are closed
             self.writer = self.stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="torch_sap_write"))
         except BaseException:
@@ -97,7 +100,7 @@ class Output:
                 ends = [*(start for start, _ in spans), size]
                 for start, end in zip(starts, ends, strict=True):
                     for offset in range(start, end, PIECE):
-                        memory = np.empty(min(PIECE, end - offset), np.uint8)
+                        memory = memory_like(offset, min(PIECE, end - offset))
                         read_into(file, offset, memory, source)
                         self.write(source, offset, memory)
 
@@ -108,7 +111,8 @@ class Output:
         """
         while self.written and sum(length for length, _ in self.written) + len(memory) > WAITING:
             self._await_one()
-        work = self.writer.submit(_write, self.files[source], offset, memory, self.is_too_large)
+        files = self.files[source], self.past_cache.get(source)
+        work = self.writer.submit(_write, *files, offset, memory, self.is_too_large)
         self.written.append((len(memory), work))
 
     def _await_one(self) -> None:
@@ -146,12 +150,34 @@ def _reserve(file: BinaryIO, size: int) -> None:
             raise OSError(error.errno, f"{error.strerror}; {size} bytes are needed", file.name) from error
 
 
-def _write(file: BinaryIO, offset: int, memory: NDArray[np.uint8], forgets: bool) -> None:
-    """Write bytes, and let the system begin to bring them to the disk, so that the wait at the end is short."""
+def _write(file: BinaryIO, past_cache: BinaryIO | None, offset: int, memory: NDArray[np.uint8], forgets: bool) -> None:
+    """Write bytes: past the page cache if there is a file for that, or else so that the wait at the end is short."""
+    if past_cache is not None and _write_past_cache(past_cache, file, offset, memory):
+        return
+    _write_all(file, offset, memory)
+    forget(file, offset, len(memory))  # lets the system begin to bring them to the disk
+    if forgets:  # of these the disk has those by now that were written some time ago
+        forget(file, max(0, offset - UNDER_WAY), len(memory))
+
+
+def _write_past_cache(past_cache: BinaryIO, file: BinaryIO, offset: int, memory: NDArray[np.uint8]) -> bool:
+    """Write the whole blocks among bytes past the page cache, and the ends through it; whether that could be done."""
+    blocks = whole_blocks(offset, memory)
+    if blocks.start >= blocks.stop:
+        return False
+    try:
+        _write_all(past_cache, offset + blocks.start, memory[blocks])
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a disk with other blocks
+            return False
+        raise
+    _write_all(file, offset, memory[: blocks.start])
+    _write_all(file, offset + blocks.stop, memory[blocks.stop :])
+    return True
+
+
+def _write_all(file: BinaryIO, offset: int, memory: NDArray[np.uint8]) -> None:
     file.seek(offset)
     view = memory.data
     while len(view):
         view = view[file.write(view) :]
-    forget(file, offset, len(memory))
-    if forgets:  # of these the disk has those by now that were written some time ago
-        forget(file, max(0, offset - UNDER_WAY), len(memory))
