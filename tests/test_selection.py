@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from torch_sap.selection import exact, keys
+from torch_sap.selection.bounds import Hyperparameters
+from torch_sap.selection.groups import Entry, split
+from torch_sap.selection.measures import measure_groups
 
+RULE = Hyperparameters(p=1.0, q=2.0, gamma=3.0)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -82,10 +86,11 @@ def test_rows_are_sorting(dtype, on_host, masked, monkeypatch):
         unpruned = mask.sum(1)
         counts = (most * torch.rand(9) * (unpruned + 1)).long().clamp_max(unpruned)
         kept = torch.empty(9, 17, dtype=torch.bool)
-        given = kept, rows, mask if masked else None, counts, unpruned
+        given = [kept, rows, mask if masked else None, counts, unpruned]
         if on_host:
             given = [None if tensor is None else keys.as_array(tensor) for tensor in given]
-        exact.keep_largest_in_rows(*given, dtype, on_host=on_host)
+        given[1] = keys.keys_of(given[1], None, dtype, on_host=on_host)
+        exact.keep_largest_in_rows(*given, on_host=on_host)
         for row, row_mask, count, found in zip(rows, mask, counts.tolist(), kept, strict=True):
             torch.testing.assert_close(found, expected_masks([row], [row_mask], count)[0])
 
@@ -105,3 +110,25 @@ def test_scores_with_gaps_or_overlaps():
     kept = exact.keep_largest([(scores, None), (expanded, None)], 20, 0, on_host=True)
     for mask, expected in zip(kept, expected_masks([scores, expanded], masks, 20), strict=True):
         torch.testing.assert_close(mask, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels_last"])
+def test_masks_of_rows_that_come_with_the_sums(dtype, masked, format, chunk, monkeypatch):
+    """They are those that are made for counts that nobody expected, in rows that span several scales too."""
+    scale = 1e200 if dtype is torch.float64 else 1.0  # sums overflow, and are made anew of smaller numbers
+    scores = (torch.randn(12, 3, 5, 5, dtype=torch.float64) * scale).to(dtype).to(memory_format=format)
+    mask = torch.rand(scores.shape) > 0.4 if masked else None
+    (group,) = split([Entry("w", scores, mask)], "neuron")
+    group.expect(RULE)
+    ((d, index),) = measure_groups([group], 1.0, 2.0)
+    counts, prepared = RULE.count(index, d), group.keep
+    (keep,) = group.masks(counts, d)
+    assert keep is prepared
+    (other,) = split([Entry("w", scores, mask)], "neuron")
+    other.expect(Hyperparameters(p=1.0, q=2.0, gamma=0.5))
+    measure_groups([other], 1.0, 2.0)
+    (anew,) = other.masks(counts, d)
+    torch.testing.assert_close(keep, anew)
+    assert [int(row.sum()) for row in keep] == (d - counts).tolist()

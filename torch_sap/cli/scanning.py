@@ -174,8 +174,8 @@ class _Tensor:
         self.row_length = rows.shape[1]
 
         def work(block: NDArray[Any]) -> tuple[Any, Any]:
-            counts = count_keys(keys_of(block, None, self.dtype, on_host=True, reuse=True), self.dtype)
-            return counts, row_sums(block, None, self.dtype, (rule.p, rule.q), on_host=True)
+            keys = keys_of(block, None, self.dtype, on_host=True, reuse=True)
+            return count_keys(keys, self.dtype), row_sums(keys, self.dtype, (rule.p, rule.q))
 
         array, size = as_array(rows), max(1, HOST_CHUNK // max(1, self.row_length))
         blocks = [(array[start : start + size],) for start in range(0, len(array), size)]

@@ -216,24 +216,20 @@ def find_on_device(
     return low, below, bins.gather(0, chosen)
 
 
-def keep_largest_in_rows(
-    out: Any, rows: Any, mask: Any, counts: Any, unpruned: Any, dtype: torch.dtype, *, on_host: bool
-) -> None:
+def keep_largest_in_rows(out: Any, keys: Any, mask: Any, counts: Any, unpruned: Any, *, on_host: bool) -> None:
     """Write the mask of some rows after the ``counts`` smallest unpruned magnitudes of each are taken away.
 
     Args:
         out: Bool, the new mask: first dimension rows, otherwise of any shape with as many entries, and any strides.
-        rows: Scores, shape (rows, entries).
+        keys: Keys of the scores, shape (rows, entries), those of pruned entries of any value; they are overwritten.
         mask: Bool mask of the same shape, or None.
         counts: int64, shape (rows,): entries to take away, from 0 to the number of unpruned ones.
         unpruned: int64, shape (rows,): that number.
-        dtype: Type that the keys are made in.
-        on_host: Whether all of these are arrays (see :func:`torch_sap.selection.keys.as_array`), or else tensors.
+        on_host: Whether all of these are arrays, or else tensors.
 
     Of equal magnitudes in a row the first go.
     """
-    keys = keys_of(rows, None, dtype, on_host=on_host, reuse=True)
-    first = (rows.shape[1] - unpruned)[:, None]  # as many keys of pruned entries, -1, come before all others
+    first = (keys.shape[1] - unpruned)[:, None]  # as many keys of pruned entries, -1, come before all others
     go = first + counts[:, None]
     if on_host:
         in_place = out.flags.c_contiguous

@@ -24,7 +24,7 @@ from torch_sap.selection.exact import keep_largest, keep_largest_in_rows
 from torch_sap.selection.host import Job, map_pieces
 from torch_sap.selection.keys import as_array, chunk_size, common_dtype, count_true, flatten, keys_of, sort_rows
 from torch_sap.selection.sieve import Sieve, Sifted, expect
-from torch_sap.selection.sums import flat_sums, row_sums
+from torch_sap.selection.sums import flat_sums, index_from_sums, row_sums
 
 Scope = Literal["global", "layer", "neuron"]
 
@@ -155,9 +155,14 @@ class Rows:
         self.entry = entry.with_whole_rows()
         self.entries, self.parts = [self.entry], [self.entry.part]
         self.dtype, self.on_host = entry.scores.dtype, entry.on_host
+        self.expected: Hyperparameters | None = None
+        self.keep: Tensor | None = None
+        self.counts = np.zeros(0, np.int64)
 
     def expect(self, rule: Hyperparameters) -> None:
-        """Nothing is prepared for rows."""
+        """Let the pass over the weights that gives the sums write the masks of a rule too, on the host."""
+        if self.on_host and self.given.part is None:
+            self.expected = rule
 
     def _blocks(self, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
         """Some rows of each tensor at a time, as views with the rows in dimension 0; arrays on the host."""
@@ -175,18 +180,31 @@ class Rows:
 
     def sums(self, exponents: Sequence[float], scale: float) -> Job:
         """The making of a float64 table of shape (1 + exponents, rows): d of each row, then its power sums."""
+        rule, scores = self.expected, self.entry.scores
+        self.keep = None if rule is None else torch.empty_like(scores, dtype=torch.bool)
 
-        def table(scores: Any, mask: Any) -> Any:
-            rows, row_mask = _flat(scores), _flat(mask)
-            sums = row_sums(rows, row_mask, self.dtype, exponents, on_host=self.on_host, scale=scale)
-            return _with_count(_unpruned_in_rows(rows, row_mask), sums)
+        def table(scores: Any, mask: Any, keep: Any) -> Any:
+            mask = _flat(mask)
+            keys = keys_of(_flat(scores), mask, self.dtype, on_host=self.on_host, reuse=True)
+            sums = row_sums(keys, self.dtype, exponents, scale=scale)
+            d = _unpruned_in_rows(keys, mask)
+            counts = None
+            if rule is not None:  # each row is a group of its own: what goes is known, and the keys are at hand
+                with np.errstate(over="ignore"):
+                    index = index_from_sums(sums[0], sums[1], d, p=rule.p, q=rule.q)
+                counts = rule.count(index, d)
+                keep_largest_in_rows(keep, keys, mask, counts, d, on_host=True)
+            return _with_count(d, sums), counts
 
-        def gather(tables: list[Any]) -> list[Any]:
-            if not tables:
+        def gather(found: list[tuple[Any, Any]]) -> list[Any]:
+            if not found:
                 return [np.zeros((1 + len(exponents), 0))]
+            tables, counts = zip(*found, strict=True)
+            if rule is not None:
+                self.counts = np.concatenate(counts)
             return [np.concatenate(tables, 1) if self.on_host else torch.cat(tables, 1)]
 
-        return Job(table, list(self._blocks(self.entry.scores, self.entry.mask)), gather)
+        return Job(table, list(self._blocks(scores, self.entry.mask, self.keep)), gather)
 
     def join(self, tables: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         """The table of all rows from those of the parts."""
@@ -205,6 +223,9 @@ class Rows:
             counts, unpruned = counts[here], unpruned[here]
         if not counts.any():
             return [self.given.mask]
+        prepared, self.keep = self.keep, None
+        if prepared is not None and np.array_equal(counts, self.counts):
+            return [prepared]
         keep = torch.empty_like(self.entry.scores, dtype=torch.bool)
         blocks = list(self._blocks(keep, self.entry.scores, self.entry.mask))
         ends = np.cumsum([0] + [len(block[0]) for block in blocks]).tolist()
@@ -213,7 +234,8 @@ class Rows:
             numbers = [torch.from_numpy(values).to(keep.device) for values in numbers]
 
         def write(out: Any, scores: Any, mask: Any, count: Any, d: Any) -> None:
-            keep_largest_in_rows(out, _flat(scores), _flat(mask), count, d, self.dtype, on_host=self.on_host)
+            keys = keys_of(_flat(scores), None, self.dtype, on_host=self.on_host, reuse=True)
+            keep_largest_in_rows(out, keys, _flat(mask), count, d, on_host=self.on_host)
 
         pieces = [
             (*block, *(values[start:end] for values in numbers))
@@ -234,11 +256,11 @@ def _flat(rows: Any) -> Any:
     return None if rows is None else rows.reshape(len(rows), -1)
 
 
-def _unpruned_in_rows(rows: Any, mask: Any) -> Any:
-    if isinstance(rows, Tensor):
-        return torch.full((len(rows),), rows.shape[1], device=rows.device) if mask is None else mask.sum(1)
+def _unpruned_in_rows(keys: Any, mask: Any) -> Any:
+    if isinstance(keys, Tensor):
+        return torch.full((len(keys),), keys.shape[1], device=keys.device) if mask is None else mask.sum(1)
     if mask is None:
-        return np.full(len(rows), rows.shape[1])
+        return np.full(len(keys), keys.shape[1])
     return np.add.reduce(mask.view(np.uint8), axis=1, dtype=np.uint32)
 
 

@@ -181,19 +181,10 @@ def flat_sums(
     return Job(work, pieces, gather)
 
 
-def row_sums(
-    rows: Any,
-    mask: Any,
-    dtype: torch.dtype,
-    exponents: Sequence[float],
-    *,
-    on_host: bool,
-    scale: float = 1.0,
-) -> Any:
-    """As :func:`flat_sums`, for each row of a block of two dimensions: float64, shape (exponents, rows)."""
-    keys = keys_of(rows, mask, dtype, on_host=on_host, reuse=True)
+def row_sums(keys: Any, dtype: torch.dtype, exponents: Sequence[float], *, scale: float = 1.0) -> Any:
+    """As :func:`flat_sums`, for each row of keys of two dimensions: float64, shape (exponents, rows)."""
     sums = power_sums(keys, dtype, exponents, scale, _sum)
-    return np.stack(sums) if on_host else torch.stack(sums)
+    return torch.stack(sums) if isinstance(keys, Tensor) else np.stack(sums)
 
 
 def index_from_sums(
