@@ -1,11 +1,13 @@
-"""Reading the weights of checkpoint files piece by piece, one piece ahead of the work on them."""
+"""Reading the weights of checkpoint files piece by piece, ahead of the work on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.cli.checkpoint_files import StoredTensor
-from torch_sap.cli.page_cache import forget, is_too_large, memory_like
+from torch_sap.cli.page_cache import forget, is_cached, is_too_large, memory_like, read_past_cache
 from torch_sap.selection.keys import keys_of
 from torch_sap.selection.streaming import Piece
 from torch_sap.selection.sums import BLOCK
@@ -27,7 +29,8 @@ SAMPLE = (2**16, 2**20)
 RUN = 2**10
 """Neighbours that are read together for the sample."""
 
-Item = TypeVar("Item")
+READERS = 2
+"""Pieces that are read at a time: a disk gives two side by side faster than one after the other."""
 
 
 class StoredPiece(NamedTuple):
@@ -55,20 +58,25 @@ def pieces_of(tensors: Sequence[StoredTensor], *, rows: bool = False, size: int 
     Raises:
         ValueError: if a file ends too early.
     """
-    forgets = is_too_large(sum(tensor.nbytes for tensor in tensors))
+    most = PIECE if size is None else size
+    parts = (
+        (tensor, offset, length, shape) for tensor in tensors for offset, length, shape in _parts(tensor, rows, most)
+    )
+    past_cache = set()
+    if is_too_large(sum(tensor.nbytes for tensor in tensors)):
+        past_cache = {path for path in {tensor.path for tensor in tensors} if not is_cached(path)}
 
-    def read() -> Iterator[StoredPiece]:
-        for tensor in tensors:
-            assert tensor.dtype is not None
+    def read(tensor: StoredTensor, offset: int, length: int, shape: tuple[int, ...] | None) -> StoredPiece:
+        assert tensor.dtype is not None
+        memory, blocks = memory_like(offset, length, tensor.dtype.itemsize)
+        if tensor.path not in past_cache or not read_past_cache(tensor.path, offset, length, blocks):
             with open(tensor.path, "rb", buffering=0) as file:
-                for offset, length, shape in _parts(tensor, rows, PIECE if size is None else size):
-                    memory = memory_like(offset, length, tensor.dtype.itemsize)
-                    read_into(file, offset, memory, tensor.path)
-                    if forgets:
-                        forget(file, offset, length)
-                    yield _view(tensor, memory, offset, shape)
+                read_into(file, offset, memory, tensor.path)
+                if tensor.path in past_cache:
+                    forget(file, offset, length)
+        return _view(tensor, memory, offset, shape)
 
-    return _one_ahead(read())
+    return _ahead(read, parts, READERS if size is None else 1)
 
 
 def _parts(tensor: StoredTensor, rows: bool, most: int) -> Iterator[tuple[int, int, tuple[int, ...] | None]]:
@@ -107,14 +115,14 @@ def read_into(file: Any, offset: int, memory: NDArray[np.uint8], path: Path) -> 
         view = view[count:]
 
 
-def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The items, each made by another thread while the one before it is worked on."""
-    with ThreadPoolExecutor(1, thread_name_prefix="torch_sap_read") as reader:
-        end = object()
-        coming = reader.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = reader.submit(next, items, end)
-            yield item  # type: ignore[misc]
+def _ahead(read: Callable[..., StoredPiece], parts: Iterator[tuple[Any, ...]], count: int) -> Iterator[StoredPiece]:
+    """What is read of each part, in order, by threads that are so many parts ahead."""
+    with ThreadPoolExecutor(count, thread_name_prefix="torch_sap_read") as readers:
+        coming = deque(readers.submit(read, *part) for part in islice(parts, count))
+        while coming:
+            piece = coming.popleft().result()
+            coming.extend(readers.submit(read, *part) for part in islice(parts, 1))
+            yield piece
 
 
 def as_pieces(stored: Iterable[StoredPiece]) -> Iterator[Piece]:

@@ -68,7 +68,7 @@ class Output:
             for source in self.checkpoint.files:
                 self.files[source] = self.stack.enter_context(open(self.parts[source], "w+b", buffering=0))
                 _reserve(self.files[source], source.stat().st_size)
-                if self.is_too_large and (direct := open_past_cache(self.parts[source])) is not None:
+                if self.is_too_large and (direct := open_past_cache(self.parts[source], "r+b")) is not None:
                     self.past_cache[source] = self.stack.enter_context(direct)
             # entered last: it has come to its end when the files are closed
             self.writer = self.stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="torch_sap_write"))
@@ -100,7 +100,7 @@ class Output:
                 ends = [*(start for start, _ in spans), size]
                 for start, end in zip(starts, ends, strict=True):
                     for offset in range(start, end, PIECE):
-                        memory = memory_like(offset, min(PIECE, end - offset))
+                        memory, _ = memory_like(offset, min(PIECE, end - offset))
                         read_into(file, offset, memory, source)
                         self.write(source, offset, memory)
 

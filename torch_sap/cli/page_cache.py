@@ -1,16 +1,18 @@
 """What the system keeps in memory of files that are too large for that.
 
 A file that is read or written through once takes the whole page cache, pushes out what other programs have in it, and
-is pushed out itself before it is read again. Giving the pages back at once costs nothing; where memory is lent (in
-virtual machines) it is several times faster than taking new ones. What is written need not go through the cache at all:
-copying 12 GB into it takes eight seconds of the processor. All of this only where the system knows it.
+is pushed out itself before it is read again. So such a file is read and written past the cache, where the system and
+the disk can: copying 12 GB from it takes three seconds of the processor, and copying them into it eight. Otherwise the
+pages are given back at once, which costs nothing; where memory is lent (in virtual machines) it is several times
+faster than taking new ones.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ SHARE = 4
 stay there beside all else."""
 
 BLOCK = 4096
-"""What is written past the cache begins and ends at a multiple of it, in the file and in memory."""
+"""What is read or written past the cache begins and ends at a multiple of it, in the file and in memory."""
 
 
 def is_too_large(length: int) -> bool:
@@ -36,26 +38,56 @@ def forget(file: BinaryIO, offset: int, length: int) -> None:
         os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
 
 
-def memory_like(offset: int, length: int, size: int = 1) -> NDArray[np.uint8]:
-    """New memory for a part of a file, cut by blocks as the part is, so that it can be written past the cache.
+def is_cached(path: Path) -> bool:
+    """Whether the cache has a file already, judged by a few places."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    with open(path, "rb", buffering=0) as file:
+        number, size = file.fileno(), path.stat().st_size
+        try:
+            return all(os.preadv(number, [bytearray(1)], size * i // 16, os.RWF_NOWAIT) for i in range(1, 16, 2))
+        except OSError:
+            return False
 
-    Any memory where numbers of ``size`` bytes would not lie as the processor likes them.
-    """
-    if offset % size:
-        return np.empty(length, np.uint8)
-    memory = np.empty(length + BLOCK, np.uint8)
-    start = (offset - memory.ctypes.data) % BLOCK
-    return memory[start : start + length]
 
-
-def open_past_cache(path: Path) -> BinaryIO | None:
-    """A file, which exists, to write past the cache; None where the system or the disk has no such thing."""
+def open_past_cache(path: Path, mode: str) -> Any:
+    """Open a file, which exists, past the cache; None where the system or the disk has no such thing."""
     if not hasattr(os, "O_DIRECT"):
         return None
     try:
-        return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
+        return open(path, mode, buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
     except OSError:
         return None
+
+
+def memory_like(offset: int, length: int, size: int = 1) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """New memory for a part of a file, cut by blocks as the part is, and the memory of all blocks that it touches.
+
+    Any memory, and none, where numbers of ``size`` bytes would not lie as the processor likes them.
+    """
+    if offset % size:
+        return np.empty(length, np.uint8), np.empty(0, np.uint8)
+    before = offset % BLOCK
+    whole = -(-(before + length) // BLOCK) * BLOCK
+    memory = np.empty(whole + BLOCK, np.uint8)
+    blocks = memory[-memory.ctypes.data % BLOCK :][:whole]
+    return blocks[before : before + length], blocks
+
+
+def read_past_cache(path: Path, offset: int, length: int, blocks: NDArray[np.uint8]) -> bool:
+    """Fill the memory of the blocks that a part of a file touches; whether the part has come as a whole."""
+    file = open_past_cache(path, "rb") if len(blocks) else None
+    if file is None:
+        return False
+    before = offset % BLOCK
+    with file:
+        file.seek(offset - before)
+        try:
+            return bool(file.readinto(blocks.data) >= before + length)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # a disk with other blocks
+                return False
+            raise
 
 
 def whole_blocks(offset: int, memory: NDArray[np.uint8]) -> slice:
