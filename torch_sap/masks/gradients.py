@@ -45,16 +45,16 @@ class GradientMask:
             handle.remove()
 
     def _mask_accumulated(self, weight: Tensor) -> None:
-        found = self._find()
-        if found is None or weight.grad is None:
+        found, gradient = self._find(), weight.grad
+        if found is None or gradient is None:
             return
         mask = found[1]
-        if weight.grad.is_sparse or not same_placement(weight.grad, mask):
-            weight.grad = weight.grad * mask.to(weight.grad.dtype)
+        if gradient.is_sparse or not same_placement(gradient, mask):
+            weight.grad = gradient * mask.to(gradient.dtype)
             self._masked = None
         else:
-            restore_zeros_(weight.grad, mask)
-            self._masked = Stamp(weight.grad, mask)
+            restore_zeros_(gradient, mask)
+            self._masked = Stamp(gradient, mask)
 
     @unserializable_hook  # type: ignore[untyped-decorator]  # the hook of a copied module makes one of its own
     def _mask_asked_for(self, gradient: Tensor) -> Tensor | None:

@@ -42,7 +42,6 @@ class InPlaceMask(prune.BasePruningMethod):
     """
 
     PRUNING_TYPE = "unstructured"
-    settled: bool
     state: Stamp | None
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -50,12 +49,14 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def _bind(self, module: nn.Module, name: str) -> None:
         self._tensor_name = name
+        self._weight_key, self._mask_key = name + "_orig", name + "_mask"
         self._module = weakref.ref(module)  # a strong one would be a cycle, and memory that waits for the collector
         self._gradient: GradientMask | None = None
         self._zeros: Stamp | None = None  # of weight and mask when the zeros were there
         self._probe: Probe | None = None
         self._lent: Tensor | None = None  # the Parameter, while a forward computes with a product
         self._managed = False  # by FSDP, as far as is known
+        self._sharded = False  # whether the mask is a DTensor
         self.guarded_by: object = None  # the guard of the running forward, which has restored the zeros already
         watch(self)
 
@@ -71,35 +72,37 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def _find(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
         """Weight and mask, or None if they are gone or another pruning method has taken the tensor over."""
-        weight = module._parameters.get(self._tensor_name + "_orig")
-        mask = module._buffers.get(self._tensor_name + "_mask")
-        if weight is None or mask is None or any(hook is not self for hook in hooks_of(module, self._tensor_name)):
+        weight = module._parameters.get(self._weight_key)
+        mask = module._buffers.get(self._mask_key)
+        if weight is None or mask is None or self._is_taken_over(module):
             return None
         return weight, mask
 
+    def _is_taken_over(self, module: nn.Module) -> bool:
+        others = [hook for hook in module._forward_pre_hooks.values() if hook is not self]
+        return bool(others) and any(hook in others for hook in hooks_of(module, self._tensor_name))
+
     def hold(self, module: nn.Module) -> None:
         """Make the module compute with the masked weight, now and until somebody writes into it."""
-        if not self._is_held(module) and (found := self.attach(module)) is not None:
+        if self._held(module) is None and (found := self.attach(module)) is not None:
             restore_zeros_(*found)
             self.note_zeros(*found)
 
-    def _is_held(self, module: nn.Module) -> bool:
-        """Whether the module is known to be as :meth:`hold` leaves it."""
-        name = self._tensor_name
-        weight: Tensor | None = module._parameters.get(name + "_orig")
-        mask = module._buffers.get(name + "_mask")
+    def _held(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Weight and mask, if the module is known to be as :meth:`hold` leaves it."""
+        weight: Tensor | None = module._parameters.get(self._weight_key)
+        mask = module._buffers.get(self._mask_key)
         if weight is None or mask is None or self._zeros is None or self._probe is None:
-            return False
-        if weight.requires_grad and self._gradient is None:
-            return False
-        unchanged = self._zeros.holds(weight, mask) and self._probe.finds_zeros(weight)
-        return unchanged and module.__dict__.get(name) is weight
+            return None
+        if module.__dict__.get(self._tensor_name) is not weight or (self._gradient is None and weight.requires_grad):
+            return None
+        return (weight, mask) if self._zeros.holds(weight, mask) and self._probe.finds_zeros(weight) else None
 
     def note_zeros(self, weight: Tensor, mask: Tensor) -> None:
         """Remember that the zeros are there now, on the host, unless FSDP fills the weight anew without counting."""
         self._zeros = None
         module = self._module()
-        managed = module is None or manages(module, self._tensor_name + "_orig")
+        managed = module is None or manages(module, self._weight_key)
         if weight.is_cpu and mask.is_cpu and not managed and not is_dtensor(weight):
             if self._probe is None or not self._probe.fits(mask):
                 self._probe = Probe(mask)
@@ -108,8 +111,8 @@ class InPlaceMask(prune.BasePruningMethod):
     def attach(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
         """Let the module read the Parameter and mask its gradients; return it and its mask, None if there is none."""
         name = self._tensor_name
-        if name in module._parameters and name + "_orig" in module._parameters:  # assigned by the user: it replaces it
-            module._parameters[name + "_orig"] = module._parameters.pop(name)
+        if name in module._parameters and self._weight_key in module._parameters:  # the user's: it replaces it
+            module._parameters[self._weight_key] = module._parameters.pop(name)
         found = self._find(module)
         if found is None or not isinstance(found[0], nn.Parameter):
             return None
@@ -125,7 +128,7 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
-        weight = module._parameters.get(self._tensor_name + "_orig")
+        weight = module._parameters.get(self._weight_key)
         if self.guarded_by is None:
             self.before_forward(module)
             if self._lent is not None and self.give_back not in module._forward_hooks.values():
@@ -135,8 +138,7 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def before_forward(self, module: nn.Module) -> None:
         """Let a forward of the module, or of one around it, compute with zeros at pruned entries."""
-        name = self._tensor_name
-        weight, mask = module._parameters.get(name + "_orig"), module._buffers.get(name + "_mask")
+        weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
         if _runs_eagerly(weight):
             self._lent = None  # left by a torch.export that failed
             self.hold(module)
@@ -148,11 +150,11 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def relink(self, module: nn.Module) -> None:
         """Let ``module.weight`` be the tensor that is there now: FSDP exchanges it for a forward and a backward."""
-        if is_dtensor(module._buffers.get(self._tensor_name + "_mask")) and (found := self._find(module)):
+        if self._sharded and (found := self._find(module)):
             link(module, self._tensor_name, found[0])
 
     def _weight_and_mask(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        weight, mask = module._parameters[self._tensor_name + "_orig"], module._buffers[self._tensor_name + "_mask"]
+        weight, mask = module._parameters[self._weight_key], module._buffers[self._mask_key]
         assert weight is not None and mask is not None
         return weight, mask
 
@@ -160,12 +162,13 @@ class InPlaceMask(prune.BasePruningMethod):
         """The mask, cut as the weight is if fully_shard came after the pruning."""
         weight, mask = self._weight_and_mask(module)
         if is_dtensor(weight) and not is_dtensor(mask):
-            mask = module._buffers[self._tensor_name + "_mask"] = place(mask, like=weight)
+            mask = module._buffers[self._mask_key] = place(mask, like=weight)
+        self._sharded = is_dtensor(mask)
         return mask
 
     def _check_gathered(self, module: nn.Module) -> None:
         """A weight that does not lie as its mask does is one that FSDP has gathered from the held parts."""
-        self._managed = self._managed or manages(module, self._tensor_name + "_orig")
+        self._managed = self._managed or manages(module, self._weight_key)
         if not self._managed:
             raise RuntimeError(
                 f"{self._tensor_name}_orig and {self._tensor_name}_mask of {type(module).__name__} must be placed "
@@ -199,50 +202,48 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         """load_state_dict post-hook. ``assign=True`` may have brought a mask of another type, and another Parameter."""
-        mask = module._buffers.get(self._tensor_name + "_mask")
+        mask = module._buffers.get(self._mask_key)
         if mask is not None and mask.dtype is not torch.bool and self._find(module):
-            module._buffers[self._tensor_name + "_mask"] = mask != 0
+            module._buffers[self._mask_key] = mask != 0
         self.hold(module)
 
     def tensors(self) -> list[Tensor]:
         """What an optimizer may have: the Parameter, or the sharded one while FSDP has put another in its place."""
         module = self._module()
-        weight = None if module is None else module._parameters.get(self._tensor_name + "_orig")
+        weight = None if module is None else module._parameters.get(self._weight_key)
         trained = None if self._gradient is None else self._gradient.weight
         return [tensor for tensor in (weight, trained) if tensor is not None]
 
     def known_zeros(self) -> tuple[Tensor, Tensor] | None:
         """Weight and mask, if the weight and its gradient are known to be zero at the pruned entries, on the host."""
         module = self._module()
-        if module is None or not self._is_held(module):
-            return None
-        weight, mask = self._weight_and_mask(module)
-        masked = weight.grad is None or (self._gradient is not None and self._gradient.is_masked(weight.grad, mask))
-        return (weight, mask) if masked else None
+        known = None if module is None else self._held(module)
+        if known is None or (gradient := known[0].grad) is None:
+            return known
+        return known if self._gradient is not None and self._gradient.is_masked(gradient, known[1]) else None
 
-    def after_step(self) -> Tensor | None:
-        """Restore the zeros unless the optimizer's step was known to keep them, and give the mask."""
+    def after_step(self, known: tuple[Tensor, Tensor] | None) -> None:
+        """Restore the zeros, or note that they are there still if the step was known to keep them."""
+        if known is not None:
+            self._zeros = Stamp(*known)
+            return
         module = self._module()
-        if module is None or (not self.settled and self._find(module) is None):
-            return None
+        if module is None or self._find(module) is None:
+            return
         weight, mask = self._weight_and_mask(module)
-        if self.settled:
-            self.note_zeros(weight, mask)
-            return mask
         self.hold(module)
         trained = None if self._gradient is None else self._gradient.weight
         if is_dtensor(trained) and trained is not weight:  # FSDP keeps the weight gathered
             restore_zeros_(trained, mask)
-        return mask
 
     def remove(self, module: nn.Module) -> None:
         """Make the pruning permanent, for PyTorch's prune.remove: the same Parameter, its old name, its old place."""
         self.hold(module)
         fold_(module)
         self.release(module)
-        del module._buffers[self._tensor_name + "_mask"]
+        del module._buffers[self._mask_key]
         module.__dict__.pop(self._tensor_name, None)
-        rename_parameter(module, self._tensor_name + "_orig", self._tensor_name)
+        rename_parameter(module, self._weight_key, self._tensor_name)
 
     def release(self, module: nn.Module) -> None:
         """Take away all that holds the mask, but for the forward pre-hook."""

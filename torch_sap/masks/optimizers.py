@@ -24,8 +24,6 @@ KEEP_ZEROS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 class Held(Protocol):
     """A pruned weight, as this module sees it."""
 
-    settled: bool
-    """Whether the running step is known to keep the zeros."""
     state: Stamp | None
     """Of the mask and the optimizer's state when the latter had its zeros."""
 
@@ -35,16 +33,18 @@ class Held(Protocol):
     def known_zeros(self) -> tuple[Tensor, Tensor] | None:
         """Weight and mask, if the weight and its gradient are known to be zero at the pruned entries."""
 
-    def after_step(self) -> Tensor | None:
-        """Restore the zeros unless the step was settled, and give the mask."""
+    def after_step(self, known: tuple[Tensor, Tensor] | None) -> None:
+        """Restore the zeros, or note that they are there still if the step was known to keep them."""
 
 
 _held: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_stepping: weakref.WeakKeyDictionary[Optimizer, list[tuple[Held, Tensor, Any]]] = weakref.WeakKeyDictionary()
+"""The pruned weights of the optimizers that take a step now, each with what :meth:`Held.known_zeros` said before."""
 
 
 def watch(held: Held) -> None:
     """Look after a weight in the steps of all optimizers from now on."""
-    held.settled, held.state = False, None
+    held.state = None
     _held[id(held)] = held
 
 
@@ -58,21 +58,24 @@ def _held_in(optimizer: Optimizer) -> Iterator[tuple[Held, Tensor, dict[str, Any
     groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
     for reference in _held.valuerefs():
         held: Held | None = reference()
-        found = [] if held is None else [tensor for tensor in held.tensors() if id(tensor) in groups]
-        if held is not None and found:
-            yield held, found[0], groups[id(found[0])]
+        for tensor in held.tensors() if held is not None else ():
+            if held is not None and (group := groups.get(id(tensor))) is not None:
+                yield held, tensor, group
+                break
 
 
 def _state_of(optimizer: Optimizer, weight: Tensor) -> list[Tensor]:
     """What an optimizer keeps for each entry of a weight."""
-    kept = optimizer.state[weight].values() if weight in optimizer.state else ()
-    return [value for value in kept if isinstance(value, Tensor) and value.shape == weight.shape]
+    kept, shape = optimizer.state.get(weight, {}), weight.shape
+    return [value for value in kept.values() if isinstance(value, Tensor) and value.shape == shape]
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _stepping.pop(optimizer, None)  # of a step that failed
     closure = args[1:] or kwargs  # args[0] is the optimizer; a closure may change what is known here
     if not _held or type(optimizer) not in KEEP_ZEROS or closure:
         return
+    stepping = []
     for held, weight, group in _held_in(optimizer):
         known = held.known_zeros() if group.get("eps", 1.0) > 0 else None
         if known is not None:
@@ -80,16 +83,19 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if held.state is None or not held.state.holds(mask, *state):
                 for tensor in state:
                     restore_zeros_(tensor, mask)
-            held.settled = True
+        stepping.append((held, weight, known))
+    _stepping[optimizer] = stepping
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _held:
         return
-    for held, weight, _ in _held_in(optimizer):
-        mask = held.after_step()
-        held.state = Stamp(mask, *_state_of(optimizer, weight)) if held.settled and mask is not None else None
-        held.settled = False
+    stepping = _stepping.pop(optimizer, None)
+    if stepping is None:
+        stepping = [(held, weight, None) for held, weight, _ in _held_in(optimizer)]
+    for held, weight, known in stepping:
+        held.after_step(known)
+        held.state = Stamp(known[1], *_state_of(optimizer, weight)) if known is not None else None
 
 
 register_optimizer_step_pre_hook(_before_step)
