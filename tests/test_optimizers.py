@@ -159,6 +159,43 @@ def test_closures_are_not_trusted(make):
         assert_held(model)
 
 
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_steps_with_hooks_of_their_own_are_not_trusted(when):
+    model = mlp()
+    layer_unstructured(model, eta_r=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def hook(optimizer, args, kwargs):
+        add_noise_to_gradients(model, optimizer)
+        write_weights(model, optimizer)
+
+    register = optimizer.register_step_pre_hook if when == "pre" else optimizer.register_step_post_hook
+    register(hook)
+    for _ in range(2):
+        step(model, optimizer)
+        assert_held(model)
+
+
+def test_a_step_that_failed_leaves_nothing_to_trust():
+    model = mlp()
+    layer_unstructured(model, eta_r=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(model, optimizer)
+    backward(model, optimizer)
+    (group,) = optimizer.param_groups
+    group["lr"] = "no number"
+    with pytest.raises(TypeError):
+        optimizer.step()
+    group["lr"] = 0.1
+
+    def closure():
+        backward(model, optimizer)
+        add_noise_to_gradients(model, optimizer)
+
+    optimizer.step(closure)
+    assert_held(model)
+
+
 def test_subclasses_are_not_trusted():
     class Noisy(torch.optim.SGD):
         def step(self, closure=None):

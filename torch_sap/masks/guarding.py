@@ -28,13 +28,14 @@ class Guard:
 
     def before(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook. An outer guard that has done it already is trusted."""
-        if not torch.compiler.is_compiling() and is_fsdp(module):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and is_fsdp(module):
             self._come_first(module)
         for hook, inner in self.held:
             if hook.guarded_by is None or hook.guarded_by is self:
                 hook.before_forward(inner)
                 hook.guarded_by = self
-            elif not torch.compiler.is_compiling():
+            elif hook.sharded and not compiling:
                 hook.relink(inner)
 
     def link(self, module: nn.Module, inputs: Any) -> None:
@@ -56,7 +57,8 @@ class Guard:
             if hook.guarded_by is self:
                 hook.guarded_by = None
                 hook.give_back(inner)
-            hook.relink(inner)
+            if hook.sharded:
+                hook.relink(inner)
 
 
 def guard(model: nn.Module) -> None:

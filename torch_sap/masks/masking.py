@@ -56,7 +56,7 @@ class InPlaceMask(prune.BasePruningMethod):
         self._probe: Probe | None = None
         self._lent: Tensor | None = None  # the Parameter, while a forward computes with a product
         self._managed = False  # by FSDP, as far as is known
-        self._sharded = False  # whether the mask is a DTensor
+        self.sharded = False  # whether the mask is a DTensor
         self.guarded_by: object = None  # the guard of the running forward, which has restored the zeros already
         watch(self)
 
@@ -74,13 +74,9 @@ class InPlaceMask(prune.BasePruningMethod):
         """Weight and mask, or None if they are gone or another pruning method has taken the tensor over."""
         weight = module._parameters.get(self._weight_key)
         mask = module._buffers.get(self._mask_key)
-        if weight is None or mask is None or self._is_taken_over(module):
-            return None
-        return weight, mask
-
-    def _is_taken_over(self, module: nn.Module) -> bool:
-        others = [hook for hook in module._forward_pre_hooks.values() if hook is not self]
-        return bool(others) and any(hook in others for hook in hooks_of(module, self._tensor_name))
+        others = [hook for hook in module._forward_pre_hooks.values() if hook is not self]  # mostly none
+        taken = others and any(hook is not self for hook in hooks_of(module, self._tensor_name))
+        return None if weight is None or mask is None or taken else (weight, mask)
 
     def hold(self, module: nn.Module) -> None:
         """Make the module compute with the masked weight, now and until somebody writes into it."""
@@ -94,7 +90,8 @@ class InPlaceMask(prune.BasePruningMethod):
         mask = module._buffers.get(self._mask_key)
         if weight is None or mask is None or self._zeros is None or self._probe is None:
             return None
-        if module.__dict__.get(self._tensor_name) is not weight or (self._gradient is None and weight.requires_grad):
+        read: Tensor | None = module.__dict__.get(self._tensor_name)
+        if read is not weight or (self._gradient is None and weight.requires_grad):
             return None
         return (weight, mask) if self._zeros.holds(weight, mask) and self._probe.finds_zeros(weight) else None
 
@@ -150,7 +147,7 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def relink(self, module: nn.Module) -> None:
         """Let ``module.weight`` be the tensor that is there now: FSDP exchanges it for a forward and a backward."""
-        if self._sharded and (found := self._find(module)):
+        if self.sharded and (found := self._find(module)):
             link(module, self._tensor_name, found[0])
 
     def _weight_and_mask(self, module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -163,7 +160,7 @@ class InPlaceMask(prune.BasePruningMethod):
         weight, mask = self._weight_and_mask(module)
         if is_dtensor(weight) and not is_dtensor(mask):
             mask = module._buffers[self._mask_key] = place(mask, like=weight)
-        self._sharded = is_dtensor(mask)
+        self.sharded = is_dtensor(mask)
         return mask
 
     def _check_gathered(self, module: nn.Module) -> None:

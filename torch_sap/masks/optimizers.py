@@ -73,7 +73,8 @@ def _state_of(optimizer: Optimizer, weight: Tensor) -> list[Tensor]:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _stepping.pop(optimizer, None)  # of a step that failed
     closure = args[1:] or kwargs  # args[0] is the optimizer; a closure may change what is known here
-    if not _held or type(optimizer) not in KEEP_ZEROS or closure:
+    hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks  # they run within the step too
+    if not _held or type(optimizer) not in KEEP_ZEROS or closure or hooked:
         return
     stepping = []
     for held, weight, group in _held_in(optimizer):
