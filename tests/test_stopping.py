@@ -216,6 +216,54 @@ def test_a_missing_metric_leaves_the_model_as_it_was():
     assert same_state(model, before)
 
 
+class Recording:
+    """A training that changes nothing, and says the next of some metrics."""
+
+    def __init__(self, *metrics):
+        self.metrics, self.calls = metrics, 0
+
+    def __call__(self, model):
+        self.calls += 1
+        return self.metrics[self.calls - 1]
+
+
+@pytest.mark.parametrize("rule", [WithinTolerance(0.01), Collapse()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize(
+    "metrics", [{"loss": 0.5}, {"test_Loss": 0.5}, {"top1_error": 0.1}, {"perplexity": 9.0}, {"top1": 0.9, "top5": 1.0}]
+)
+def test_what_to_judge_by_is_not_guessed(rule, metrics):
+    model, training = make_model(), Recording(metrics)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="metric must be named where it is not clear by what to judge") as caught:
+        iterative_sap(model, training, stop=[TargetDensity(0.0), rule])
+    assert f"round 0 has {list(metrics)}; pass metric=" in str(caught.value)
+    assert 'mode="min"' in str(caught.value)
+    assert training.calls == 1
+    assert same_state(model, before)
+
+
+def test_accuracy_is_meant_and_may_not_be_what_falls():
+    both = [{"loss": 0.5, "accuracy": 0.9}, {"loss": 0.1, "accuracy": 0.8}, {}]
+    history = iterative_sap(make_model(), Recording(*both), iterations=2, stop=WithinTolerance(0.01))
+    assert (len(history), history.returned) == (2, 0)
+    with pytest.raises(ValueError, match="metric must be named"):
+        iterative_sap(make_model(), Recording(*both), stop=WithinTolerance(0.01, mode="min"))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "rule"),
+    [
+        ([0.9, 0.95, 0.7], WithinTolerance(0.01)),  # a number is "metric", and the only one
+        ([{"top1": 0.9}, {"top1": 0.95}, {"top1": 0.7}], WithinTolerance(0.01)),
+        ([{"loss": 0.5}, {"loss": 0.4}, {"loss": 0.7}], WithinTolerance(0.01, mode="min")),
+        ([{"a": 1, "loss": 0.5}, {"a": 1, "loss": 0.4}, {"a": 1, "loss": 0.7}], WithinTolerance(0.01, metric="a")),
+    ],
+)
+def test_what_can_only_be_meant_is_judged_by(metrics, rule):
+    history = iterative_sap(make_model(), Recording(*metrics), iterations=2, stop=rule)
+    assert (len(history), history.returned) == (3, 2 if rule.metric else 1)
+
+
 def test_going_on_from_a_saved_run_still_gives_the_kept_model_back():
     accuracies = [0.9, 0.91, 0.7, 0.7]
     rule = WithinTolerance(0.01, patience=2)

@@ -14,6 +14,8 @@ from torch_sap.selection.bounds import check_number
 
 Phase = Literal["regularisation", "compression", "collapse"]
 Mode = Literal["max", "min"]
+SMALLER_IS_BETTER = ("loss", "error", "perplexity")
+"""Words in the names of such metrics."""
 
 
 def label_phases(
@@ -98,6 +100,32 @@ def metric_values(rounds: Sequence[Round], metric: str | None) -> list[float]:
             f"{names or 'none'}); return it from train_fn or eval_fn"
         )
     return [round.metrics[name] for round in rounds]
+
+
+def judged_metric(rounds: Sequence[Round], metric: str | None, mode: Mode) -> str | None:
+    """The metric that a stopping rule judges by: the one named, or the only one that can be meant.
+
+    Without a name that is "accuracy" or else the only one there is. With mode "max" it may not be one of which smaller
+    is better by its name, and with mode "min" there may be no other beside it.
+
+    Returns:
+        Its name; None if none was named and there is no metric.
+
+    Raises:
+        ValueError: if none was named, and it is not clear which is meant.
+    """
+    names = list(rounds[0].metrics) if rounds else []
+    if metric is not None or not names:
+        return metric
+    if mode == "max" and "accuracy" in names:
+        return "accuracy"
+    falls = any(word in names[0].lower() for word in SMALLER_IS_BETTER)
+    if len(names) == 1 and (mode == "min" or not falls):
+        return names[0]
+    raise ValueError(
+        f"metric must be named where it is not clear by what to judge, but round 0 has {names}; pass metric= one of "
+        'them, and mode="min" where a smaller one is better'
+    )
 
 
 def check_mode(mode: object) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch_sap.iteration.history import History
-from torch_sap.iteration.phases import Mode, check_mode, label_phases, metric_values
+from torch_sap.iteration.phases import Mode, check_mode, judged_metric, label_phases, metric_values
 from torch_sap.selection.bounds import check_number
 
 
@@ -57,12 +57,14 @@ class WithinTolerance(StoppingRule):
 
     Args:
         tolerance: Largest loss against round 0, in the units of the metric; 0 or more.
-        metric: Its name. By default "accuracy", or else the first there is.
-        mode: "max" if a larger metric is better, "min" if a smaller one is.
+        metric: Its name. By default "accuracy", or else the only one there is.
+        mode: "max" if a larger metric is better, "min" if a smaller one is (a loss, an error, a perplexity).
         patience: Rounds in a row that may be worse before it ends; 1 or more.
 
     Raises:
-        ValueError: if an argument is out of its range; later, if a round lacks the metric.
+        ValueError: if an argument is out of its range. After the first training, if its metrics are several without
+            "accuracy" (several at all with mode "min"), or the only one is a loss, an error or a perplexity by its
+            name and mode is "max". Later, if a round lacks the metric.
 
     Example:
         >>> WithinTolerance(0.01, metric="accuracy", patience=2).tolerance
@@ -87,7 +89,7 @@ class WithinTolerance(StoppingRule):
         return bool(history) and not any(self._within(history)[-self.patience :])
 
     def _within(self, history: History) -> list[bool]:
-        values = metric_values(history, self.metric)
+        values = metric_values(history, judged_metric(history, self.metric, self.mode))
         sign = 1 if self.mode == "max" else -1
         limit = self.tolerance + 1e-9 * abs(values[0])  # the rounding of 0.90 - 0.89 must not decide
         return [sign * (values[0] - value) <= limit for value in values]
@@ -96,7 +98,8 @@ class WithinTolerance(StoppingRule):
 class Collapse(StoppingRule):
     """Ends when the hypothesis of the paper says collapse, and does not accept such rounds.
 
-    Arguments and rule are those of :func:`torch_sap.iteration.phases.label_phases`.
+    Arguments and rule are those of :func:`torch_sap.iteration.phases.label_phases`; ``metric`` is chosen, or asked for,
+    as :class:`WithinTolerance` does.
 
     Example:
         >>> Collapse(significant=0.1).significant
@@ -115,7 +118,8 @@ class Collapse(StoppingRule):
 
     def ends(self, history: History) -> bool:
         """Whether the last round is one of collapse."""
-        labels = history.phases(metric=self.metric, mode=self.mode, noise=self.noise, significant=self.significant)
+        metric = judged_metric(history, self.metric, self.mode)
+        labels = history.phases(metric=metric, mode=self.mode, noise=self.noise, significant=self.significant)
         return labels[-1] == "collapse"
 
 
