@@ -1,4 +1,5 @@
 import json
+import re
 import zipfile
 
 import pytest
@@ -22,6 +23,28 @@ def test_weights_are_those_of_the_model(tmp_path, suffix):
     for tensor in found:
         here = torch.frombuffer(bytearray(data[tensor.offset : tensor.offset + tensor.nbytes]), dtype=tensor.dtype)
         assert torch.equal(here.view(tensor.shape), expected[tensor.name].detach())
+
+
+@pytest.mark.parametrize("exclude", [(), "2"], ids=["all pruned", "one weight is stored as it is"])
+def test_sparse_files_say_what_to_do(tmp_path, exclude):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    torch_sap.layer_unstructured(model, exclude=exclude)
+    path = tmp_path / "a.safetensors"
+    torch_sap.save_sparse(model, path)
+    advice = "load it with load_sparse, and save the state_dict of torch_sap.remove(model)"
+    with pytest.raises(ValueError, match=re.escape(f"{path} was written by save_sparse: {advice}")):
+        open_checkpoint(path)
+    again = torch_sap.load_sparse(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), path)
+    path = write(torch_sap.remove(again).state_dict(), tmp_path / "plain.safetensors")
+    assert [tensor.name for tensor in open_checkpoint(path).weights()] == ["0.weight", "2.weight"]
+
+
+def test_files_of_masks_say_what_they_are(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64))
+    torch_sap.layer_unstructured(model)
+    torch_sap.save_masks(model, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="was written by save_masks: it has no weights"):
+        open_checkpoint(tmp_path / "a.safetensors")
 
 
 def test_folders(tmp_path):

@@ -162,6 +162,9 @@ def test_inputs_that_cannot_be_used(folder, capsys):
     assert "holds no checkpoint" in refuse(capsys, "scan", "empty")
     assert "No such file" in refuse(capsys, "scan", "missing.pt")
     assert "no weight to prune" in refuse(capsys, "scan", "bias.pt")
+    torch_sap.save_sparse(nn.Linear(3, 3), folder / "sparse.safetensors")
+    for command in (["scan", "sparse.safetensors"], ["prune", "sparse.safetensors", "-o", "out.safetensors"]):
+        assert "sparse.safetensors was written by save_sparse: load it with load_sparse" in refuse(capsys, *command)
     assert "bad.weight must be finite" in refuse(capsys, "scan", "nan.safetensors")
     assert "bad.weight must be finite" in refuse(capsys, "prune", "nan.safetensors", "-o", "out.safetensors")
     assert "exclude must match" in refuse(capsys, "scan", "nan.safetensors", "--exclude", "nothing")

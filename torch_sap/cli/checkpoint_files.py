@@ -22,6 +22,7 @@ from torch import Tensor
 
 from torch_sap.masks.parameters import excluded_by
 from torch_sap.selection.keys import INTEGER_OF
+from torch_sap.shipping.tensor_files import check_plain
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Those that can be pruned, by their name in a file."""
@@ -196,7 +197,7 @@ def _safetensors(path: Path) -> list[StoredTensor]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    check_plain(path, header.pop("__metadata__", {}))
     tensors = [
         StoredTensor(
             name,

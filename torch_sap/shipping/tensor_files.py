@@ -104,6 +104,18 @@ def _header(pieces: Sequence[Piece], about: Mapping[str, Any], checksums: Mappin
     return len(encoded).to_bytes(8, "little") + encoded
 
 
+def check_plain(path: PathLike, strings: Mapping[str, str]) -> None:
+    """Raise a ValueError if by its strings a file is one of save_sparse or save_masks, which hold no plain weights."""
+    if "torch_sap" not in strings:
+        return
+    if json.loads(strings["torch_sap"])["kind"] == "masks":
+        raise ValueError(f"{path} was written by save_masks: it has no weights; load_masks gives its masks to a model")
+    raise ValueError(
+        f"{path} was written by save_sparse: load it with load_sparse, and save the state_dict of "
+        "torch_sap.remove(model)"
+    )
+
+
 class TensorFile:
     """A safetensors file that is open for reading.
 
