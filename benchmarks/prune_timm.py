@@ -214,12 +214,12 @@ class Display:
     def round(self, found: torch_sap.Round) -> None:
         """Print the line of a round in the table, and move the bar of the rounds."""
         if found.number == 0:
-            self.line("round  remaining %  PQ Index  accuracy %  after pruning %  seconds")
+            self.line("round  remaining %  PQ Index  trained, accuracy %  pruned, before rewinding %  seconds")
         after = found.pruned_metrics.get("accuracy")
         pruned = "-" if after is None else f"{100 * after:.2f}"
         self.line(
             f"{found.number:5}  {100 * found.density:11.2f}  {found.pqi:8.4f}  "
-            f"{100 * found.metrics['accuracy']:10.2f}  {pruned:>15}  {found.seconds:7.1f}"
+            f"{100 * found.metrics['accuracy']:19.2f}  {pruned:>26}  {found.seconds:7.1f}"
         )
         self.progress.update(self.rounds, completed=found.number + 1)
         self.progress.update(self.epochs, completed=0)
