@@ -119,6 +119,8 @@ def iterative_sap(
 
     Raises:
         ValueError, TypeError: as :class:`SAP` does.
+        ValueError: if a rule of ``stop`` has no metric to judge by, or several; after the first training, since
+            train_fn may return it.
         TypeError: if train_fn or eval_fn return something else.
         ValueError: if the checkpoint is damaged, or of a run with other arguments or another model; nothing is changed.
         OSError: if the checkpoint cannot be written; the one before stays.
