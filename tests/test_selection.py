@@ -7,6 +7,7 @@ from torch_sap.selection import exact, keys
 from torch_sap.selection.bounds import Hyperparameters
 from torch_sap.selection.groups import Entry, split
 from torch_sap.selection.measures import measure_groups
+from torch_sap.selection.step import prune_step
 
 RULE = Hyperparameters(p=1.0, q=2.0, gamma=3.0)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -132,3 +133,12 @@ def test_masks_of_rows_that_come_with_the_sums(dtype, masked, format, chunk, mon
     (anew,) = other.masks(counts, d)
     torch.testing.assert_close(keep, anew)
     assert [int(row.sum()) for row in keep] == (d - counts).tolist()
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4), (4, 0, 3, 3), (1, 1)], ids=str)
+def test_rows_without_entries(shape):
+    entries = [Entry("w", torch.ones(shape)), Entry("more", torch.randn(5, 9))]
+    masks, values = prune_step(entries, "neuron", RULE)
+    assert values["w"].c.tolist() == [0] * shape[0]
+    assert masks[0] is None
+    assert values["more"].c.sum() == 45 - masks[1].sum()

@@ -255,6 +255,8 @@ def _keep_rows_on_host(
     go: NDArray[np.int64],
 ) -> None:
     """Write which keys stay: all but the ``go`` smallest of each row; ``first`` of these are of pruned entries."""
+    if not keys.size:
+        return
     if mask is not None:
         excluded = np.subtract(mask.view(np.int8), 1, out=scratch("excluded", mask.shape, np.int8))
         np.bitwise_or(keys, excluded, out=keys)
