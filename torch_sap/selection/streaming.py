@@ -71,7 +71,8 @@ class Threshold(NamedTuple):
 def prune_stream(stream: Stream, rule: Hyperparameters) -> tuple[GroupValues, Iterator[Tensor]]:
     """Decide what SAP prunes of a group of any size, all of whose entries are unpruned.
 
-    The stream is read three or four times before the masks, and once more for them; one tensor is held at a time.
+    The stream is read three or four times before the masks (once if all tensors are of one 16-bit type), and once more
+    for them; one tensor is held at a time.
 
     Args:
         stream: Called without arguments each time that the tensors are needed; real floating point, on the CPU.
