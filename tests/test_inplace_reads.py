@@ -93,3 +93,25 @@ def test_gradients_asked_for_by_autograd_grad_are_masked():
     for layer, gradient in zip((model[0], model[3]), gradients, strict=True):
         assert torch.count_nonzero(gradient[layer.weight_mask]) > 0
         assert torch.count_nonzero(gradient[~layer.weight_mask]) == 0
+
+
+def test_gradients_asked_for_in_the_middle_of_a_backward_are_masked():
+    model, other, inputs, asked = mlp(), mlp(), torch.randn(5, 6), []
+    layer_unstructured(model, eta_r=0.5)
+    layer_unstructured(other, eta_r=0.5)
+
+    def ask(gradient):
+        with torch.enable_grad():
+            asked.extend(torch.autograd.grad(other(inputs).square().mean(), [other[0].weight_orig]))
+
+    hidden = model[0](inputs)
+    hidden.register_hook(ask)  # runs between the two layers' weights
+    model[1:](hidden).square().mean().backward()
+    assert other[0].weight_orig.grad is None
+    for layer, gradient in (
+        (other[0], asked[0]),
+        (model[0], model[0].weight_orig.grad),
+        (model[3], model[3].weight_orig.grad),
+    ):
+        assert torch.count_nonzero(gradient[layer.weight_mask]) > 0
+        assert torch.count_nonzero(gradient[~layer.weight_mask]) == 0

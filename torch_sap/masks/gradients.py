@@ -58,16 +58,28 @@ class GradientMask:
 
     @unserializable_hook  # type: ignore[untyped-decorator]  # the hook of a copied module makes one of its own
     def _mask_asked_for(self, gradient: Tensor) -> Tensor | None:
-        weight = self._weight()
-        if weight is None or _will_accumulate():
-            return None
-        found = self._find()
+        found = None if _will_accumulate() else self._find()
         return None if found is None else gradient * found[1].to(gradient.dtype)
 
 
+_asked: tuple[int, bool] = (-1, True)
+"""The last backward of which :func:`_will_accumulate` asked the engine, and the answer."""
+
+
 def _will_accumulate() -> bool:
-    """Whether the engine, which runs a leaf's hook now, adds to its ``grad`` next; torch.autograd.grad does not."""
-    node = torch._C._current_autograd_node()
+    """Whether the engine, which runs a leaf's hook now, adds to its ``grad`` next; torch.autograd.grad does not.
+
+    One answer for all leaves of one backward: asking costs more than the rest of the hook.
+    """
+    global _asked
+    backward, (known, adds) = torch._C._current_graph_task_id(), _asked
+    if backward == -1 or backward != known:
+        adds = _adds(torch._C._current_autograd_node())
+        _asked = backward, adds
+    return adds
+
+
+def _adds(node: torch.autograd.graph.Node | None) -> bool:
     try:
         return node is not None and bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # how it says that the engine runs torch.autograd.grad for this very tensor

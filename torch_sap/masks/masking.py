@@ -74,8 +74,9 @@ class InPlaceMask(prune.BasePruningMethod):
         """Weight and mask, or None if they are gone or another pruning method has taken the tensor over."""
         weight = module._parameters.get(self._weight_key)
         mask = module._buffers.get(self._mask_key)
-        others = [hook for hook in module._forward_pre_hooks.values() if hook is not self]  # mostly none
-        taken = others and any(hook is not self for hook in hooks_of(module, self._tensor_name))
+        hooks = module._forward_pre_hooks
+        alone = len(hooks) == 1 and next(iter(hooks.values())) is self  # mostly
+        taken = not alone and any(hook is not self for hook in hooks_of(module, self._tensor_name))
         return None if weight is None or mask is None or taken else (weight, mask)
 
     def hold(self, module: nn.Module) -> None:
@@ -189,7 +190,8 @@ class InPlaceMask(prune.BasePruningMethod):
         module = self._module()
         if module is None:
             return None
-        self.relink(module)  # FSDP has put the sharded parameter back
+        if self.sharded:
+            self.relink(module)  # FSDP has put the sharded parameter back
         return self._find(module)
 
     def before_load(self, module: nn.Module, *_: Any) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,8 +13,12 @@ from torch_sap.selection.collective import local, same_placement
 from torch_sap.selection.host import map_pieces
 from torch_sap.selection.keys import INTEGER_OF, chunks, flatten, is_dense
 
-TORCH_CHUNK = 2**18
-"""Entries that torch multiplies at once on the host: it converts the mask to integers first, which fit the cache."""
+TORCH_CHUNK = 2**22
+"""Entries that torch multiplies at once on the host. It converts the mask to integers first: 16 MiB for float32.
+
+Pieces that fit the caches are faster alone, but within a training step every call has a price: cold caches, two threads
+that meet. Measured with resnet18, the masking of its gradients takes 5 % of the step at 2**18, 2.5 % at 2**22.
+"""
 
 
 def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
@@ -26,11 +29,11 @@ def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
     of one placement each process does its part.
     """
     tensor, mask = local(tensor), local(mask)
-    bits, factors = tensor.data.view(INTEGER_OF[tensor.dtype]), mask.view(torch.uint8)
+    bits = tensor.data.view(INTEGER_OF[tensor.dtype])
     if not tensor.is_cpu or tensor.numel() <= TORCH_CHUNK or not is_dense(tensor):
-        bits.mul_(factors)
+        bits.mul_(mask)
         return
-    for piece, factor in zip(*(flatten(t, tensor).split(TORCH_CHUNK) for t in (bits, factors)), strict=True):
+    for piece, factor in zip(*(flatten(t, tensor).split(TORCH_CHUNK) for t in (bits, mask)), strict=True):
         piece.mul_(factor)
 
 
