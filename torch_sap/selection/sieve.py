@@ -105,7 +105,8 @@ def expect(tensors: Tensors, dtype: torch.dtype, rule: Hyperparameters) -> Sieve
     if count == 0:
         return None
     margin = int(MARGIN * len(sample) ** 0.5)
-    low, high = (int(sample[np.clip(i, 0, len(sample) - 1)]) for i in (count - margin, count + margin))
+    ranks = np.clip([count - margin, count + margin], 0, len(sample) - 1)
+    low, high = np.partition(sample, ranks)[ranks].tolist()
     return Sieve(tensors, low, high + 1) if low > 0 else None
 
 
@@ -125,14 +126,14 @@ def count_in(sample: NDArray[Any], dtype: torch.dtype, rule: Hyperparameters) ->
 
 
 def _sample(tensors: Tensors, dtype: torch.dtype) -> NDArray[Any]:
-    """Keys of unpruned entries, a few side by side at regular distances, sorted."""
+    """Keys of unpruned entries, a few side by side at regular distances."""
     total = sum(scores.numel() for scores, _ in tensors)
     step = RUN * (-(-total // max(SAMPLE[0], min(total // 128, SAMPLE[1]))) or 1)
-    found, pruned = [], 0
-    for scores, mask in tensors:
+
+    def take(scores: Tensor, mask: Tensor | None) -> NDArray[Any]:
         run = min(RUN, scores.numel())
-        here = None if mask is None else flatten(mask, scores).unfold(0, run, step).numpy()
-        found.append(keys_of(flatten(scores, scores).unfold(0, run, step), here, dtype, on_host=True).reshape(-1))
-        pruned += 0 if here is None else here.size - int(np.count_nonzero(here))
-    keys: NDArray[Any] = np.sort(np.concatenate(found))
-    return keys[pruned:]  # those of pruned entries, 0, come first
+        keys = keys_of(flatten(scores, scores).unfold(0, run, step), None, dtype, on_host=True)
+        unpruned: NDArray[Any] = keys if mask is None else keys[flatten(mask, scores).unfold(0, run, step).numpy()]
+        return unpruned.reshape(-1)
+
+    return np.concatenate([take(*pair) for pair in tensors])
