@@ -132,8 +132,10 @@ def _sample(tensors: Tensors, dtype: torch.dtype) -> NDArray[Any]:
 
     def take(scores: Tensor, mask: Tensor | None) -> NDArray[Any]:
         run = min(RUN, scores.numel())
-        keys = keys_of(flatten(scores, scores).unfold(0, run, step), None, dtype, on_host=True)
-        unpruned: NDArray[Any] = keys if mask is None else keys[flatten(mask, scores).unfold(0, run, step).numpy()]
-        return unpruned.reshape(-1)
+        keys: NDArray[Any] = keys_of(flatten(scores, scores).unfold(0, run, step), None, dtype, on_host=True)
+        if mask is None:
+            return keys.reshape(-1)
+        unpruned = flatten(mask, scores).unfold(0, run, step).numpy().reshape(-1)
+        return keys.take(np.flatnonzero(unpruned))  # keys[unpruned] takes several times as long
 
     return np.concatenate([take(*pair) for pair in tensors])
