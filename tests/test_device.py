@@ -19,7 +19,7 @@ WAITS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select"
 
 
 class CountWaits(TorchDispatchMode):
-    """Counts operations that make the host wait for a device: reads, and shapes that depend on data."""
+    """Counts operations that make the host wait for a device: copies from and to it, shapes that depend on data."""
 
     def __init__(self):
         super().__init__()
@@ -28,9 +28,11 @@ class CountWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         kwargs = kwargs or {}
-        to_host = name == "_to_copy" and args[0].device.type != "cpu" and str(kwargs.get("device")) == "cpu"
+        copied = name == "_to_copy" and kwargs.get("device") is not None and not kwargs.get("non_blocking")
+        between = copied and "cpu" in (args[0].device.type, torch.device(kwargs["device"]).type)
+        across = between and args[0].device != torch.device(kwargs["device"])
         indexed = name == "index" and any(t is not None and t.dtype is torch.bool for t in args[1])
-        self.count += name in WAITS or to_host or indexed
+        self.count += name in WAITS or across or indexed
         return func(*args, **kwargs)
 
 
@@ -53,7 +55,7 @@ def test_a_device_gives_what_the_host_gives(scope, dtype, monkeypatch):
         torch.testing.assert_close(mask, other)
 
 
-def count_waits_on_fake_device(scope, times, monkeypatch):
+def count_waits_on_fake_device(scope, times, pruned, monkeypatch):
     """Run a step on fake CUDA tensors; what the host would read is made up."""
     monkeypatch.setattr(measures, "read", lambda tensor: np.abs(np.sin(np.arange(1.0, tensor.numel() + 1))) + 9)
     found = entries(times)
@@ -62,7 +64,7 @@ def count_waits_on_fake_device(scope, times, monkeypatch):
         for entry in found:
             with torch.no_grad():
                 scores = torch.empty(entry.scores.shape, device="cuda")
-                mask = torch.ones(entry.scores.shape, dtype=torch.bool, device="cuda")
+                mask = torch.ones(entry.scores.shape, dtype=torch.bool, device="cuda") if pruned else None
             fake.append(Entry(entry.name, scores, mask, "weights", entry.channel_dim, entry.channel_groups))
         result = prune_step(fake, scope, RULE)
         assert mode is not None
@@ -79,12 +81,13 @@ def needs_fake_cuda():
         pytest.skip("needs a GPU, or a newer PyTorch, which makes fake CUDA tensors without one")
 
 
+@pytest.mark.parametrize("pruned", [False, True], ids=["first step", "later step"])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_waits_do_not_grow_with_the_tensors(scope, monkeypatch):
+def test_waits_do_not_grow_with_the_tensors(scope, pruned, monkeypatch):
     """The one read of the sums is counted apart: it is `measures.read`."""
     needs_fake_cuda()
-    few = count_waits_on_fake_device(scope, 1, monkeypatch)
-    many = count_waits_on_fake_device(scope, 5, monkeypatch)
+    few = count_waits_on_fake_device(scope, 1, pruned, monkeypatch)
+    many = count_waits_on_fake_device(scope, 5, pruned, monkeypatch)
     assert few == many == 0
 
 

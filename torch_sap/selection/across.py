@@ -42,11 +42,11 @@ def keep_largest_across(
     flats = [(flatten(scores, scores), mask if mask is None else flatten(mask, scores)) for scores, mask in tensors]
     counted = [flat for flat, part in zip(flats, parts, strict=True) if part is not None or shared.rank == 0]
     find: Any = find_on_host if on_host else find_on_device
-    key, below, _ = (int(x) for x in find(counted, count + pruned, dtype, partial(add_up, part=shared)))
+    key, below, _ = _on_host(find(counted, count + pruned, dtype, partial(add_up, part=shared)))
     masks = [torch.empty_like(scores, dtype=torch.bool) for scores, _ in tensors]
     for keep, flat in zip(masks, flats, strict=True):
         _keep_larger(flatten(keep, keep), flat, key, dtype, on_host)
-    ties = [_count_ties(flat, key, dtype, on_host) for flat in flats]
+    ties = _on_host([_count_ties(flat, key, dtype, on_host) for flat in flats])
     table = np.stack([row for (row,) in gather([np.array(ties, np.float64)], shared)]).astype(np.int64)
     left = count + pruned * (key != 0) - below  # entries with just this key that have to go
     for i, (keep, (scores, mask), part) in enumerate(zip(masks, tensors, parts, strict=True)):
@@ -57,13 +57,20 @@ def keep_largest_across(
     return masks
 
 
-def _count_ties(flat: tuple[Tensor, Tensor | None], key: int, dtype: torch.dtype, on_host: bool) -> int:
-    """Unpruned entries that equal the key."""
-    ties: Any = 0
+def _on_host(numbers: Sequence[Any]) -> list[int]:
+    """The numbers, with one read if they are on a device."""
+    if numbers and isinstance(numbers[0], Tensor):
+        numbers = torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()
+    return [int(number) for number in numbers]
+
+
+def _count_ties(flat: tuple[Tensor, Tensor | None], key: int, dtype: torch.dtype, on_host: bool) -> Any:
+    """Unpruned entries that equal the key: a number, int64 tensor on a device."""
+    ties: Any = 0 if on_host else torch.zeros((), dtype=torch.int64, device=flat[0].device)
     for scores, mask in chunks(*flat, on_host=on_host):
         equal = keys_of(scores, mask, dtype, on_host=on_host) == key
         ties = ties + (equal if mask is None else equal & mask).sum()
-    return int(ties)
+    return ties
 
 
 def _keep_ties_across(

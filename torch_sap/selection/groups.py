@@ -231,7 +231,7 @@ class Rows:
         ends = np.cumsum([0] + [len(block[0]) for block in blocks]).tolist()
         numbers: list[Any] = [counts, unpruned]
         if not self.on_host:
-            numbers = [torch.from_numpy(values).to(keep.device) for values in numbers]
+            numbers = [torch.from_numpy(values).to(keep.device, non_blocking=True) for values in numbers]
 
         def write(out: Any, scores: Any, mask: Any, count: Any, d: Any) -> None:
             keys = keys_of(_flat(scores), None, self.dtype, on_host=self.on_host, reuse=True)
@@ -267,8 +267,8 @@ def _unpruned_in_rows(keys: Any, mask: Any) -> Any:
 def _with_count(d: Any, sums: Any) -> Any:
     """d as the first row of a table of sums."""
     if isinstance(sums, Tensor):
-        d = torch.as_tensor(d, dtype=torch.float64, device=sums.device).reshape(1, -1)
-        return torch.cat([d, sums])
+        row = sums.new_empty(1, sums.shape[1])  # a number is filled in, not copied: for a copy the host would wait
+        return torch.cat([row.fill_(d) if isinstance(d, int) else row.copy_(d), sums])
     return np.concatenate([np.asarray(d, np.float64).reshape(1, -1), sums])
 
 
