@@ -6,7 +6,7 @@ from helpers import assert_held, mlp
 from torch import nn
 
 from torch_sap import global_unstructured, layer_unstructured
-from torch_sap.masks import gradients, masking, optimizers
+from torch_sap.masks import gradients, masking, optimizers, zeros
 from torch_sap.masks.linking import hooks_of
 from torch_sap.masks.stamps import Probe, Stamp
 
@@ -26,7 +26,7 @@ def passes(monkeypatch):
     """How many tensors were multiplied with their masks, but for gradients."""
     calls = []
 
-    for module in (masking, optimizers):
+    for module in (zeros, masking, optimizers):
         restore = module.restore_zeros_
         monkeypatch.setattr(module, "restore_zeros_", lambda *a, restore=restore: (calls.append(1), restore(*a)))
     return calls

@@ -54,7 +54,7 @@ class GradientMask:
             self._masked = None
         else:
             restore_zeros_(gradient, mask)
-            self._masked = Stamp(gradient, mask)
+            self._masked = Stamp(gradient, mask) if gradient.is_cpu else None  # of use on the host alone
 
     @unserializable_hook  # type: ignore[untyped-decorator]  # the hook of a copied module makes one of its own
     def _mask_asked_for(self, gradient: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from torch_sap.masks.fsdp import is_fsdp
 from torch_sap.masks.masking import InPlaceMask
+from torch_sap.masks.zeros import hold_together
 
 
 class Guard:
@@ -31,12 +32,14 @@ class Guard:
         compiling = torch.compiler.is_compiling()
         if not compiling and is_fsdp(module):
             self._come_first(module)
+        unheld = []
         for hook, inner in self.held:
             if hook.guarded_by is None or hook.guarded_by is self:
-                hook.before_forward(inner)
+                unheld.append((hook, hook.before_forward(inner)))
                 hook.guarded_by = self
             elif hook.sharded and not compiling:
                 hook.relink(inner)
+        hold_together(unheld)
 
     def link(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook that runs when FSDP has gathered the weights."""

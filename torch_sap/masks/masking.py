@@ -29,7 +29,7 @@ from torch_sap.masks.linking import hooks_of, link, load_hooks_of, rename_parame
 from torch_sap.masks.optimizers import unwatch, watch
 from torch_sap.masks.stamps import Probe, Stamp
 from torch_sap.masks.standardised import fold_
-from torch_sap.masks.zeros import restore_zeros_
+from torch_sap.masks.zeros import hold_together, restore_zeros_
 from torch_sap.selection.collective import is_dtensor, place, same_placement
 
 
@@ -81,27 +81,38 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def hold(self, module: nn.Module) -> None:
         """Make the module compute with the masked weight, now and until somebody writes into it."""
-        if self._held(module) is None and (found := self.attach(module)) is not None:
-            restore_zeros_(*found)
-            self.note_zeros(*found)
+        hold_together([(self, self.unheld(module))])
 
-    def _held(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
-        """Weight and mask, if the module is known to be as :meth:`hold` leaves it."""
+    def unheld(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Weight and mask, if the zeros have to be restored; all else that :meth:`hold` does is done here."""
+        known = self._attached(module)
+        if known is not None and self._has_zeros(*known):
+            return None
+        return known or self.attach(module)
+
+    def _attached(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Weight and mask, if the module is as :meth:`attach` leaves it; None if it may not be."""
         weight: Tensor | None = module._parameters.get(self._weight_key)
         mask = module._buffers.get(self._mask_key)
-        if weight is None or mask is None or self._zeros is None or self._probe is None:
-            return None
         read: Tensor | None = module.__dict__.get(self._tensor_name)
-        if read is not weight or (self._gradient is None and weight.requires_grad):
+        if weight is None or mask is None or read is not weight or is_dtensor(weight) or is_dtensor(mask):
             return None
-        return (weight, mask) if self._zeros.holds(weight, mask) and self._probe.finds_zeros(weight) else None
+        masked = not weight.requires_grad or (self._gradient is not None and self._gradient.weight is weight)
+        return (weight, mask) if masked else None
+
+    def _has_zeros(self, weight: Tensor, mask: Tensor) -> bool:
+        """Whether the zeros are known to be there."""
+        if self._zeros is None or self._probe is None:
+            return False
+        return self._zeros.holds(weight, mask) and self._probe.finds_zeros(weight)
 
     def note_zeros(self, weight: Tensor, mask: Tensor) -> None:
         """Remember that the zeros are there now, on the host, unless FSDP fills the weight anew without counting."""
         self._zeros = None
+        if not (weight.is_cpu and mask.is_cpu):
+            return
         module = self._module()
-        managed = module is None or manages(module, self._weight_key)
-        if weight.is_cpu and mask.is_cpu and not managed and not is_dtensor(weight):
+        if module is not None and not manages(module, self._weight_key) and not is_dtensor(weight):
             if self._probe is None or not self._probe.fits(mask):
                 self._probe = Probe(mask)
             self._zeros = Stamp(weight, mask)
@@ -128,23 +139,27 @@ class InPlaceMask(prune.BasePruningMethod):
         """Forward pre-hook."""
         weight = module._parameters.get(self._weight_key)
         if self.guarded_by is None:
-            self.before_forward(module)
+            hold_together([(self, self.before_forward(module))])
             if self._lent is not None and self.give_back not in module._forward_hooks.values():
                 module.register_forward_hook(self.give_back, always_call=True)
-        elif _runs_eagerly(weight) and module.__dict__.get(self._tensor_name) is not weight:
+        elif module.__dict__.get(self._tensor_name) is not weight and _runs_eagerly(weight):
             link(module, self._tensor_name, weight)
 
-    def before_forward(self, module: nn.Module) -> None:
-        """Let a forward of the module, or of one around it, compute with zeros at pruned entries."""
+    def before_forward(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Let a forward of the module, or of one around it, compute with zeros at pruned entries.
+
+        Returns what :meth:`unheld` does: the caller restores those zeros.
+        """
         weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
         if _runs_eagerly(weight):
             self._lent = None  # left by a torch.export that failed
-            self.hold(module)
-        elif torch.compiler.is_dynamo_compiling() and weight is not None and mask is not None:
+            return self.unheld(module)
+        if torch.compiler.is_dynamo_compiling() and weight is not None and mask is not None:
             with torch.no_grad():  # a part of the graph, where ``.data`` is not allowed
                 weight.mul_(mask)
         else:
             self._lend(module)
+        return None
 
     def relink(self, module: nn.Module) -> None:
         """Let ``module.weight`` be the tensor that is there now: FSDP exchanges it for a forward and a backward."""
@@ -215,25 +230,26 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def known_zeros(self) -> tuple[Tensor, Tensor] | None:
         """Weight and mask, if the weight and its gradient are known to be zero at the pruned entries, on the host."""
-        module = self._module()
-        known = None if module is None else self._held(module)
-        if known is None or (gradient := known[0].grad) is None:
+        module = None if self._zeros is None else self._module()
+        known = None if module is None else self._attached(module)
+        if known is None or not self._has_zeros(*known):
+            return None
+        if (gradient := known[0].grad) is None:
             return known
         return known if self._gradient is not None and self._gradient.is_masked(gradient, known[1]) else None
 
-    def after_step(self, known: tuple[Tensor, Tensor] | None) -> None:
-        """Restore the zeros, or note that they are there still if the step was known to keep them."""
+    def after_step(self, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """Note that the zeros are still there if the step was known to keep them, else return as :meth:`unheld`."""
         if known is not None:
             self._zeros = Stamp(*known)
-            return
+            return None
         module = self._module()
-        if module is None or self._find(module) is None:
-            return
-        weight, mask = self._weight_and_mask(module)
-        self.hold(module)
-        trained = None if self._gradient is None else self._gradient.weight
-        if is_dtensor(trained) and trained is not weight:  # FSDP keeps the weight gathered
-            restore_zeros_(trained, mask)
+        if module is None:
+            return None
+        unheld, trained = self.unheld(module), None if self._gradient is None else self._gradient.weight
+        if unheld is None and is_dtensor(trained) and (found := self._find(module)) and found[0] is not trained:
+            restore_zeros_(trained, found[1])  # FSDP keeps the weight gathered
+        return unheld
 
     def remove(self, module: nn.Module) -> None:
         """Make the pruning permanent, for PyTorch's prune.remove: the same Parameter, its old name, its old place."""

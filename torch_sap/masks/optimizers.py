@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torch_sap.masks.stamps import Stamp
-from torch_sap.masks.zeros import restore_zeros_
+from torch_sap.masks.zeros import Holder, hold_together, restore_zeros_
 
 KEEP_ZEROS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
-class Held(Protocol):
+class Held(Holder, Protocol):
     """A pruned weight, as this module sees it."""
 
     state: Stamp | None
@@ -33,8 +33,8 @@ class Held(Protocol):
     def known_zeros(self) -> tuple[Tensor, Tensor] | None:
         """Weight and mask, if the weight and its gradient are known to be zero at the pruned entries."""
 
-    def after_step(self, known: tuple[Tensor, Tensor] | None) -> None:
-        """Restore the zeros, or note that they are there still if the step was known to keep them."""
+    def after_step(self, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """Note that the zeros are there still if the step was known to keep them, or return what to restore."""
 
 
 _held: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -94,8 +94,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     stepping = _stepping.pop(optimizer, None)
     if stepping is None:
         stepping = [(held, weight, None) for held, weight, _ in _held_in(optimizer)]
+    hold_together([(held, held.after_step(known)) for held, _, known in stepping])
     for held, weight, known in stepping:
-        held.after_step(known)
         held.state = Stamp(known[1], *_state_of(optimizer, weight)) if known is not None else None
 
 

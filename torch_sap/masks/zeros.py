@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -35,6 +36,32 @@ def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
         return
     for piece, factor in zip(*(flatten(t, tensor).split(TORCH_CHUNK) for t in (bits, mask)), strict=True):
         piece.mul_(factor)
+
+
+class Holder(Protocol):
+    """Who holds a weight's zeros."""
+
+    def note_zeros(self, weight: Tensor, mask: Tensor) -> None:
+        """Remember that they are there now."""
+
+
+def hold_together(unheld: Iterable[tuple[Holder, tuple[Tensor, Tensor] | None]]) -> None:
+    """:func:`restore_zeros_` for each holder that has a weight with its mask to restore, and let it know.
+
+    On devices with one call: a launch takes a third of the time of the Python around it.
+    """
+    found = [(holder, pair) for holder, pair in unheld if pair is not None]
+    bits, masks = [], []
+    for _, (weight, mask) in found:
+        if weight.is_cpu:
+            restore_zeros_(weight, mask)
+        else:
+            bits.append(local(weight).data.view(INTEGER_OF[weight.dtype]))
+            masks.append(local(mask))
+    if bits:
+        torch._foreach_mul_(bits, masks)
+    for holder, (weight, mask) in found:
+        holder.note_zeros(weight, mask)
 
 
 def restore_all_zeros_(weights: Sequence[tuple[Tensor, Tensor]]) -> None:
