@@ -11,9 +11,9 @@ from torch.nn.utils import prune
 
 from torch_sap.masks.fsdp import reshard
 from torch_sap.masks.guarding import guard, unguard
+from torch_sap.masks.holding import hold_mask
 from torch_sap.masks.interrupts import complete, held_back
 from torch_sap.masks.linking import load_hooks_of
-from torch_sap.masks.masking import hold_mask
 from torch_sap.masks.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
 from torch_sap.masks.reparametrised import warn_of_reparametrised
 from torch_sap.masks.standardised import fold_, mask_standardised

@@ -25,7 +25,7 @@ from torch.nn.utils import prune
 
 from torch_sap.masks.fsdp import manages
 from torch_sap.masks.gradients import GradientMask
-from torch_sap.masks.linking import hooks_of, link, load_hooks_of, rename_parameter
+from torch_sap.masks.linking import hooks_of, link, rename_parameter
 from torch_sap.masks.optimizers import unwatch, watch
 from torch_sap.masks.stamps import Probe, Stamp
 from torch_sap.masks.standardised import fold_
@@ -273,41 +273,6 @@ class InPlaceMask(prune.BasePruningMethod):
         if self._gradient is not None:
             self._gradient.release()
         self._gradient = None
-
-
-def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
-    """Give a tensor of a module a mask that is held in place, from whatever form it is in.
-
-    The zeros are not there yet: call :func:`torch_sap.masks.zeros.restore_all_zeros_` for all tensors that got a mask.
-
-    Args:
-        module: Module that has the tensor, unpruned, pruned in place, or pruned by one of PyTorch's methods.
-        name: Name of the tensor before it was pruned.
-        mask: Bool tensor of its shape on its device; it becomes the buffer, unless there is a bool one, which gets
-            its values.
-    """
-    hooks = hooks_of(module, name)
-    ours = [hook for hook in hooks if isinstance(hook, InPlaceMask)]
-    if ours and len(hooks) == 1:
-        ours[0].attach(module)  # a mask from before the model was sharded is sharded too
-        module._buffers[name + "_mask"].copy_(mask)  # type: ignore[union-attr]
-        return
-    for key in [key for key, hook in module._forward_pre_hooks.items() if hook in hooks]:
-        del module._forward_pre_hooks[key]
-    for left in load_hooks_of(module):
-        if left._tensor_name == name:
-            left.release(module)
-    if name in module._parameters:
-        rename_parameter(module, name, name + "_orig")
-    hook = InPlaceMask(module, name)
-    module.__dict__.pop(name, None)
-    module.register_buffer(name + "_mask", mask)
-    module.register_forward_pre_hook(hook)
-    before_load: Any = module.register_load_state_dict_pre_hook
-    before_load(hook.before_load)
-    after_load: Any = module.register_load_state_dict_post_hook
-    after_load(hook.after_load)
-    hook.attach(module)
 
 
 def _runs_eagerly(weight: Tensor | None) -> TypeGuard[nn.Parameter]:

@@ -1,0 +1,45 @@
+"""A tensor of a module gets a mask that is held in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_sap.masks.linking import hooks_of, load_hooks_of, rename_parameter
+from torch_sap.masks.masking import InPlaceMask
+
+
+def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Give a tensor of a module a mask that is held in place, from whatever form it is in.
+
+    The zeros are not there yet: call :func:`torch_sap.masks.zeros.restore_all_zeros_` for all tensors that got a mask.
+
+    Args:
+        module: Module that has the tensor, unpruned, pruned in place, or pruned by one of PyTorch's methods.
+        name: Name of the tensor before it was pruned.
+        mask: Bool tensor of its shape on its device; it becomes the buffer, unless there is a bool one, which gets
+            its values.
+    """
+    hooks = hooks_of(module, name)
+    ours = [hook for hook in hooks if isinstance(hook, InPlaceMask)]
+    if ours and len(hooks) == 1:
+        ours[0].attach(module)  # a mask from before the model was sharded is sharded too
+        module._buffers[name + "_mask"].copy_(mask)  # type: ignore[union-attr]
+        return
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook in hooks]:
+        del module._forward_pre_hooks[key]
+    for left in load_hooks_of(module):
+        if left._tensor_name == name:
+            left.release(module)
+    if name in module._parameters:
+        rename_parameter(module, name, name + "_orig")
+    hook = InPlaceMask(module, name)
+    module.__dict__.pop(name, None)
+    module.register_buffer(name + "_mask", mask)
+    module.register_forward_pre_hook(hook)
+    before_load: Any = module.register_load_state_dict_pre_hook
+    before_load(hook.before_load)
+    after_load: Any = module.register_load_state_dict_post_hook
+    after_load(hook.after_load)
+    hook.attach(module)
