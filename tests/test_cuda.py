@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torch_sap
+from torch_sap.selection import keys
 
 timm = pytest.importorskip("timm")
 
@@ -69,6 +70,33 @@ def assert_same_masks(on_device, on_host):
         assert torch.count_nonzero(value_of(on_device, name)[~found]) == 0, name
 
 
+@pytest.fixture(params=["one batch", "batches", "deterministic"])
+def batched(request, monkeypatch):
+    """Batches of many tensors, or parts of one; with and without atomic operations."""
+    if request.param != "one batch":
+        monkeypatch.setattr(keys, "DEVICE_CHUNK", 999)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(request.param == "deterministic")
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("batched")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_small_tensors_give_what_they_give_on_the_host(scope, dtype):
+    for factor in (1, 30):  # many different magnitudes, or many equal ones and zeros
+        host = zoo()
+        for parameter in host.parameters():
+            parameter.data = parameter.data if factor == 1 else parameter.data.mul(factor).round()
+        host.to(dtype)
+        device = copy.deepcopy(host).cuda()
+        for _ in range(3):
+            for model in (host, device):
+                FUNCTIONS[scope](model, eta_r=0.2)
+            assert_same_masks(device, host)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("make", [zoo, resnet, vit])
@@ -100,10 +128,14 @@ def test_ties_go_by_position_as_on_the_host(scope):
 
 def test_channels_last_is_pruned_as_it_lies():
     host = resnet()
+    with torch.no_grad():
+        for parameter in host.parameters():
+            parameter.mul_(50).round_()
     device = copy.deepcopy(host).cuda().to(memory_format=torch.channels_last)
-    for model in (host, device):
-        torch_sap.global_unstructured(model, eta_r=0.2)
-    assert_same_masks(device, host)
+    for _ in range(2):
+        for model in (host, device):
+            torch_sap.global_unstructured(model, eta_r=0.2)
+        assert_same_masks(device, host)
     weight = device.layer1[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -227,6 +259,7 @@ def test_a_training_step_captured_in_a_cuda_graph_keeps_the_zeros():
     assert_held(model)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_model_on_a_device():
     model = vit().cuda()
     torch_sap.layer_unstructured(model, eta_r=0.5)
@@ -380,7 +413,7 @@ def test_methods_inside_pytorchs_own_functions():
 @pytest.fixture
 def nccl(tmp_path):
     if not dist.is_nccl_available():
-        pytest.skip("needs NCCL")
+        pytest.skip("needs a GPU with NCCL")
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.selection.collective import Part, add_up, common_part, gather, gather_along
-from torch_sap.selection.exact import Tensors, _keep_larger, _keep_late_ties, find_on_device, find_on_host
-from torch_sap.selection.keys import chunks, common_dtype, flatten, keys_of
+from torch_sap.selection.device import find_on_device
+from torch_sap.selection.exact import Tensors, _keep_larger, _keep_late_ties, find_on_host
+from torch_sap.selection.keys import chunks, common_dtype, flatten, flatten_all, keys_of
 
 
 def keep_largest_across(
@@ -39,16 +40,20 @@ def keep_largest_across(
     assert shared is not None
     dtype = common_dtype(scores for scores, _ in tensors)
     tensors = [(scores.contiguous(), mask) for scores, mask in tensors]
-    flats = [(flatten(scores, scores), mask if mask is None else flatten(mask, scores)) for scores, mask in tensors]
+    flats = flatten_all(tensors)
     counted = [flat for flat, part in zip(flats, parts, strict=True) if part is not None or shared.rank == 0]
-    find: Any = find_on_host if on_host else find_on_device
-    key, below, _ = _on_host(find(counted, count + pruned, dtype, partial(add_up, part=shared)))
+    everywhere = partial(add_up, part=shared)
+    if on_host:
+        key, below, _ = find_on_host(counted, count + pruned, dtype, everywhere)
+        left = count + pruned * (key != 0) - below  # entries with just this key that have to go
+    else:
+        key, below, _ = _on_host(find_on_device(counted, count, dtype, everywhere))
+        left = count - below
     masks = [torch.empty_like(scores, dtype=torch.bool) for scores, _ in tensors]
     for keep, flat in zip(masks, flats, strict=True):
         _keep_larger(flatten(keep, keep), flat, key, dtype, on_host)
     ties = _on_host([_count_ties(flat, key, dtype, on_host) for flat in flats])
     table = np.stack([row for (row,) in gather([np.array(ties, np.float64)], shared)]).astype(np.int64)
-    left = count + pruned * (key != 0) - below  # entries with just this key that have to go
     for i, (keep, (scores, mask), part) in enumerate(zip(masks, tensors, parts, strict=True)):
         here = table[:1, i] if part is None else table[:, i]
         if left < here.sum():

@@ -2,8 +2,8 @@
 
 The k-th smallest key is found by counting: an interval of keys that holds it is cut into bins, the entries in each
 bin are counted, and the bin that holds the k-th entry becomes the next interval, until that is a single key. Counts
-add up over chunks, tensors and devices. On the host a sample gives a first, short interval; a wrong guess costs one
-pass. On a device the intervals stay tensors, and nothing is read back.
+add up over chunks and tensors. A sample gives a first, short interval; a wrong guess costs one pass. That is how it is
+done on the host; for other devices see :mod:`torch_sap.selection.device`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torch_sap.selection.device import keep_largest_in_rows_on_device, keep_largest_on_device
 from torch_sap.selection.host import map_pieces, scratch
-from torch_sap.selection.keys import HOST_CHUNK, chunks, common_dtype, flatten, is_dense, key_end, keys_of
+from torch_sap.selection.keys import HOST_CHUNK, chunks, common_dtype, flatten, flatten_all, is_dense, key_end, keys_of
 
 BIN_BITS = 16
 """An interval is cut into at most 2 ** BIN_BITS bins."""
@@ -53,34 +54,26 @@ def keep_largest(tensors: Tensors, count: int, pruned: int, *, on_host: bool) ->
     """
     dtype = common_dtype(scores for scores, _ in tensors)
     tensors = [(scores if is_dense(scores) else scores.contiguous(), mask) for scores, mask in tensors]
-    flats = [(flatten(scores, scores), mask if mask is None else flatten(mask, scores)) for scores, mask in tensors]
-    find: Any = find_on_host if on_host else find_on_device
+    if not on_host:
+        return keep_largest_on_device(tensors, count, pruned)
+    flats = flatten_all(tensors)
     # A pruned entry has the key 0: it is smaller than all that may go, and equal only to unpruned zeros.
-    key, below, equal = find(flats, count + pruned, dtype)
+    key, below, equal = find_on_host(flats, count + pruned, dtype)
     left = count + pruned * (key != 0) - below  # entries with just this key that have to go
-    all_go = on_host and left == (equal if key else equal - pruned)
-    return list(masks_above(tensors, key, left, dtype, on_host=on_host, all_ties_go=all_go))
+    all_go = left == (equal if key else equal - pruned)
+    return list(masks_above(tensors, key, left, dtype, all_ties_go=all_go))
 
 
 def masks_above(
-    tensors: Iterable[tuple[Tensor, Tensor | None]],
-    key: Any,
-    left: Any,
-    dtype: torch.dtype,
-    *,
-    on_host: bool,
-    all_ties_go: bool = False,
+    tensors: Iterable[tuple[Tensor, Tensor | None]], key: int, left: int, dtype: torch.dtype, *, all_ties_go: bool
 ) -> Iterator[Tensor]:
-    """Masks that keep the unpruned entries above a key, and those that equal it but for the first ``left`` of all."""
+    """Masks, on the host, that keep the unpruned entries above a key, and those equal to it but the first ``left``."""
     for scores, mask in tensors:
         keep = torch.empty_like(scores, dtype=torch.bool)
-        key, left = (x if on_host else x.to(scores.device) for x in (key, left))
         flat = flatten(scores, scores), None if mask is None else flatten(mask, scores)
-        ties: Any = 0
-        _keep_larger(flatten(keep, scores), flat, key, dtype, on_host)
+        _keep_larger(flatten(keep, scores), flat, key, dtype, on_host=True)
         if not all_ties_go:
-            ties = _keep_late_ties(keep, scores, mask, key, left, dtype, on_host)
-        left = (left - ties) * (left > ties)
+            left = max(0, left - _keep_late_ties(keep, scores, mask, key, left, dtype, on_host=True))
         yield keep
 
 
@@ -190,32 +183,6 @@ def _count(flats: Iterable[Any], low: int, high: int, shift: int, dtype: torch.d
     return sum(sum(map_pieces(count, list(chunks(*flat, on_host=True)), on_host=True)) for flat in flats), bins
 
 
-def find_on_device(
-    flats: Tensors, rank: int, dtype: torch.dtype, add_up: AddUp | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`find_on_host`, without reading anything back: fixed steps of BIN_BITS bits from the highest."""
-    home = flats[0][0].device
-    low = torch.zeros((), dtype=torch.int64, device=home)
-    below = low.clone()
-    bits = key_end(dtype).bit_length() - 1
-    for shift in range((bits - 1) // BIN_BITS * BIN_BITS, -1, -BIN_BITS):
-        bins = torch.zeros(2**BIN_BITS + 1, dtype=torch.int64, device=home)
-        for flat in flats:
-            for scores, mask in chunks(*flat, on_host=False):
-                keys = keys_of(scores, mask, dtype, on_host=False).long()
-                bin_of = (keys - low.to(keys.device)) >> shift
-                bin_of.masked_fill_(bin_of >> BIN_BITS != 0, 2**BIN_BITS)  # the last bin takes what lies outside
-                counts = torch.zeros_like(bins, device=keys.device)
-                bins += counts.scatter_add_(0, bin_of, torch.ones_like(bin_of)).to(home)
-        if add_up is not None:
-            bins = add_up(bins)
-        cumulative = below + bins[:-1].cumsum(0)
-        chosen = torch.searchsorted(cumulative, torch.full_like(low, rank)).clamp_max(2**BIN_BITS - 1)
-        low = low + (chosen << shift)
-        below = cumulative.gather(0, chosen) - bins.gather(0, chosen)
-    return low, below, bins.gather(0, chosen)
-
-
 def keep_largest_in_rows(out: Any, keys: Any, mask: Any, counts: Any, unpruned: Any, *, on_host: bool) -> None:
     """Write the mask of some rows after the ``counts`` smallest unpruned magnitudes of each are taken away.
 
@@ -229,22 +196,15 @@ def keep_largest_in_rows(out: Any, keys: Any, mask: Any, counts: Any, unpruned: 
 
     Of equal magnitudes in a row the first go.
     """
-    first = (keys.shape[1] - unpruned)[:, None]  # as many keys of pruned entries, -1, come before all others
-    go = first + counts[:, None]
-    if on_host:
-        in_place = out.flags.c_contiguous
-        keep = out.reshape(keys.shape) if in_place else scratch("keep", keys.shape, np.bool_)
-        _keep_rows_on_host(keep, keys, mask, first, go)
-        if not in_place:
-            out[...] = keep.reshape(out.shape)
+    if not on_host:
+        keep_largest_in_rows_on_device(out, keys, mask, counts, unpruned)
         return
-    if mask is not None:
-        keys.masked_fill_(~mask, -1)
-    last = keys.sort(dim=1).values.gather(1, (go - 1).clamp_min(0))
-    last = torch.where(go > first, last, -1)  # the largest key of each row that goes
-    equal = keys == last
-    left = go - (keys < last).sum(1, keepdim=True)
-    out.copy_(((keys > last) | ((last >= 0) & equal & (equal.cumsum(1) > left))).view(out.shape))
+    first = (keys.shape[1] - unpruned)[:, None]  # as many keys of pruned entries, -1, come before all others
+    in_place = out.flags.c_contiguous
+    keep = out.reshape(keys.shape) if in_place else scratch("keep", keys.shape, np.bool_)
+    _keep_rows_on_host(keep, keys, mask, first, first + counts[:, None])
+    if not in_place:
+        out[...] = keep.reshape(out.shape)
 
 
 def _keep_rows_on_host(

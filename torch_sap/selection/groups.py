@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch_sap.selection.across import keep_largest_across
 from torch_sap.selection.bounds import Hyperparameters
 from torch_sap.selection.collective import Part, gather_along, is_dtensor
+from torch_sap.selection.device import batch_sums
 from torch_sap.selection.exact import keep_largest, keep_largest_in_rows
 from torch_sap.selection.host import Job, map_pieces
-from torch_sap.selection.keys import as_array, chunk_size, common_dtype, count_true, flatten, keys_of, sort_rows
+from torch_sap.selection.keys import as_array, chunk_size, common_dtype, count_true, flatten_all, keys_of, sort_rows
 from torch_sap.selection.sieve import Sieve, Sifted, expect
 from torch_sap.selection.sums import flat_sums, index_from_sums, row_sums
 
@@ -69,10 +70,6 @@ class Entry:
         """Whether the entries are on the CPU, where numpy works on them."""
         return self.scores.is_cpu
 
-    def unpruned(self) -> Any:
-        """d: int, or int64 scalar tensor on the device."""
-        return self.scores.numel() if self.mask is None else count_true(self.mask)
-
     def rows(self, tensor: Tensor) -> list[Tensor]:
         """Views of a tensor of the scores' shape that have the output channels in dimension 0."""
         return [part.movedim(self.channel_dim, 0) for part in tensor.chunk(self.channel_groups)]
@@ -105,20 +102,23 @@ class Pool:
             self.expected = rule
 
     def sums(self, exponents: Sequence[float], scale: float) -> Job:
-        """The making of a float64 table of shape (1 + exponents, 1) for each tensor: d, then the power sums."""
-        flats: list[tuple[Any, ...]] = [
-            (flatten(scores, scores), None if mask is None else flatten(mask, scores)) for scores, mask in self.tensors
-        ]
-        how: dict[str, Any] = {"on_host": self.on_host, "scale": scale}
+        """The making of float64 tables of shape (1 + exponents, 1) of the group's parts: d, then the power sums."""
+        flats: list[Any] = flatten_all(self.tensors)
+        if not self.on_host:  # parts are put together with those of other processes one by one
+            apart = [[flat] for flat in flats]
+            joined = [list(of_one) for _, of_one in groupby(flats, key=lambda flat: flat[0].device)]
+            return batch_sums(apart if any(self.parts) else joined, self.dtype, exponents, scale)
+        how: dict[str, Any] = {}
         self.sieve = None if self.expected is None else expect(self.tensors, self.dtype, self.expected)
         if self.sieve is not None:
             how["visit"] = self.sieve.sift
             flats = [(*flat, keep) for flat, keep in zip(flats, self.sieve.flats, strict=True)]
-        job = flat_sums(flats, self.dtype, exponents, **how)
+        job = flat_sums(flats, self.dtype, exponents, scale=scale, **how)
 
         def gather(found: list[Any]) -> list[Any]:
             sums, self.sifted = job.gather(found)
-            return [_with_count(entry.unpruned(), table) for entry, table in zip(self.entries, sums, strict=True)]
+            d = [scores.numel() if mask is None else count_true(mask) for scores, mask in self.tensors]
+            return [_with_count(here, table) for here, table in zip(d, sums, strict=True)]
 
         return job._replace(gather=gather)
 
@@ -267,8 +267,7 @@ def _unpruned_in_rows(keys: Any, mask: Any) -> Any:
 def _with_count(d: Any, sums: Any) -> Any:
     """d as the first row of a table of sums."""
     if isinstance(sums, Tensor):
-        row = sums.new_empty(1, sums.shape[1])  # a number is filled in, not copied: for a copy the host would wait
-        return torch.cat([row.fill_(d) if isinstance(d, int) else row.copy_(d), sums])
+        return torch.cat([d.to(sums.dtype)[None], sums])
     return np.concatenate([np.asarray(d, np.float64).reshape(1, -1), sums])
 
 

@@ -71,6 +71,11 @@ def flatten(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.permute(order).reshape(-1)
 
 
+def flatten_all(tensors: Iterable[tuple[Tensor, Tensor | None]]) -> list[tuple[Tensor, Tensor | None]]:
+    """Scores and masks (or None), both in the order in which the scores lie in memory."""
+    return [(flatten(scores, scores), None if mask is None else flatten(mask, scores)) for scores, mask in tensors]
+
+
 def chunk_size(on_host: bool) -> int:
     """Entries that are worked on at once."""
     return HOST_CHUNK if on_host else DEVICE_CHUNK

@@ -55,9 +55,7 @@ class Threshold(NamedTuple):
         for tensor in tensors:
             ties = self._ties(tensor) if left else 0
             key, go = (self.key, left) if left else (self.key - 1, 0)
-            yield from masks_above(
-                [(tensor, None)], key, go, self.dtype, on_host=True, all_ties_go=not left or ties <= left
-            )
+            yield from masks_above([(tensor, None)], key, go, self.dtype, all_ties_go=not left or ties <= left)
             left = max(0, left - ties)
 
     def _ties(self, tensor: Tensor) -> int:

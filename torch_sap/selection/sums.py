@@ -62,7 +62,7 @@ def power_sums(
         return sums
 
 
-def block_sums(x: Any) -> list[Any]:
+def block_sums(x: NDArray[np.float64]) -> list[NDArray[np.float64]]:
     """Sums of the blocks of one dimension of powers: those of whole ones, and of the rest if there is one."""
     whole = len(x) // BLOCK * BLOCK
     sums = [_sum(x[:whole].reshape(-1, BLOCK))]
@@ -127,39 +127,37 @@ def flat_sums(
     dtype: torch.dtype,
     exponents: Sequence[float],
     *,
-    on_host: bool,
     scale: float = 1.0,
     visit: Callable[..., Any] = lambda keys, *others: None,
 ) -> Job:
-    """Sums of ``|scale * w| ** exponent`` over the unpruned entries of each tensor.
+    """Sums of ``|scale * w| ** exponent`` over the unpruned entries of each tensor, on the host.
 
     Args:
         tensors: Scores, bool mask (False where pruned) or None, and what else ``visit`` needs, of one dimension and
             of one length each.
         dtype: Type that the keys are made in; the arithmetic is float64.
         exponents: Positive exponents.
-        on_host: Whether to work with numpy. The tensors must be on the CPU then.
         scale: Factor that keeps sums within the range of float64.
         visit: Called with the keys of each piece, while they are in the cache, and the piece of what it needs.
 
     Returns:
-        A job that gives for each tensor float64 of shape (exponents, 1), array or tensor; not finite if a score is
-        not finite or a sum overflows. And what ``visit`` gave for each piece, in order.
+        A job that gives for each tensor a float64 array of shape (exponents, 1); not finite if a score is not finite
+        or a sum overflows. And what ``visit`` gave for each piece, in order.
     """
     types = [scores.dtype for scores, *_ in tensors]
     counted = {
-        i: Bins(types[i], -(-scores.numel() // chunk_size(on_host)))
+        i: Bins(types[i], -(-scores.numel() // chunk_size(on_host=True)))
         for i, (scores, *_) in enumerate(tensors)
-        if on_host and types[i].itemsize == 2
+        if types[i].itemsize == 2
     }
 
     def work(number: int, scores: Any, mask: Any, *others: Any) -> tuple[int, list[list[Any]], Any]:
-        keys = keys_of(scores, mask, dtype, on_host=on_host, reuse=True)
+        keys = keys_of(scores, mask, dtype, on_host=True, reuse=True)
         visited = visit(keys, *others)
         if number not in counted:
             return number, power_sums(keys, dtype, exponents, scale, block_sums), visited
         if types[number] != dtype:
-            keys = keys_of(scores, mask, types[number], on_host=on_host, reuse=True)
+            keys = keys_of(scores, mask, types[number], on_host=True, reuse=True)
         is_last = counted[number].add(keys)
         sums = counted[number].sums(exponents, scale) if is_last else []
         return number, [[np.array([value])] for value in sums] or [[] for _ in exponents], visited
@@ -169,15 +167,10 @@ def flat_sums(
         for number, sums, _ in found:
             for all_blocks, more in zip(blocks[number], sums, strict=True):
                 all_blocks += more
-        visited = [result for _, _, result in found]
-        if on_host:
-            return [np.array([[exact_sum(parts)] for parts in of_tensor]) for of_tensor in blocks], visited
-        empty = tensors[0][0].new_zeros(1, dtype=torch.float64)
-        return [
-            torch.stack([torch.cat(parts or [empty]).sum().reshape(1) for parts in of_tensor]) for of_tensor in blocks
-        ], visited
+        tables = [np.array([[exact_sum(parts)] for parts in of_tensor]) for of_tensor in blocks]
+        return tables, [result for _, _, result in found]
 
-    pieces = [(i, *piece) for i, flats in enumerate(tensors) for piece in chunks(*flats, on_host=on_host)]
+    pieces = [(i, *piece) for i, flats in enumerate(tensors) for piece in chunks(*flats, on_host=True)]
     return Job(work, pieces, gather)
 
 
