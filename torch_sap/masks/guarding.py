@@ -66,13 +66,16 @@ class Guard:
 
 def guard(model: nn.Module) -> None:
     """Give every module of a model that has pruned modules inside a guard for them, or leave it the one it has."""
+    found: dict[nn.Module, dict[InPlaceMask, nn.Module]] = {}
     for module in model.modules():
-        inside = [inner for inner in module.modules() if inner is not module or is_fsdp(module)]
-        held = [(hook, inner) for inner in inside for hook in _in_place(inner)]
+        held = [
+            (hook, inner) for hook, inner in _hooks_in(module, found).items() if inner is not module or is_fsdp(module)
+        ]
         known = _guards(module)
         if known and known[0].held == held:
             continue
-        _release(module)
+        if known:
+            _release(module)
         if held:
             new = Guard(held)
             module.register_forward_pre_hook(new.before, prepend=is_fsdp(module))
@@ -87,8 +90,14 @@ def unguard(model: nn.Module) -> None:
         _release(module)
 
 
-def _in_place(module: nn.Module) -> list[InPlaceMask]:
-    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, InPlaceMask)]
+def _hooks_in(module: nn.Module, found: dict[nn.Module, dict[InPlaceMask, nn.Module]]) -> dict[InPlaceMask, nn.Module]:
+    """The hooks of a module and of those inside it, with the modules that have them; it adds them to ``found``."""
+    if module not in found:
+        hooks = module._forward_pre_hooks.values()
+        found[module] = {hook: module for hook in hooks if isinstance(hook, InPlaceMask)}
+        for child in module.children():
+            found[module].update(_hooks_in(child, found))
+    return found[module]
 
 
 def _guards(module: nn.Module) -> list[Guard]:

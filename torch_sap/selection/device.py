@@ -49,19 +49,19 @@ class Batch(NamedTuple):
 
     def write(self, joined: Tensor) -> None:
         """Write what belongs to the scores, one after the other, to the outputs."""
-        torch._foreach_copy_(self.outputs, joined.split([len(output) for output in self.outputs]))
+        torch._foreach_copy_(self.outputs, joined.split([output.numel() for output in self.outputs]))
 
 
 def batches(flats: Tensors) -> Iterator[Batch]:
     """All entries of tensors of one dimension, in their order, in batches of up to DEVICE_CHUNK."""
     batch, room = Batch([], [], []), chunk_size(on_host=False)
     for scores, mask, *outputs in flats:
-        start = 0
-        while start < len(scores):
+        start, length = 0, scores.numel()
+        while start < length:
             if batch.scores and (room == 0 or batch.scores[0].device != scores.device):
                 yield batch
                 batch, room = Batch([], [], []), chunk_size(on_host=False)
-            end = min(len(scores), start + room)
+            end = min(length, start + room)
             batch.scores.append(scores[start:end])
             batch.masks.append(None if mask is None else mask[start:end])
             batch.outputs.extend(output[start:end] for output in outputs)
@@ -93,7 +93,7 @@ def batch_sums(
         mask = batch.mask()
         keys = batch.keys(dtype, mask, 0)
         sums = power_sums(keys, dtype, exponents, scale, torch.sum)
-        d = torch.full_like(sums[0], len(keys)) if mask is None else mask.sum(dtype=torch.float64)
+        d = torch.full_like(sums[0], keys.numel()) if mask is None else mask.sum(dtype=torch.float64)
         return number, torch.stack([d, *sums])[:, None]
 
     def gather(found: list[tuple[int, Tensor]]) -> list[Tensor]:
@@ -148,10 +148,10 @@ def find_on_device(
     home = flats[0][0].device
     low = torch.zeros((), dtype=torch.int64, device=home)
     below = low.clone()
-    bits = key_end(dtype).bit_length() - 1
+    every, bits = list(batches(flats)), key_end(dtype).bit_length() - 1
     for shift in range((bits - 1) // BIN_BITS * BIN_BITS, -1, -BIN_BITS):
         bins = torch.zeros(2**BIN_BITS, dtype=torch.int64, device=home)
-        for batch in batches(flats):
+        for batch in every:
             keys = batch.order_keys(dtype)
             keys -= low.to(keys.device, keys.dtype)
             keys >>= shift
