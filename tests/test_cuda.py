@@ -259,11 +259,12 @@ def test_a_training_step_captured_in_a_cuda_graph_keeps_the_zeros():
     assert_held(model)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-def test_a_compiled_model_on_a_device():
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_model_on_a_device(backend):
     model = vit().cuda()
     torch_sap.layer_unstructured(model, eta_r=0.5)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=backend)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     for seed in range(3):
         step(compiled, optimizer, batch(seed))
