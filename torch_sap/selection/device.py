@@ -35,12 +35,11 @@ class Batch(NamedTuple):
         if all(mask is None for mask in self.masks):
             return None
         every = zip(self.scores, self.masks, strict=True)
-        return torch.cat([torch.ones_like(s, dtype=torch.bool) if mask is None else mask for s, mask in every])
+        return _join([torch.ones_like(s, dtype=torch.bool) if mask is None else mask for s, mask in every])
 
     def keys(self, dtype: torch.dtype, mask: Tensor | None, pruned: int) -> Tensor:
         """Keys of the scores in ``dtype``, one after the other, in new memory; another number where a mask is False."""
-        keys = torch.cat([scores.to(dtype) for scores in self.scores]).view(INTEGER_OF[dtype])
-        keys &= key_end(dtype) - 1
+        keys = _join([scores.to(dtype) for scores in self.scores]).view(INTEGER_OF[dtype]) & (key_end(dtype) - 1)
         return keys if mask is None else torch.where(mask, keys, pruned)
 
     def order_keys(self, dtype: torch.dtype) -> Tensor:
@@ -50,6 +49,10 @@ class Batch(NamedTuple):
     def write(self, joined: Tensor) -> None:
         """Write what belongs to the scores, one after the other, to the outputs."""
         torch._foreach_copy_(self.outputs, joined.split([output.numel() for output in self.outputs]))
+
+
+def _join(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def batches(flats: Tensors) -> Iterator[Batch]:
