@@ -7,7 +7,8 @@
 - the zeros are restored when a state has been loaded, and before every forward, whoever wrote into the weight.
 
 Where they are known to be there still, nothing is done (:mod:`torch_sap.masks.stamps`), on the host: a pass over the
-weights shows in the time of a training step there. On a device it does not, but looking would wait for it.
+weights shows in the time of a training step there. On a device looking would wait for it, so they are always restored,
+those of all weights in one call.
 
 A hook is found by PyTorch's own functions (``prune.is_pruned``, ``prune.remove``, a foreign method on top), holds no
 mask, and looks the weight and the mask up in its module each time: they may be replaced
