@@ -6,7 +6,7 @@ from processes import assert_passed, run_processes
 from distributed_cases import CASES  # isort: skip  # after processes, which skips where there is no gloo
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids="{} processes".format)
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids="{} processes".format)
 def failures(request, tmp_path_factory):
     return run_processes(request.param, tmp_path_factory.mktemp("processes"), CASES)
 

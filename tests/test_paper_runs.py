@@ -89,6 +89,7 @@ def test_the_name_of_a_run_holds_all_its_settings():
     assert replace(TINY, method="random", ratio=0.1).name != replace(TINY, method="random").name
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been(tmp_path):
     run = replace(TINY, model="cnn", width=4, rounds=3, epochs=2, scope="neuron")
     whole = paper_runs.complete(run, tmp_path / "whole")

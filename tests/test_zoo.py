@@ -158,6 +158,7 @@ def test_a_real_test_finds_what_is_broken(failure, monkeypatch):
     assert failure in zoo_real.real("test_resnet").failure
 
 
+@pytest.mark.slow
 def test_lines_are_added_and_known_ones_left_out(tmp_path, capsys):
     arguments = ["structure", "--jobs", "1", "--out", str(tmp_path), "--models"]
     assert zoo.main([*arguments, "test_vit", "test_resnet"]) == 0
@@ -170,6 +171,7 @@ def test_lines_are_added_and_known_ones_left_out(tmp_path, capsys):
     assert "failures" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_is_begun_after_the_time(tmp_path):
     names = ["test_vit", "test_resnet", "test_convnext"]
     zoo.main(["structure", "--jobs", "2", "--minutes", "0", "--out", str(tmp_path), "--models", *names])
