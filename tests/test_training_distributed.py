@@ -5,6 +5,8 @@ from processes import assert_passed, run_processes
 
 from training_cases import CASES  # isort: skip  # after processes, which skips where there is no gloo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
