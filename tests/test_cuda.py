@@ -1,65 +1,19 @@
-"""On a GPU: what the host computes, without waiting for the device; skipped where there is none."""
+"""Pruning steps on a GPU: what the host computes, without waiting for the device; skipped where there is none."""
 
 import copy
-import warnings
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from helpers import FUNCTIONS, SCOPES, assert_held, lookup, mask_of, mlp, value_of, weight_names, zoo
+from cuda_models import batch, needs_gpu, resnet, vit, waits
+from helpers import FUNCTIONS, SCOPES, mask_of, mlp, value_of, weight_names, zoo
 from torch import nn
 from torch.nn.utils import prune
 
 import torch_sap
 from torch_sap.selection import keys
 
-timm = pytest.importorskip("timm")
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-OPTIMIZERS = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-2),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
-    "adamw_fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
-    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3, momentum=0.9),
-}
-
-
-@contextmanager
-def waits():
-    """The warnings of PyTorch about operations for which the host waits."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield found
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    found[:] = [each for each in found if "synchronizing CUDA operation" in str(each.message)]
-
-
-def resnet():
-    torch.manual_seed(5)
-    return timm.create_model("resnet18", num_classes=10)
-
-
-def vit():
-    torch.manual_seed(5)
-    return timm.create_model("test_vit", num_classes=10, img_size=32)
-
-
-def batch(seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((8, 3, 32, 32), generator=generator).cuda(), (torch.arange(8) % 10).cuda()
-
-
-def step(model, optimizer, of_batch):
-    optimizer.zero_grad()
-    nn.functional.cross_entropy(model(of_batch[0]), of_batch[1]).backward()
-    optimizer.step()
+pytestmark = needs_gpu
 
 
 def assert_same_masks(on_device, on_host):
@@ -169,176 +123,6 @@ def test_a_step_waits_a_few_times_whatever_the_number_of_tensors(scope, pruned):
     assert len(found[0]) == len(found[1]) <= 4, found
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("make", [resnet, vit])
-def test_training_waits_for_nothing_and_keeps_the_zeros(make, optimizer):
-    model = make().cuda()
-    made_before = OPTIMIZERS[optimizer](model.parameters())
-    step(model, made_before, batch())  # momentum from before the pruning
-    torch_sap.layer_unstructured(model, eta_r=0.5)
-    for seed in range(4):
-        inputs = batch(seed)
-        torch.cuda.synchronize()
-        with waits() as warned:
-            step(model, made_before, inputs)
-        assert not warned, [f"{each.filename}:{each.lineno}" for each in warned]
-        assert_held(model)
-
-
-@pytest.mark.parametrize("make", [resnet, vit])
-def test_training_is_that_of_a_model_masked_by_hand(make):
-    model = make().cuda().double()
-    dense = copy.deepcopy(model)
-    torch_sap.layer_unstructured(model, eta_r=0.5)
-    masks = [(dict(dense.named_parameters())[name], mask_of(model, name)) for name in weight_names(dense)]
-    optimizers = [OPTIMIZERS["sgd"](each.parameters()) for each in (model, dense)]
-    with torch.no_grad():
-        for weight, mask in masks:
-            weight.mul_(mask)
-    for seed in range(4):
-        images, labels = batch(seed)
-        inputs = images.double(), labels
-        step(model, optimizers[0], inputs)
-        optimizers[1].zero_grad()
-        nn.functional.cross_entropy(dense(inputs[0]), inputs[1]).backward()
-        for weight, mask in masks:
-            weight.grad.mul_(mask)
-        optimizers[1].step()
-    for name in weight_names(dense):
-        torch.testing.assert_close(value_of(model, name), value_of(dense, name))
-    assert_held(model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_automatic_mixed_precision(dtype):
-    model = resnet().cuda()
-    torch_sap.global_unstructured(model, eta_r=0.5)
-    optimizer, scaler = OPTIMIZERS["sgd"](model.parameters()), torch.amp.GradScaler("cuda")
-    for seed in range(4):
-        images, labels = batch(seed)
-        optimizer.zero_grad()
-        with torch.autocast("cuda", dtype):
-            loss = nn.functional.cross_entropy(model(images), labels)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        for name in weight_names(model):
-            module, own = lookup(model, name)
-            assert torch.count_nonzero(getattr(module, own).grad[~mask_of(model, name)]) == 0
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        assert_held(model)
-    assert torch_sap.verify(model, batch()[0]).effective
-
-
-def test_a_training_step_captured_in_a_cuda_graph_keeps_the_zeros():
-    model = mlp().cuda()
-    torch_sap.global_unstructured(model, eta_r=0.5)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=True)
-    inputs, labels = torch.randn(16, 6, device="cuda"), torch.arange(16, device="cuda") % 4
-
-    def train():
-        optimizer.zero_grad(set_to_none=False)
-        nn.functional.cross_entropy(model(inputs), labels).backward()
-        optimizer.step()
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            train()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        train()
-    before = model[0].weight.detach().clone()
-    for _ in range(5):
-        inputs.normal_()
-        graph.replay()
-    assert not torch.equal(before, model[0].weight)
-    assert_held(model)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_model_on_a_device(backend):
-    model = vit().cuda()
-    torch_sap.layer_unstructured(model, eta_r=0.5)
-    compiled = torch.compile(model, backend=backend)
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    for seed in range(3):
-        step(compiled, optimizer, batch(seed))
-        assert_held(model)
-    torch._dynamo.reset()
-
-
-def test_a_pruned_model_moves_between_devices():
-    model = mlp()
-    torch_sap.global_unstructured(model, eta_r=0.5)
-    kept = [mask_of(model, name).clone() for name in weight_names(model)]
-    model.cuda()
-    assert_held(model)
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(torch.randn(16, 6, device="cuda")).square().mean().backward()
-        optimizer.step()
-    assert_held(model)
-    assert all(torch.equal(a, mask_of(model, n).cpu()) for a, n in zip(kept, weight_names(model), strict=True))
-    state = model.state_dict()
-    other = mlp()
-    torch_sap.global_unstructured(other, gamma=0.0)
-    other.load_state_dict({key: value.cpu() for key, value in state.items()})
-    model.cpu()
-    assert_held(model)
-    torch.testing.assert_close(other.eval()(torch.ones(2, 6)), model.eval()(torch.ones(2, 6)))
-    torch_sap.global_unstructured(model.cuda(), eta_r=0.5)
-    torch_sap.remove(model)
-    assert not prune.is_pruned(model)
-
-
-def train_fn(model, seeds=range(6)):
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    for seed in seeds:
-        step(model, optimizer, batch(seed))
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_iterative_sap_rewinds_on_the_device(scope):
-    model = vit().cuda()
-    start = {name: value_of(model, name).clone() for name in weight_names(model)}
-    rewound = []
-
-    def observed(model):
-        rewound.append({name: value_of(model, name).clone() for name in start})
-        train_fn(model)
-
-    history = torch_sap.iterative_sap(model, observed, scope=scope, iterations=3, eta_r=0.2)
-    assert len(history) >= 4
-    assert history[-1].remaining < history[0].remaining
-    assert_held(model)
-    for values in rewound[1:]:
-        for name, first in start.items():
-            kept = values[name] != 0
-            assert torch.equal(values[name][kept], first[kept]), name
-
-
-def test_a_run_goes_on_from_its_checkpoint(tmp_path):
-    whole, cut = vit().cuda(), vit().cuda()
-    torch.use_deterministic_algorithms(True)
-    try:
-        history = torch_sap.iterative_sap(whole, train_fn, iterations=3, eta_r=0.2)
-        torch_sap.iterative_sap(cut, train_fn, iterations=1, eta_r=0.2, checkpoint=tmp_path / "run.pt")
-        again = vit().cuda()
-        resumed = torch_sap.iterative_sap(again, train_fn, iterations=3, eta_r=0.2, checkpoint=tmp_path / "run.pt")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert [each.remaining for each in resumed] == [each.remaining for each in history]
-    for name in weight_names(whole):
-        assert torch.equal(value_of(again, name), value_of(whole, name)), name
-        assert mask_of(again, name).is_cuda
-
-
 def test_memory_does_not_grow_with_the_rounds():
     model = resnet().cuda()
     seen = []
@@ -409,61 +193,3 @@ def test_methods_inside_pytorchs_own_functions():
         torch_sap.PQINeuron.apply(model[3], "weight")
     for module, other in ((host[0], device[0]), (host[3], device[3])):
         assert torch.equal(module.weight_mask.bool(), other.weight_mask.bool().cpu())
-
-
-@pytest.fixture
-def nccl(tmp_path):
-    if not dist.is_nccl_available():
-        pytest.skip("needs a GPU with NCCL")
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("scope", SCOPES)
-def test_ddp_and_fsdp2_with_nccl(nccl, scope):
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
-    alone = vit().cuda()
-    parallel = DistributedDataParallel(copy.deepcopy(alone))
-    sharded = copy.deepcopy(alone)
-    for block in sharded.blocks:
-        fully_shard(block)
-    fully_shard(sharded)
-    models = alone, parallel, sharded
-    optimizers = [OPTIMIZERS["sgd"](model.parameters()) for model in models]
-    for number in range(3):
-        reports = [FUNCTIONS[scope](model, eta_r=0.2) for model in models]
-        if not number:
-            assert reports[0].tensors == reports[1].tensors == reports[2].tensors
-        for model, optimizer in zip(models, optimizers, strict=True):
-            step(model, optimizer, batch(number))
-    assert_held(parallel.module)
-    for module, name in torch_sap.prunable_parameters(sharded):
-        weight, mask = (getattr(module, name + end).full_tensor() for end in ("_orig", "_mask"))
-        assert torch.count_nonzero(weight[~mask]) == 0
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lightning_on_a_device():
-    lightning = pytest.importorskip("lightning.pytorch")
-    from lightning_modules import EPOCHS, Module, loader
-
-    from torch_sap.integrations.lightning import SAPCallback
-
-    callback, module = SAPCallback(EPOCHS), Module()
-    trainer = lightning.Trainer(
-        accelerator="gpu",
-        devices=1,
-        max_epochs=3 * EPOCHS,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, loader())
-    assert len(callback.history) >= 2
-    assert callback.history[-1].remaining < callback.history[0].remaining

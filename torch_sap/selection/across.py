@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.selection.collective import Part, add_up, common_part, gather, gather_along
-from torch_sap.selection.device import find_on_device
-from torch_sap.selection.exact import Tensors, _keep_larger, _keep_late_ties, find_on_host
+from torch_sap.selection.device import Tensors, find_on_device
+from torch_sap.selection.exact import _keep_larger, _keep_late_ties, find_on_host
 from torch_sap.selection.keys import chunks, common_dtype, flatten, flatten_all, keys_of
 
 
@@ -47,12 +47,12 @@ def keep_largest_across(
         key, below, _ = find_on_host(counted, count + pruned, dtype, everywhere)
         left = count + pruned * (key != 0) - below  # entries with just this key that have to go
     else:
-        key, below, _ = _on_host(find_on_device(counted, count, dtype, everywhere))
+        key, below, _ = _numbers(find_on_device(counted, count, dtype, everywhere))
         left = count - below
     masks = [torch.empty_like(scores, dtype=torch.bool) for scores, _ in tensors]
     for keep, flat in zip(masks, flats, strict=True):
         _keep_larger(flatten(keep, keep), flat, key, dtype, on_host)
-    ties = _on_host([_count_ties(flat, key, dtype, on_host) for flat in flats])
+    ties = _numbers([_count_ties(flat, key, dtype, on_host) for flat in flats])
     table = np.stack([row for (row,) in gather([np.array(ties, np.float64)], shared)]).astype(np.int64)
     for i, (keep, (scores, mask), part) in enumerate(zip(masks, tensors, parts, strict=True)):
         here = table[:1, i] if part is None else table[:, i]
@@ -62,7 +62,7 @@ def keep_largest_across(
     return masks
 
 
-def _on_host(numbers: Sequence[Any]) -> list[int]:
+def _numbers(numbers: Sequence[Any]) -> list[int]:
     """The numbers, with one read if they are on a device."""
     if numbers and isinstance(numbers[0], Tensor):
         numbers = torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()

@@ -19,8 +19,11 @@ from torch_sap.selection.sums import power_sums
 BIN_BITS = 11
 """The bits of a key that are found at once: as many bins as a GPU's multiprocessor can count in its own memory."""
 
-Tensors = Iterable[tuple[Any, ...]]
-"""Scores, bool mask or None (nothing is pruned), and perhaps an output of each tensor."""
+Tensors = Sequence[tuple[Tensor, Tensor | None]]
+"""Scores and bool mask (None: nothing pruned) of each tensor of a group, in order of position."""
+
+AddUp = Callable[[Tensor], Tensor]
+"""Makes the sum over all processes of int64 counts."""
 
 
 class Batch(NamedTuple):
@@ -55,8 +58,12 @@ def _join(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def batches(flats: Tensors) -> Iterator[Batch]:
-    """All entries of tensors of one dimension, in their order, in batches of up to DEVICE_CHUNK."""
+def batches(flats: Iterable[tuple[Any, ...]]) -> Iterator[Batch]:
+    """All entries in their order, in batches of up to DEVICE_CHUNK.
+
+    Args:
+        flats: Scores, mask or None, and perhaps an output of each tensor, of one dimension and one length.
+    """
     batch, room = Batch([], [], []), chunk_size(on_host=False)
     for scores, mask, *outputs in flats:
         start, length = 0, scores.numel()
@@ -73,12 +80,7 @@ def batches(flats: Tensors) -> Iterator[Batch]:
         yield batch
 
 
-def batch_sums(
-    groups: Sequence[Sequence[tuple[Tensor, Tensor | None]]],
-    dtype: torch.dtype,
-    exponents: Sequence[float],
-    scale: float,
-) -> Job:
+def batch_sums(groups: Sequence[Tensors], dtype: torch.dtype, exponents: Sequence[float], scale: float) -> Job:
     """Sums of ``|scale * w| ** exponent`` over the unpruned entries of several groups of flat tensors.
 
     Args:
@@ -109,7 +111,7 @@ def batch_sums(
     return Job(table, [(i, batch) for i, group in enumerate(groups) for batch in batches(group)], gather)
 
 
-def keep_largest_on_device(tensors: Sequence[tuple[Tensor, Tensor | None]], count: int, pruned: int) -> list[Tensor]:
+def keep_largest_on_device(tensors: Tensors, count: int, pruned: int) -> list[Tensor]:
     """As :func:`torch_sap.selection.exact.keep_largest`, for tensors that fill their memory."""
     dtype = common_dtype(scores for scores, _ in tensors)
     flats = [torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format) for scores, _ in tensors]
@@ -139,10 +141,7 @@ def keep_largest_on_device(tensors: Sequence[tuple[Tensor, Tensor | None]], coun
 
 
 def find_on_device(
-    flats: Sequence[tuple[Tensor, Tensor | None]],
-    rank: int,
-    dtype: torch.dtype,
-    add_up: Callable[[Tensor], Tensor] | None = None,
+    flats: Tensors, rank: int, dtype: torch.dtype, add_up: AddUp | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rank-th smallest key of the unpruned entries (from 1), how many of them are smaller, how many equal it.
 

@@ -8,7 +8,7 @@ done on the host; for other devices see :mod:`torch_sap.selection.device`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from threading import Lock
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.selection.device import keep_largest_in_rows_on_device, keep_largest_on_device
+from torch_sap.selection.device import AddUp, Tensors, keep_largest_in_rows_on_device, keep_largest_on_device
 from torch_sap.selection.host import map_pieces, scratch
 from torch_sap.selection.keys import HOST_CHUNK, chunks, common_dtype, flatten, flatten_all, is_dense, key_end, keys_of
 
@@ -33,12 +33,6 @@ MOST_COLLECTED = HOST_CHUNK // 16
 LONG_ROW = 2**10
 """Entries of a row from which on parting it is faster than sorting all of it, if few go."""
 
-Tensors = Sequence[tuple[Tensor, Tensor | None]]
-"""Scores and bool mask (None: nothing pruned) of each tensor of a group, in order of position."""
-
-AddUp = Callable[[Tensor], Tensor]
-"""Makes the sum over all processes of int64 counts."""
-
 
 def keep_largest(tensors: Tensors, count: int, pruned: int, *, on_host: bool) -> list[Tensor]:
     """Masks of a group after its ``count`` smallest unpruned magnitudes are taken away.
@@ -52,11 +46,10 @@ def keep_largest(tensors: Tensors, count: int, pruned: int, *, on_host: bool) ->
     Returns:
         New bool masks, one a tensor. Of equal magnitudes those that come first (order of tensors, then flat index) go.
     """
-    dtype = common_dtype(scores for scores, _ in tensors)
     tensors = [(scores if is_dense(scores) else scores.contiguous(), mask) for scores, mask in tensors]
     if not on_host:
         return keep_largest_on_device(tensors, count, pruned)
-    flats = flatten_all(tensors)
+    dtype, flats = common_dtype(scores for scores, _ in tensors), flatten_all(tensors)
     # A pruned entry has the key 0: it is smaller than all that may go, and equal only to unpruned zeros.
     key, below, equal = find_on_host(flats, count + pruned, dtype)
     left = count + pruned * (key != 0) - below  # entries with just this key that have to go

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.selection.bounds import Hyperparameters
-from torch_sap.selection.exact import Tensors
+from torch_sap.selection.device import Tensors
 from torch_sap.selection.host import scratch
 from torch_sap.selection.keys import HOST_CHUNK, flatten, is_dense, keys_of, magnitudes
 from torch_sap.selection.sums import index_from_sums
