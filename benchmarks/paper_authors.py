@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from torch_sap.iteration.stepper import Stepper
-from torch_sap.selection.bounds import Hyperparameters
-from torch_sap.selection.groups import Scope
+from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.decide.groups import Scope
+from torch_sap.iterate.pruner import Stepper
 
 
 class AuthorsCount(Hyperparameters):

@@ -14,8 +14,8 @@ from paper_results import Histories
 from paper_runs import Run
 
 import torch_sap
-from torch_sap.iteration.phases import label_phases
-from torch_sap.iteration.plots import PHASE_COLOURS, shade_phases
+from torch_sap.records.phases import label_phases
+from torch_sap.records.plots import PHASE_COLOURS, shade_phases
 
 Groups = Mapping[str, Histories]
 Value = Callable[[torch_sap.Round], float]

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from training import Recipe, evaluate, fit, seed_everything
 
 import torch_sap
-from torch_sap.iteration.stepper import Stepper
-from torch_sap.selection.groups import Entry, Scope
+from torch_sap.decide.groups import Entry, Scope
+from torch_sap.iterate.pruner import Stepper
 
 Method = Literal["sap", "lottery-ticket", "one-shot", "random", "plain"]
 OnEpoch = Callable[[int, float], None]

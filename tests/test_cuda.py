@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torch_sap
-from torch_sap.selection import keys
+from torch_sap.decide import keys
 
 pytestmark = needs_gpu
 

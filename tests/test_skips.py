@@ -19,7 +19,7 @@ def reasons(tree):
             yield reason.value if isinstance(reason, ast.Constant) else None
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
 def test_a_skip_says_which_package_or_device_it_needs(path):
     for reason in reasons(ast.parse(path.read_text(encoding="utf-8"))):
         needs = (reason or "").removeprefix("needs ")
@@ -27,7 +27,7 @@ def test_a_skip_says_which_package_or_device_it_needs(path):
         assert needs.startswith(("a GPU", "the package ", "PyTorch 2.")), reason
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
 def test_what_is_imported_or_skipped_is_an_optional_package(path):
     """An error in torch_sap's own import is no reason to skip."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -3,22 +3,22 @@
 Source: Diao et al., "Pruning Deep Neural Networks from a Sparsity Perspective", ICLR 2023 (arXiv 2302.05601).
 """
 
+from torch_sap.decide.bounds import prune_count, retention_bound
+from torch_sap.decide.measures import gini_index, pq_index
+from torch_sap.files.sparse_loading import load_masks, load_sparse
+from torch_sap.files.sparse_saving import save_masks, save_sparse
 from torch_sap.functional import global_unstructured, layer_unstructured, neuron_unstructured, remove
-from torch_sap.iteration.baselines import LotteryTicket, OneShot
-from torch_sap.iteration.history import History
-from torch_sap.iteration.rounds import Round
-from torch_sap.iteration.stopping import Collapse, NothingLeft, StoppingRule, TargetDensity, WithinTolerance
+from torch_sap.inspect.summary import LayerSummary, Summary, summary
+from torch_sap.inspect.verify import Verification, VerifiedWeight, verify
+from torch_sap.integrations.torch_pruning import Shrunk, shrink
+from torch_sap.iterate.baselines import LotteryTicket, OneShot
 from torch_sap.iterative import SAP, iterative_sap, sap_rounds
 from torch_sap.masks.parameters import prunable_parameters
-from torch_sap.masks.verification import Verification, VerifiedWeight, verify
 from torch_sap.methods import PQIGlobal, PQILayer, PQINeuron
-from torch_sap.records import PruningReport
-from torch_sap.selection.bounds import prune_count, retention_bound
-from torch_sap.selection.measures import gini_index, pq_index
-from torch_sap.shipping.shrinking import Shrunk, shrink
-from torch_sap.shipping.sparse_loading import load_masks, load_sparse
-from torch_sap.shipping.sparse_saving import save_masks, save_sparse
-from torch_sap.shipping.summaries import LayerSummary, Summary, summary
+from torch_sap.records.history import History
+from torch_sap.records.report import PruningReport
+from torch_sap.records.round import Round
+from torch_sap.stopping import Collapse, NothingLeft, StoppingRule, TargetDensity, WithinTolerance
 
 __version__ = "0.1.0"
 

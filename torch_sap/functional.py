@@ -9,23 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_sap.masks.fsdp import reshard
+from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.decide.groups import Scope
+from torch_sap.decide.keys import count_true
+from torch_sap.decide.step import prune_step
+from torch_sap.decide.threads import map_pieces
+from torch_sap.distributed.fsdp import reshard
+from torch_sap.distributed.replicas import check_agreement, groups_of_copies
+from torch_sap.distributed.sharded import add_up, local, part_of
 from torch_sap.masks.guarding import guard, unguard
 from torch_sap.masks.holding import hold_mask
 from torch_sap.masks.interrupts import complete, held_back
 from torch_sap.masks.linking import load_hooks_of
 from torch_sap.masks.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
-from torch_sap.masks.reparametrised import warn_of_reparametrised
-from torch_sap.masks.standardised import fold_, mask_standardised
+from torch_sap.masks.reparametrized import warn_of_reparametrised
+from torch_sap.masks.standardized import fold_, mask_standardised
 from torch_sap.masks.zeros import restore_all_zeros_
-from torch_sap.records import PruningReport, TensorRecord
-from torch_sap.selection.agreement import check_agreement, groups_of_copies
-from torch_sap.selection.bounds import Hyperparameters
-from torch_sap.selection.collective import add_up, local, part_of
-from torch_sap.selection.groups import Scope
-from torch_sap.selection.host import map_pieces
-from torch_sap.selection.keys import count_true
-from torch_sap.selection.step import prune_step
+from torch_sap.records.report import PruningReport, TensorRecord
 
 Model = TypeVar("Model", bound=nn.Module)
 

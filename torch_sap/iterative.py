@@ -12,16 +12,16 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from torch_sap.iteration.history import History
-from torch_sap.iteration.metrics import Metrics, check_callable, evaluate
-from torch_sap.iteration.resuming import Run
-from torch_sap.iteration.rewinding import Rewind
-from torch_sap.iteration.rounds import Round
-from torch_sap.iteration.stepper import Stepper
-from torch_sap.iteration.stopping import StoppingRule, as_rules
+from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.decide.groups import Scope
+from torch_sap.iterate.metrics import Metrics, check_callable, evaluate
+from torch_sap.iterate.pruner import Stepper
+from torch_sap.iterate.resuming import Run
+from torch_sap.iterate.rewinding import Rewind
 from torch_sap.masks.interrupts import held_back
-from torch_sap.selection.bounds import Hyperparameters
-from torch_sap.selection.groups import Scope
+from torch_sap.records.history import History
+from torch_sap.records.round import Round
+from torch_sap.stopping import StoppingRule, as_rules
 
 
 class SAP(Stepper):

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.decide.groups import Entry, Scope
+from torch_sap.decide.keys import check_dtype
+from torch_sap.decide.step import prune_step
 from torch_sap.masks.linking import hooks_of
-from torch_sap.masks.standardised import is_masked, is_standardised
-from torch_sap.selection.bounds import Hyperparameters
-from torch_sap.selection.groups import Entry, Scope
-from torch_sap.selection.keys import check_dtype
-from torch_sap.selection.step import prune_step
+from torch_sap.masks.standardized import is_masked, is_standardised
 
 
 class PQIMethod(prune.BasePruningMethod):

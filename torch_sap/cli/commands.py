@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_sap.cli.checkpoint_files import SUFFIXES
-from torch_sap.cli.checkpoint_pruning import prune_checkpoint
 from torch_sap.cli.report import (
     Row,
     choose_metric,
@@ -29,6 +27,8 @@ from torch_sap.cli.report import (
     write_csv,
 )
 from torch_sap.cli.scanning import scan_checkpoint, scan_model
+from torch_sap.files.checkpoint_pruning import prune_checkpoint
+from torch_sap.files.weights import SUFFIXES
 
 
 def scan(arguments: Namespace) -> None:

@@ -11,8 +11,8 @@ from typing import get_args
 
 import torch_sap
 from torch_sap.cli.commands import compare, prune, report, scan
-from torch_sap.selection.bounds import Hyperparameters
-from torch_sap.selection.groups import Scope
+from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.decide.groups import Scope
 
 ERRORS = (OSError, ValueError, TypeError, ImportError, MemoryError, RuntimeError)
 """What a wrong file or a wrong name raises: a line on stderr, never a traceback."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO, get_args
 
 from torch_sap.cli.scanning import Scan
-from torch_sap.iteration.history import History
-from torch_sap.selection.groups import Scope
+from torch_sap.decide.groups import Scope
+from torch_sap.records.history import History
 
 Row = Mapping[str, Any]
 

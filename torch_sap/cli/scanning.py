@@ -18,15 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from torch_sap.cli.checkpoint_files import open_checkpoint
-from torch_sap.cli.checkpoint_reading import pieces_of
+from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.decide.histogram import Histogram, count_keys, empty_bins
+from torch_sap.decide.keys import HOST_CHUNK, as_array, keys_of
+from torch_sap.decide.sums import bin_sums, index_from_sums, row_sums
+from torch_sap.decide.threads import map_pieces
+from torch_sap.files.checkpoint_reading import pieces_of
+from torch_sap.files.weights import open_checkpoint
 from torch_sap.masks.parameters import resolve
-from torch_sap.records import numbers
-from torch_sap.selection.bounds import Hyperparameters
-from torch_sap.selection.histogram import Histogram, count_keys, empty_bins
-from torch_sap.selection.host import map_pieces
-from torch_sap.selection.keys import HOST_CHUNK, as_array, keys_of
-from torch_sap.selection.sums import bin_sums, index_from_sums, row_sums
+from torch_sap.records.report import numbers
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def scan_model(
         TypeError: if a weight is not of a real floating-point type.
 
     Example:
-        >>> from torch_sap.selection.bounds import Hyperparameters
+        >>> from torch_sap.decide.bounds import Hyperparameters
         >>> scan = scan_model(nn.Linear(1000, 10), Hyperparameters())
         >>> abs(scan.overall.pruned_global - scan.overall.pqi) < 0.001
         True

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import is_pruned
 from torch.utils.hooks import RemovableHandle
 
+from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.decide.groups import Scope, check_scope
 from torch_sap.functional import global_unstructured, remove
-from torch_sap.iteration.history import History
 from torch_sap.iterative import SAP
 from torch_sap.masks.parameters import prunable_parameters
-from torch_sap.selection.bounds import Hyperparameters
-from torch_sap.selection.groups import Scope, check_scope
+from torch_sap.records.history import History
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from torch_sap.iteration.rounds import Round, Sparsity
+from torch_sap.records.round import Round, Sparsity
 
 try:
     from torch.utils.tensorboard import SummaryWriter

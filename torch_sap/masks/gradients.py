@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import unserializable_hook
 
+from torch_sap.distributed.sharded import same_placement
 from torch_sap.masks.stamps import Stamp
 from torch_sap.masks.zeros import restore_zeros_
-from torch_sap.selection.collective import same_placement
 
 
 class GradientMask:

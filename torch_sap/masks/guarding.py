@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_sap.masks.fsdp import is_fsdp
+from torch_sap.distributed.fsdp import is_fsdp
 from torch_sap.masks.masking import InPlaceMask
 from torch_sap.masks.zeros import hold_together
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_sap.masks.fsdp import rename
+from torch_sap.distributed.fsdp import rename
 
 
 def hooks_of(module: nn.Module, name: str) -> list[prune.BasePruningMethod]:

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_sap.masks.fsdp import manages
+from torch_sap.distributed.fsdp import manages
+from torch_sap.distributed.sharded import is_dtensor, place, same_placement
 from torch_sap.masks.gradients import GradientMask
 from torch_sap.masks.linking import hooks_of, link, rename_parameter
 from torch_sap.masks.optimizers import unwatch, watch
 from torch_sap.masks.stamps import Probe, Stamp
-from torch_sap.masks.standardised import fold_
+from torch_sap.masks.standardized import fold_
 from torch_sap.masks.zeros import hold_together, restore_zeros_
-from torch_sap.selection.collective import is_dtensor, place, same_placement
 
 
 class InPlaceMask(prune.BasePruningMethod):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from torch_sap.masks.fsdp import reshard
-from torch_sap.selection.agreement import unwrap
-from torch_sap.selection.collective import local, part_of, place, wrap
-from torch_sap.selection.groups import Entry
-from torch_sap.selection.keys import check_dtype
+from torch_sap.decide.groups import Entry
+from torch_sap.decide.keys import check_dtype
+from torch_sap.distributed.fsdp import reshard
+from torch_sap.distributed.replicas import unwrap
+from torch_sap.distributed.sharded import local, part_of, place, wrap
 
 Pair = tuple[nn.Module, str]
 """A module and the name of one of its parameters, as torch.nn.utils.prune takes them."""

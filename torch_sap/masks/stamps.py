@@ -11,7 +11,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from torch_sap.selection.keys import INTEGER_OF
+from torch_sap.decide.keys import INTEGER_OF
 
 PROBES = 4
 """Pruned entries of a tensor that are looked at."""

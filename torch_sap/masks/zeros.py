@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.selection.collective import local, same_placement
-from torch_sap.selection.host import map_pieces
-from torch_sap.selection.keys import INTEGER_OF, chunks, flatten, is_dense
+from torch_sap.decide.keys import INTEGER_OF, chunks, flatten, is_dense
+from torch_sap.decide.threads import map_pieces
+from torch_sap.distributed.sharded import local, same_placement
 
 TORCH_CHUNK = 2**22
 """Entries that torch multiplies at once on the host. It converts the mask to integers first: 16 MiB for float32.

@@ -1,0 +1,108 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import FUNCTIONS, pruned_in_memory, shard, weights, write
+from torch import nn
+
+import torch_sap
+import torch_sap.cli.scanning as scanning
+import torch_sap.files.checkpoint_reading as checkpoint_reading
+from torch_sap.cli.scanning import scan_checkpoint, scan_model
+from torch_sap.decide.bounds import Hyperparameters
+
+RULE = Hyperparameters(eta_r=0.1)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(checkpoint_reading, "PIECE", 2**13)
+    monkeypatch.setattr(scanning, "HOST_CHUNK", 2**11)
+
+
+def assert_scan_is(scan, tensors, reports, exact):
+    """A scan against the measures of the tensors and the reports of the whole-model functions."""
+    every = torch.cat([tensor.flatten().double() for tensor in tensors.values()])
+    assert scan.overall.weights == every.numel()
+    assert scan.overall.pqi == pytest.approx(float(torch_sap.pq_index(every)), rel=1e-13)
+    assert scan.overall.gini == pytest.approx(float(torch_sap.gini_index(every)), abs=1e-12 if exact else 1e-4)
+    for scope, report in reports.items():
+        assert getattr(scan.overall, f"pruned_{scope}") == report.pruned / report.total
+    assert [layer.name for layer in scan.layers] == list(tensors)
+    for number, (layer, tensor) in enumerate(zip(scan.layers, tensors.values(), strict=True)):
+        assert layer.shape == tuple(tensor.shape)
+        if tensor.numel():
+            assert layer.pqi == pytest.approx(float(torch_sap.pq_index(tensor)), rel=1e-13, nan_ok=True)
+            gini = float(torch_sap.gini_index(tensor))
+            assert layer.gini == pytest.approx(gini, abs=1e-12 if exact else 2e-4, nan_ok=True)
+            for scope, tolerance in (("layer", 1e-15), ("neuron", 1e-15)):
+                record = reports[scope].tensors[number]
+                assert getattr(layer, f"pruned_{scope}") == pytest.approx(
+                    1 - record.remaining / record.total, abs=tolerance
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_is_scanned_as_memory_is_measured(tmp_path, dtype, suffix):
+    values = weights(dtype)
+    scan = scan_checkpoint(write(values, tmp_path / f"a{suffix}"), RULE)
+    tensors = {layer.name: values[layer.name] for layer in scan.layers}
+    reports = {scope: pruned_in_memory(tensors, scope, eta_r=0.1)[1] for scope in FUNCTIONS}
+    assert_scan_is(scan, tensors, reports, exact=dtype.itemsize == 2)
+    dead = {layer.name: layer.dead_rows for layer in scan.layers if layer.dead_rows}
+    assert dead == {"body.dead.weight": 2, "head.weight": 10}
+    assert scan.overall.dead_rows == 12
+
+
+def test_a_model_is_scanned_as_it_is_measured():
+    timm = pytest.importorskip("timm")
+    model = nn.Sequential(timm.create_model("test_resnet"), nn.ConvTranspose2d(8, 6, 3, groups=2))
+    scan = scan_model(model, RULE)
+    tensors = {layer.name: dict(model.named_parameters())[layer.name].detach() for layer in scan.layers}
+    reports = {scope: prune(copy.deepcopy(model), eta_r=0.1) for scope, prune in FUNCTIONS.items()}
+    assert_scan_is(scan, tensors, reports, exact=False)
+    for layer, record in zip(scan.layers, reports["global"].tensors, strict=True):
+        assert layer.pruned_global == pytest.approx(1 - record.remaining / record.total, abs=2e-3)
+
+
+def test_shards_are_scanned_together(tmp_path):
+    values = weights(torch.bfloat16)
+    whole = scan_checkpoint(write(values, tmp_path / "a.safetensors"), RULE)
+    parts = scan_checkpoint(shard(values, tmp_path / "parts"), RULE)
+    assert {layer.name: layer for layer in parts.layers if layer.pqi == layer.pqi} == {
+        layer.name: layer for layer in whole.layers if layer.pqi == layer.pqi
+    }
+    assert parts.overall == whole.overall
+
+
+def test_types_are_mixed(tmp_path):
+    values = {"a.weight": torch.randn(40, 50), "b.weight": torch.randn(30, 60).bfloat16()}
+    scan = scan_checkpoint(write(values, tmp_path / "a.safetensors"), RULE)
+    tensors = {layer.name: values[layer.name] for layer in scan.layers}
+    reports = {scope: pruned_in_memory(tensors, scope, eta_r=0.1)[1] for scope in FUNCTIONS}
+    assert_scan_is(scan, tensors, reports, exact=False)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    values = weights() | {"tail.weight": torch.full((3, 3), float("inf"))}
+    with pytest.raises(ValueError, match=r"tail\.weight must be finite"):
+        scan_checkpoint(write(values, tmp_path / "a.safetensors"), RULE)
+
+
+def test_zeros_have_no_index():
+    model = nn.Linear(4, 3)
+    nn.init.zeros_(model.weight)
+    scan = scan_model(model, RULE)
+    assert np.isnan([scan.overall.pqi, scan.overall.gini]).all()
+    assert (scan.overall.pruned_global, scan.overall.pruned_layer, scan.overall.dead_rows) == (0, 0, 3)
+    assert scan.to_dict()["overall"]["pqi"] is None
+
+
+def test_files_that_end_early_are_named(tmp_path):
+    path = write(weights(), tmp_path / "a.safetensors")
+    tensors = scanning.open_checkpoint(path).weights()
+    path.write_bytes(path.read_bytes()[:-20_000])
+    with pytest.raises(ValueError, match=r"ends at byte .*, before the tensors that it should hold"):
+        list(checkpoint_reading.pieces_of(tensors))

@@ -1,0 +1,80 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from torch_sap.files.checkpoint import read, write
+from torch_sap.iterate.randomness import random_state, set_random_state
+
+
+def draw():
+    """Some random numbers of every kind, an odd number of Gaussians among them: their generators keep the second."""
+    return [
+        *(random.random() for _ in range(3)),
+        random.gauss(0, 1),
+        *np.random.rand(700).tolist(),
+        np.random.randn(),
+        *torch.rand(700).tolist(),
+        torch.randn(()).item(),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    random.seed(1)
+    np.random.seed(1)
+
+
+def test_drawing_goes_on_after_a_file(tmp_path):
+    draw()
+    write(tmp_path / "state", random_state())
+    expected = draw(), draw()
+    draw()
+    set_random_state(read(tmp_path / "state"))
+    assert (draw(), draw()) == expected
+    assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize("generator", [np.random.PCG64, np.random.Philox, np.random.SFC64, np.random.MT19937])
+def test_any_generator_of_numpy(generator, tmp_path):
+    own = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(generator(3))
+        draw()
+        write(tmp_path / "state", random_state())
+        expected = draw()
+        set_random_state(read(tmp_path / "state"))
+        assert draw() == expected
+    finally:
+        np.random.set_bit_generator(own)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("python", [3, [1, 2], None]),
+        ("python", None),
+        ("numpy", {"bit_generator": "PCG64"}),
+        ("numpy", {}),
+        ("torch", torch.zeros(3, dtype=torch.uint8)),
+        ("cuda", 5),
+    ],
+)
+def test_rubbish_changes_nothing(key, value):
+    before = random_state()
+    expected = draw()
+    later = random_state()
+    set_random_state(before)
+    rubbish = {**later, key: value}
+    with pytest.raises(Exception, match=r"."):
+        set_random_state(rubbish)
+    assert draw() == expected
+
+
+def test_other_devices_are_told_of(caplog):
+    state = {**random_state(), "cuda": [torch.zeros(16, dtype=torch.uint8)] * (torch.cuda.device_count() + 1)}
+    if torch.cuda.is_available():
+        state["cuda"][: torch.cuda.device_count()] = torch.cuda.get_rng_state_all()
+    set_random_state(state)
+    assert "CUDA devices were saved" in caplog.text

@@ -1,0 +1,1 @@
+"""Tensors and models that several processes hold together."""

@@ -1,0 +1,1 @@
+"""Weights in files: sparse models, checkpoints of other programs, atomic writing."""

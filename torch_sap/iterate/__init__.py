@@ -1,0 +1,1 @@
+"""Algorithm 1, one round at a time."""

@@ -1,0 +1,48 @@
+"""Modules that compute their weight from other parameters, so that pruning by names does not do what one expects."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
+
+from torch_sap.distributed.replicas import unwrap
+
+
+def warn_of_reparametrised(model: nn.Module, stacklevel: int) -> None:
+    """Warn of modules whose weight is no parameter of theirs, with their paths and what to do.
+
+    ``torch.nn.utils.parametrize`` (its spectral_norm, weight_norm, orthogonal too) keeps the values under another
+    name, which is not pruned. The older ``torch.nn.utils.weight_norm`` keeps lengths and directions of the rows as two
+    weights, which are pruned as such.
+
+    Args:
+        model: The model that is going to be pruned.
+        stacklevel: As for warnings.warn, seen from the caller.
+    """
+    modules = list(unwrap(model).named_modules())
+    hidden = [path or "the model" for path, module in modules if _is_parametrised(module)]
+    if hidden:
+        warnings.warn(
+            f"these modules compute their weight by torch.nn.utils.parametrize, and it is not pruned: "
+            f"{', '.join(hidden)}. Call parametrize.remove_parametrizations(module, 'weight') before pruning, "
+            "or leave them dense",
+            stacklevel=stacklevel + 1,
+        )
+    split = [path or "the model" for path, module in modules if _has_weight_norm(module)]
+    if split:
+        warnings.warn(
+            f"these modules compute their weight from weight_g and weight_v, which are pruned as two weights: "
+            f"{', '.join(split)}. Call torch.nn.utils.remove_weight_norm(module) before pruning, or exclude them",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _is_parametrised(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module) and any("weight" in name for name in module.parametrizations)  # type: ignore[union-attr]
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    return any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())

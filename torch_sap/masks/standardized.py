@@ -1,0 +1,127 @@
+"""Masks that hold behind weight standardisation: timm's StdConv2d, ScaledStdConv2d and their "Same" forms.
+
+These convolutions do not compute with their weight but with ``S(w) = gain * (w - mean) / sqrt(var + eps)``, mean and
+variance over the entries of an output channel. Subtracting a mean turns pruned zeros into other numbers. A masked one
+therefore computes with
+
+    ``mask * S(v)``    where    ``v = mask * (w - mean of w over the unpruned entries of the channel)``
+
+``v`` has mean zero, so that S, timm's own formula, leaves its zeros where they are but for rounding, and the last
+product makes them exact. A channel from which nothing is pruned is computed as timm does it, bit for bit.
+
+A plain timm module whose weight is ``v`` computes the same, which is why ``remove`` leaves ``v``
+(:func:`fold_`). Without centring over the unpruned entries there would be no such weight: what a standardised
+convolution computes with always has mean zero.
+
+The mask is applied in a ``forward`` that the module gets of its own, because the standardised weight is seen nowhere
+else. Source: Qiao et al., "Weight Standardization", arXiv 1903.10520; Brock et al., arXiv 2101.08692 (scaled).
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_sap.distributed.sharded import is_dtensor
+
+_NAMES = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+
+
+class StandardisedForward:
+    """What a pruned standardised convolution computes, in the place of its class's ``forward``.
+
+    Args:
+        module: The convolution.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)  # a strong one would be a cycle, and memory that waits for the collector
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self._module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._module = weakref.ref(state["module"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution of an input (N, C, H, W)."""
+        module: Any = self._module()
+        if "weight_mask" not in module._buffers:  # PyTorch's methods took the tensor over and removed the mask
+            out: Tensor = type(module).forward(module, x)
+            return out
+        if getattr(module, "same_pad", False):
+            x = sys.modules["timm.layers.padding"].pad_same(x, module.kernel_size, module.stride, module.dilation)
+        weight = effective_weight(module)
+        return F.conv2d(x, weight, module.bias, module.stride, module.padding, module.dilation, module.groups)
+
+
+def is_standardised(module: nn.Module) -> bool:
+    """Whether a module is one of timm's standardised convolutions, or a subclass that computes as they do."""
+    layers: Any = sys.modules.get("timm.layers.std_conv")
+    kinds = [getattr(layers, name, None) for name in _NAMES] if layers is not None else []
+    return any(kind is not None and type(module).forward is kind.forward for kind in kinds)
+
+
+def is_masked(module: nn.Module) -> bool:
+    """Whether a module applies its mask behind the standardisation."""
+    return isinstance(getattr(module.__dict__.get("forward"), "__self__", None), StandardisedForward)
+
+
+def mask_standardised(module: nn.Module) -> None:
+    """Let a module that has a mask now apply it behind the standardisation, if it has one."""
+    if is_standardised(module):
+        module.__dict__["forward"] = StandardisedForward(module).forward  # a method, as torch.export wants it
+
+
+def fold_(module: nn.Module) -> None:
+    """Before a mask is taken away: give the weight the value with which timm's own forward computes the same."""
+    if not is_masked(module):
+        return
+    del module.__dict__["forward"]
+    weight, mask = module._parameters.get("weight_orig"), module._buffers.get("weight_mask")
+    if weight is None or mask is None:
+        return
+    with torch.no_grad():
+        weight.copy_(centred(weight.double(), mask))
+
+
+def effective_weight(module: Any) -> Tensor:
+    """What a pruned standardised convolution computes with, of the weight's shape: exact zeros where the mask is False.
+
+    Args:
+        module: One of timm's standardised convolutions, with ``weight_mask``.
+    """
+    weight, mask = module.weight_orig, module.weight_mask  # by these names torch.fx can trace them
+    if is_dtensor(mask) and not is_dtensor(weight):  # FSDP has gathered the weight for this forward
+        mask = mask.full_tensor()
+    gain = (module.gain * module.scale).view(-1) if hasattr(module, "gain") else None
+    rows = centred(weight, mask).reshape(1, module.out_channels, -1)
+    standardised: Tensor = F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=module.eps)
+    return standardised.reshape_as(weight).masked_fill(mask == 0, 0)
+
+
+def centred(weight: Tensor, mask: Tensor) -> Tensor:
+    """The masked weight, with mean zero over the unpruned entries of each output channel that lost some.
+
+    Args:
+        weight: Floating-point tensor (C, ...).
+        mask: Bool tensor of its shape, False where an entry is pruned.
+
+    Example:
+        >>> from torch_sap.masks.standardized import centred
+        >>> weight = torch.tensor([[1.0, 2.0, 6.0], [1.0, 2.0, 6.0]])
+        >>> centred(weight, torch.tensor([[False, True, True], [True, True, True]]))
+        tensor([[ 0., -2.,  2.],
+                [ 1.,  2.,  6.]])
+    """
+    dims = list(range(1, mask.dim()))
+    pruned = mask == 0
+    kept = (~pruned).sum(dims, keepdim=True)
+    mean = weight.masked_fill(pruned, 0).sum(dims, keepdim=True) / kept.clamp(min=1)
+    lost_some = kept < mask.shape[1:].numel()  # any() over several dimensions is unknown to DTensors of PyTorch 2.9
+    return (weight - mean * lost_some).masked_fill(pruned, 0)

@@ -1,0 +1,1 @@
+"""What a pruning found and did, as plain records."""

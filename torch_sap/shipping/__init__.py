@@ -1,1 +1,0 @@
-"""After pruning: what remains, what it costs, small files, and smaller models."""
