@@ -15,16 +15,14 @@ from torch_sap.decide.keys import count_true
 from torch_sap.decide.step import prune_step
 from torch_sap.decide.threads import map_pieces
 from torch_sap.distributed.fsdp import reshard
-from torch_sap.distributed.replicas import check_agreement, groups_of_copies
 from torch_sap.distributed.sharded import add_up, local, part_of
 from torch_sap.masks.guarding import guard, unguard
-from torch_sap.masks.holding import hold_mask
-from torch_sap.masks.interrupts import complete, held_back
+from torch_sap.masks.holding import check_copies, hold_masks
+from torch_sap.masks.interrupts import held_back
 from torch_sap.masks.linking import load_hooks_of
 from torch_sap.masks.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
 from torch_sap.masks.reparametrized import warn_of_reparametrised
-from torch_sap.masks.standardized import fold_, mask_standardised
-from torch_sap.masks.zeros import restore_all_zeros_
+from torch_sap.masks.standardized import fold_
 from torch_sap.records.report import PruningReport, TensorRecord
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -192,29 +190,6 @@ def _prune(
                 if isinstance(model, nn.Module):
                     guard(model)
     return report
-
-
-def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
-    """Prune tensors in place with masks, wherever they are used: all of them or, if there is no memory, none.
-
-    None stands for nothing pruned.
-    """
-    whole = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]
-
-    def hold() -> None:
-        for prunable, mask in zip(prunables, whole, strict=True):
-            for module, name in prunable.holders:
-                hold_mask(module, name, mask)
-                mask_standardised(module)
-        restore_all_zeros_([(p.weight, held) for p in prunables if (held := p.mask) is not None])
-
-    complete(hold)
-
-
-def check_copies(model: object, prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
-    """Raise a RuntimeError if processes that are known to have copies of the same weights made different masks."""
-    groups = groups_of_copies(model, [prunable.weight for prunable in prunables])
-    check_agreement(masks, groups, prunables[0].weight.device)
 
 
 def count_remaining(

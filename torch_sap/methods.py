@@ -64,7 +64,7 @@ class PQIMethod(prune.BasePruningMethod):
         name = getattr(self, "_tensor_name", "t")
         check_dtype(t, name)
         with torch.no_grad():
-            (mask,), _ = prune_step([self._entry(name, t.detach(), default_mask != 0)], self.scope, self.rule)
+            (mask,) = prune_step([self._entry(name, t.detach(), default_mask != 0)], self.scope, self.rule).masks
             assert mask is not None
             return (default_mask * mask).contiguous()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch_sap.decide.bounds import check_number
+from torch_sap.arguments import check_number
 from torch_sap.records.history import History
 from torch_sap.records.phases import Mode, check_mode, judged_metric, label_phases, metric_values
 

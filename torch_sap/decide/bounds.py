@@ -5,10 +5,7 @@ Source: Diao et al., "Pruning Deep Neural Networks from a Sparsity Perspective",
 
 from __future__ import annotations
 
-import math
-import os
 from dataclasses import asdict, dataclass
-from numbers import Real
 from typing import Any, overload
 
 import numpy as np
@@ -16,44 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-
-def check_number(name: str, value: object) -> None:
-    """Raise unless an argument is a finite real number."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a real number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {name}={value}")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Raise unless an argument is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def check_path(name: str, path: object) -> None:
-    """Raise unless an argument is the path of a file: one that exists or one to write."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{name} must be the path of a file, got {path!r}")
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{name} must be the path of a file, but {path} is a folder; name a file in it")
-
-
-def check_norms(p: float, q: float) -> None:
-    """Raise unless ``0 < p < q`` and both are finite numbers."""
-    check_number("p", p)
-    check_number("q", q)
-    if p <= 0:
-        raise ValueError(f"p must be positive, got p={p}")
-    if p >= q:
-        raise ValueError(f"p must be smaller than q, got p={p}, q={q}")
-
-
-def check_eta_r(eta_r: float) -> None:
-    """Raise unless ``eta_r >= 0``."""
-    check_number("eta_r", eta_r)
-    if eta_r < 0:
-        raise ValueError(f"eta_r must not be negative, got eta_r={eta_r}")
+from torch_sap.arguments import check_norms, check_number
 
 
 @dataclass(frozen=True)
@@ -77,13 +37,9 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         check_norms(self.p, self.q)
-        check_eta_r(self.eta_r)
-        check_number("gamma", self.gamma)
-        if self.gamma < 0:
-            raise ValueError(f"gamma must not be negative, got gamma={self.gamma}")
-        check_number("beta", self.beta)
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta must lie in [0, 1], got beta={self.beta}")
+        check_number("eta_r", self.eta_r, low=0)
+        check_number("gamma", self.gamma, low=0)
+        check_number("beta", self.beta, low=0, high=1)
         for name in ("p", "q", "eta_r", "gamma", "beta"):
             object.__setattr__(self, name, float(getattr(self, name)))
 
@@ -136,11 +92,13 @@ class FixedRatio(Hyperparameters):
 
     ratio: float = 0.2
 
+    def to_dict(self) -> dict[str, float]:
+        """The numbers that it uses, by name."""
+        return {"p": self.p, "q": self.q, "ratio": self.ratio}
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("ratio", self.ratio)
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio must lie in [0, 1], got ratio={self.ratio}")
+        check_number("ratio", self.ratio, low=0, high=1)
 
     def count(self, index: NDArray[np.float64], d: NDArray[np.int64]) -> NDArray[np.int64]:
         """``round(ratio * d)``, as torch.nn.utils.prune rounds an amount; 0 for groups of zeros, as in SAP."""

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.decide.bounds import check_norms
+from torch_sap.arguments import check_norms
 from torch_sap.decide.groups import Entry, Group, Scope, split
 from torch_sap.decide.keys import check_dtype, magnitudes
 from torch_sap.decide.sums import index_from_sums
@@ -134,6 +134,35 @@ def measure(entries: Sequence[Entry], scope: Scope, p: float, q: float) -> dict[
     groups = split(entries, scope)
     found = measure_groups(groups, p, q)
     return {group.name: index for group, (_, index) in zip(groups, found, strict=True)}
+
+
+class PowerSums:
+    """STUB: what one pass over some entries found. To be replaced by the accumulator; the interface stays."""
+
+    def __init__(self, entries: Sequence[Entry], p: float, q: float) -> None:
+        self._found = {}
+        for scope in ("global", "layer", "neuron"):
+            groups = split(entries, scope)
+            pairs = measure_groups(groups, p, q)
+            self._found[scope] = {group.name: pair for group, pair in zip(groups, pairs, strict=True)}
+        self.remaining = [int(d[0]) for d, _ in self._found["layer"].values()]
+
+    def d(self, scope: Scope) -> dict[str, NDArray[np.int64]]:
+        """Unpruned entries of each group of a scope, by the group's name; arrays with one value per group."""
+        return {name: d for name, (d, _) in self._found[scope].items()}
+
+    def index(self, scope: Scope) -> dict[str, Float64]:
+        """PQ Index of each group of a scope, by the group's name; NaN where it is undefined."""
+        return {name: index for name, (_, index) in self._found[scope].items()}
+
+
+def power_sums(entries: Sequence[Entry], p: float, q: float) -> PowerSums:
+    """One pass over the unpruned entries of tensors: d and the PQ Index in all scopes.
+
+    Raises:
+        ValueError: if an entry holds NaN or infinity; it is named.
+    """
+    return PowerSums(entries, p, q)
 
 
 def measure_groups(groups: Sequence[Group], p: float, q: float) -> list[tuple[NDArray[np.int64], Float64]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Entry, Scope, split
-from torch_sap.decide.measures import measure_groups
+from torch_sap.decide.measures import PowerSums, measure_groups, power_sums
 from torch_sap.decide.threads import map_pieces
 
 
@@ -34,10 +34,19 @@ class GroupValues:
 
 
 class StepResult(NamedTuple):
-    """Masks for the entries, in their order (None: nothing is pruned), and the values of each group by its name."""
+    """What a step decided.
+
+    Attributes:
+        masks: New masks of the entries, in their order; None: nothing of the tensor is pruned.
+        groups: The values of each group by its name.
+        sums: What the pass over the entries found before the pruning, in all scopes.
+        remaining: Unpruned entries of each whole tensor after the pruning.
+    """
 
     masks: list[Tensor | None]
     groups: dict[str, GroupValues]
+    sums: PowerSums
+    remaining: list[int]
 
 
 def prune_step(entries: Sequence[Entry], scope: Scope, rule: Hyperparameters) -> StepResult:
@@ -71,4 +80,23 @@ def prune_step(entries: Sequence[Entry], scope: Scope, rule: Hyperparameters) ->
     work = [(group, found.c, found.d) for group, found in zip(groups, values.values(), strict=True)]
     apart = all(group.on_host and not any(group.parts) for group in groups)  # threads must not mix up exchanges
     masks = map_pieces(lambda group, c, d: group.masks(c, d), work, on_host=apart)
-    return StepResult([mask for of_group in masks for mask in of_group], values)
+    every = [mask for of_group in masks for mask in of_group]
+    remaining = [e.scores.numel() if m is None else int(m.sum()) for e, m in zip(entries, every, strict=True)]
+    return StepResult(every, values, power_sums(entries, rule.p, rule.q), remaining)
+
+
+def zero_step(
+    entries: Sequence[Entry], scope: Scope, rule: Hyperparameters
+) -> tuple[dict[str, GroupValues], list[int]]:
+    """STUB: prune tensors in place, without a mask per entry: pruned entries are set to +0.0.
+
+    The entries have no masks; their scores (CPU tensors, also mapped files) are written to after all is decided.
+
+    Returns:
+        The values of each group by its name, and the remaining entries of each tensor.
+    """
+    result = prune_step(entries, scope, rule)
+    for entry, mask in zip(entries, result.masks, strict=True):
+        if mask is not None:
+            entry.scores.masked_fill_(~mask, 0.0)
+    return result.groups, result.remaining

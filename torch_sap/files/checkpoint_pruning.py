@@ -104,7 +104,7 @@ def _alone(
     for tensor, of_tensor in groupby(pieces, lambda piece: piece.tensor):
         found = []
         for piece in of_tensor:
-            (mask,), values = prune_step([Entry(tensor.name, piece.values)], scope, rule)
+            (mask,), values, *_ = prune_step([Entry(tensor.name, piece.values)], scope, rule)
             found.append(values[tensor.name])
             yield piece, piece.values.new_ones(piece.values.shape, dtype=torch.bool) if mask is None else mask
         groups[tensor.name] = GroupValues(

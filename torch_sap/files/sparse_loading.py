@@ -10,14 +10,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from torch_sap.decide.bounds import check_path
+from torch_sap.arguments import check_path
 from torch_sap.decide.keys import check_dtype, count_true
 from torch_sap.files.bitmask import matrix_shape, row_offsets, scatter_values, unpack
 from torch_sap.files.sparse_saving import FORMAT
 from torch_sap.files.state import Held, held_tensors
 from torch_sap.files.tensor_files import PathLike, TensorFile, damaged, reading
-from torch_sap.functional import hold_masks
 from torch_sap.masks.guarding import guard
+from torch_sap.masks.holding import hold_masks
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_sap.decide.bounds import check_path
+from torch_sap.arguments import check_path
 from torch_sap.decide.keys import INTEGER_OF, check_dtype, count_true
 from torch_sap.files.bitmask import gather_values, matrix_shape, not_zero, pack, unpack
 from torch_sap.files.state import Held, held_tensors

@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import Optimizer
 
-from torch_sap.decide.bounds import Hyperparameters, check_flag
+from torch_sap.arguments import check_flag
+from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Entry, Scope, check_scope
 from torch_sap.decide.step import prune_step
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import share, wrapper_of
 from torch_sap.distributed.sharded import local
 from torch_sap.files.checkpoint import differences
-from torch_sap.functional import check_copies, count_remaining, hold_masks
+from torch_sap.functional import count_remaining
 from torch_sap.iterate.metrics import Metrics, as_metrics, check_callable, evaluate, modes_of, set_modes
 from torch_sap.iterate.rewinding import Rewind, State, anew, check_state, restore, rewind_point, snapshot
 from torch_sap.masks.guarding import guard, unguard
+from torch_sap.masks.holding import check_copies, hold_masks
 from torch_sap.masks.interrupts import complete, held_back
 from torch_sap.masks.linking import hooks_of
 from torch_sap.masks.optimizers import check_optimizer

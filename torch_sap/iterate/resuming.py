@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_sap.decide.bounds import check_path
+from torch_sap.arguments import check_path
 from torch_sap.decide.measures import measure
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import is_dtensor

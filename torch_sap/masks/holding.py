@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from torch_sap.distributed.replicas import check_agreement, groups_of_copies
+from torch_sap.masks.interrupts import complete
 from torch_sap.masks.linking import hooks_of, load_hooks_of, rename_parameter
 from torch_sap.masks.masking import InPlaceMask
+from torch_sap.masks.parameters import Prunable
+from torch_sap.masks.standardized import mask_standardised
+from torch_sap.masks.zeros import restore_all_zeros_
 
 
 def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
@@ -43,3 +49,26 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     after_load: Any = module.register_load_state_dict_post_hook
     after_load(hook.after_load)
     hook.attach(module)
+
+
+def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
+    """Prune tensors in place with masks, wherever they are used: all of them or, if there is no memory, none.
+
+    None stands for nothing pruned.
+    """
+    whole = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]
+
+    def hold() -> None:
+        for prunable, mask in zip(prunables, whole, strict=True):
+            for module, name in prunable.holders:
+                hold_mask(module, name, mask)
+                mask_standardised(module)
+        restore_all_zeros_([(p.weight, held) for p in prunables if (held := p.mask) is not None])
+
+    complete(hold)
+
+
+def check_copies(model: object, prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
+    """Raise a RuntimeError if processes that are known to have copies of the same weights made different masks."""
+    groups = groups_of_copies(model, [prunable.weight for prunable in prunables])
+    check_agreement(masks, groups, prunables[0].weight.device)

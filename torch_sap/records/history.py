@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from torch_sap.decide.bounds import check_path
+from torch_sap.arguments import check_path
 from torch_sap.records.phases import Mode, Phase, label_phases, metric_values
 from torch_sap.records.round import Round
 

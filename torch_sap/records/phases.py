@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from torch_sap.decide.bounds import check_number
+from torch_sap.arguments import check_number
 from torch_sap.records.round import Round
 
 Phase = Literal["regularisation", "compression", "collapse"]
