@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import prune
 
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Scope
-from torch_sap.decide.keys import count_true
 from torch_sap.decide.step import prune_step
-from torch_sap.decide.threads import map_pieces
 from torch_sap.distributed.fsdp import reshard
-from torch_sap.distributed.sharded import add_up, local, part_of
-from torch_sap.masks.guarding import guard, unguard
-from torch_sap.masks.holding import check_copies, hold_masks
-from torch_sap.masks.interrupts import held_back
-from torch_sap.masks.linking import load_hooks_of
-from torch_sap.masks.parameters import ImportanceScores, Pair, Prunable, entries_of, resolve
-from torch_sap.masks.reparametrized import warn_of_reparametrised
+from torch_sap.masks.guards import guard, unguard
+from torch_sap.masks.mask import check_copies, hold_masks
+from torch_sap.masks.mask import load_hooks_of
+from torch_sap.masks.parameters import ImportanceScores, Pair, entries_of, resolve
+from torch_sap.masks.reparametrized import warn_of_reparametrized
 from torch_sap.masks.standardized import fold_
 from torch_sap.records.report import PruningReport, TensorRecord
 
@@ -178,42 +174,18 @@ def _prune(
 ) -> PruningReport:
     prunables = resolve(model, exclude)
     if isinstance(model, nn.Module):
-        warn_of_reparametrised(model, stacklevel=3)
+        warn_of_reparametrized(model, stacklevel=3)
     with torch.no_grad():
         result = prune_step(entries_of(prunables, importance_scores), scope, rule)
         check_copies(model, prunables, result.masks)
-        report = PruningReport(scope, rule.to_dict(), result.groups, count_remaining(prunables, result.masks))
-        with held_back():
-            try:
-                hold_masks(prunables, result.masks)
-            finally:
-                if isinstance(model, nn.Module):
-                    guard(model)
+        tensors = tuple(
+            TensorRecord(p.name, tuple(p.weight.shape), remaining, p.weight.numel())
+            for p, remaining in zip(prunables, result.remaining, strict=True)
+        )
+        report = PruningReport(scope, rule.to_dict(), result.groups, tensors)
+        try:
+            hold_masks(prunables, result.masks)
+        finally:
+            if isinstance(model, nn.Module):
+                guard(model)
     return report
-
-
-def count_remaining(
-    prunables: Sequence[Prunable], masks: Sequence[Tensor | None] | None = None
-) -> tuple[TensorRecord, ...]:
-    """Counts of tensors by their masks, or by what this process holds of others, read from the device at once."""
-    if masks is None:
-        masks = [None if (mask := p.mask) is None else local(mask) for p in prunables]
-    on_host = all(mask is None or mask.is_cpu for mask in masks)
-    remaining: list[Any] = map_pieces(
-        lambda prunable, mask: local(prunable.weight).numel() if mask is None else count_true(mask),
-        list(zip(prunables, masks, strict=True)),
-        on_host=on_host,
-    )
-    on_device = [count for count in remaining if isinstance(count, Tensor)]
-    if on_device:
-        read = iter(torch.stack([count.to(on_device[0].device) for count in on_device]).tolist())
-        remaining = [next(read) if isinstance(count, Tensor) else count for count in remaining]
-    parts = [part_of(p.weight, p.name) for p in prunables]
-    for part in {part.ranks: part for part in parts if part is not None}.values():
-        together = add_up(torch.tensor(remaining), part).tolist()
-        cut = [other is not None and other.ranks == part.ranks for other in parts]
-        remaining = [whole if of_this else own for whole, own, of_this in zip(together, remaining, cut, strict=True)]
-    return tuple(
-        TensorRecord(p.name, tuple(p.weight.shape), count, p.weight.numel())
-        for p, count in zip(prunables, remaining, strict=True)
-    )

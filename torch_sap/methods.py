@@ -16,10 +16,10 @@ from torch.nn.utils import prune
 
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Entry, Scope
-from torch_sap.decide.keys import check_dtype
+from torch_sap.decide.keys import check_dtype, check_whole
 from torch_sap.decide.step import prune_step
-from torch_sap.masks.linking import hooks_of
-from torch_sap.masks.standardized import is_masked, is_standardised
+from torch_sap.masks.mask import hooks_of
+from torch_sap.masks.standardized import is_masked, is_standardized
 
 
 class PQIMethod(prune.BasePruningMethod):
@@ -44,8 +44,9 @@ class PQIMethod(prune.BasePruningMethod):
     ) -> None:
         self.rule = Hyperparameters(p, q, eta_r, gamma, beta)
 
-    def _entry(self, name: str, scores: Tensor, mask: Tensor) -> Entry:
-        return Entry(name, scores, mask)
+    def _row_dim(self, name: str, scores: Tensor) -> int:
+        """The dimension of the rows."""
+        return 0
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """Mask for importance scores.
@@ -63,10 +64,13 @@ class PQIMethod(prune.BasePruningMethod):
         """
         name = getattr(self, "_tensor_name", "t")
         check_dtype(t, name)
+        check_whole(t, name)
         with torch.no_grad():
-            (mask,) = prune_step([self._entry(name, t.detach(), default_mask != 0)], self.scope, self.rule).masks
+            dim = self._row_dim(name, t) if t.dim() else 0
+            scores, unpruned = (each.movedim(dim, 0) if each.dim() else each for each in (t.detach(), default_mask != 0))
+            (mask,) = prune_step([Entry(name, scores, unpruned)], self.scope, self.rule).masks
             assert mask is not None
-            return (default_mask * mask).contiguous()
+            return (default_mask * (mask.movedim(0, dim) if mask.dim() else mask)).contiguous()
 
     @classmethod
     def apply(
@@ -90,7 +94,7 @@ class PQIMethod(prune.BasePruningMethod):
             AssertionError: if the scores have another shape than the tensor.
 
         The module is as before if anything is raised. (PyTorch's own apply loses the earlier method's hook then.)
-        Warns if the module standardises its weight, behind which PyTorch's masks do not hold.
+        Warns if the module standardizes its weight, behind which PyTorch's masks do not hold.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -98,9 +102,9 @@ class PQIMethod(prune.BasePruningMethod):
             raise TypeError(f"name must be the name of a parameter, got {name!r}")
         if importance_scores is not None and not isinstance(importance_scores, Tensor):
             raise TypeError(f"importance_scores must be a tensor or None, got {type(importance_scores).__name__}")
-        if name == "weight" and is_standardised(module) and not is_masked(module):
+        if name == "weight" and is_standardized(module) and not is_masked(module):
             warnings.warn(
-                f"{type(module).__name__} standardises its weight, which makes other numbers of the zeros that "
+                f"{type(module).__name__} standardizes its weight, which makes other numbers of the zeros that "
                 "PyTorch's masks leave; torch_sap.layer_unstructured([(module, 'weight')]) keeps them zeros",
                 stacklevel=2,
             )
@@ -169,12 +173,12 @@ class PQINeuron(PQIMethod):
             raise TypeError(f"dim must be an int, got dim={dim!r}")
         self.dim = dim
 
-    def _entry(self, name: str, scores: Tensor, mask: Tensor) -> Entry:
+    def _row_dim(self, name: str, scores: Tensor) -> int:
         if scores.dim() < 2:
             raise ValueError(f"{name} must have more than one dimension to have rows, got shape {tuple(scores.shape)}")
         if not -scores.dim() <= self.dim < scores.dim():
             raise IndexError(f"dim must be a dimension of {name}, of shape {tuple(scores.shape)}, got dim={self.dim}")
-        return Entry(name, scores, mask, channel_dim=self.dim)
+        return self.dim
 
 
 @contextmanager

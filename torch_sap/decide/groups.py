@@ -1,33 +1,52 @@
-"""Scope: how the entries of tensors are split into the groups that one I, r and c are computed over.
+"""What is measured and pruned together: entries, groups by scope, and the pieces that entries are read in.
 
-Only :func:`split` knows the scopes. Behind it there are two kinds of groups, whole tensors pooled and the rows of one
-tensor, that can do the same two things: give their power sums, and give masks without their smallest entries.
+:func:`split` knows the scopes. Behind it there are two kinds of groups: whole tensors taken together, and the rows
+(output channels) of one tensor, each for itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.decide.across import keep_largest_across
-from torch_sap.decide.bounds import Hyperparameters
-from torch_sap.decide.device import batch_sums
-from torch_sap.decide.exact import keep_largest, keep_largest_in_rows
-from torch_sap.decide.keys import as_array, chunk_size, common_dtype, count_true, flatten_all, keys_of, sort_rows
-from torch_sap.decide.sieve import Sieve, Sifted, expect
-from torch_sap.decide.sums import flat_sums, index_from_sums, row_sums
-from torch_sap.decide.threads import Job, map_pieces
-from torch_sap.distributed.sharded import Part, gather_along, is_dtensor
+from torch_sap.arguments import check_choice
+from torch_sap.decide.keys import common_dtype
 
 Scope = Literal["global", "layer", "neuron"]
+
+SLICES = 64
+"""Slices of dimension 0 that are summed in one go where the output channels are dimension 1."""
+
+
+class Shard(Protocol):
+    """Where a local tensor lies in a whole that several processes hold, and how they exchange small tables."""
+
+    dim: int
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """Place of this process among those that hold the parts."""
+
+    def bounds(self, rank: int) -> tuple[int, int]:
+        """Begin and end of a process's part in the dimension that is cut."""
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all processes, in order of rank; their last dimension may differ."""
+
+    def gather_along(self, tensor: Tensor) -> Tensor:
+        """The whole of a tensor from its parts."""
+
+    def own(self, whole: Tensor) -> Tensor:
+        """The part of this process."""
+
+    def same_processes(self, other: Shard) -> bool:
+        """Whether the same processes hold the parts of another tensor."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +56,12 @@ class Entry:
     Attributes:
         name: Dotted path of the parameter.
         scores: What ranks the entries by magnitude (the weights, unless the user gave scores), any shape, no gradient.
-        mask: Bool tensor of the scores' shape, False where pruned; None if nothing is.
+        mask: Bool tensor of the same shape, False where pruned; None if nothing is.
         source: What the scores are, for messages.
-        channel_dim: Dimension of the output channels, the rows of the neuron scope.
+        channel_dim: Dimension of the output channels, the rows of the neuron scope: 0 or 1.
         channel_groups: Parts that dimension 0 is cut into, each with output channels of its own (transposed
             convolutions).
-        part: Where the scores lie in a tensor that is cut over several processes; None: they are all of it.
+        part: Where the scores lie in a tensor that is cut over several processes; None if they are all of it.
     """
 
     name: str
@@ -51,14 +70,7 @@ class Entry:
     source: str = "weights"
     channel_dim: int = 0
     channel_groups: int = 1
-    part: Part | None = None
-
-    def __post_init__(self) -> None:
-        if is_dtensor(self.scores):
-            raise TypeError(
-                f"{self.name} is a DTensor, whose parts only the whole-model functions and SAP can measure and prune; "
-                "use its full_tensor() here"
-            )
+    part: Shard | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,234 +78,140 @@ class Entry:
         return tuple(self.scores.shape) if self.part is None else self.part.shape
 
     @property
-    def on_host(self) -> bool:
-        """Whether the entries are on the CPU, where numpy works on them."""
-        return self.scores.is_cpu
+    def row_count(self) -> int:
+        """Output channels of the local tensor; 1 for a tensor of one dimension."""
+        shape = self.scores.shape
+        if len(shape) < 2:
+            return 1
+        return int(shape[0] if self.channel_dim == 0 else shape[1] * self.channel_groups)
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether other processes have parts of the same rows."""
+        part = self.part
+        return part is not None and not (part.dim == self.channel_dim == 0 and self.channel_groups == 1)
 
     def rows(self, tensor: Tensor) -> list[Tensor]:
-        """Views of a tensor of the scores' shape that have the output channels in dimension 0."""
-        return [part.movedim(self.channel_dim, 0) for part in tensor.chunk(self.channel_groups)]
+        """Views of a tensor of the same shape with the output channels in dimension 0."""
+        if tensor.dim() < 2:
+            return [tensor.reshape(1, -1)]
+        return [chunk.movedim(self.channel_dim, 0) for chunk in tensor.chunk(self.channel_groups)]
 
     def with_whole_rows(self) -> Entry:
-        """The entry itself, or the whole tensor from all processes if they have pieces of its output channels."""
-        part = self.part
-        if part is None or (part.dim == self.channel_dim and self.channel_groups == 1):
+        """The entry itself, or the whole tensor from all processes if they have parts of its rows."""
+        if self.part is None or not self.cuts_rows:
             return self
-        mask = None if self.mask is None else gather_along(self.mask, part)
-        return replace(self, scores=gather_along(self.scores, part), mask=mask, part=None)
+        mask = None if self.mask is None else self.part.gather_along(self.mask)
+        return replace(self, scores=self.part.gather_along(self.scores), mask=mask, part=None)
 
 
-class Pool:
-    """One group of all entries of one or more tensors."""
+class Group(NamedTuple):
+    """Entries whose d, I, r and c are computed together, or the rows of one entry.
 
-    def __init__(self, name: str, entries: Sequence[Entry]) -> None:
-        self.name, self.entries = name, entries
-        self.dtype = common_dtype(entry.scores for entry in entries)
-        self.on_host = all(entry.on_host for entry in entries)
-        self.parts = [entry.part for entry in entries]
-        self.tensors = [(entry.scores, entry.mask) for entry in entries]
-        self.expected: Hyperparameters | None = None
-        self.sieve: Sieve | None = None
-        self.sifted: list[Sifted] = []
+    Attributes:
+        name: "global", or the name of the tensor.
+        members: Numbers of the entries.
+        by_row: Whether each row is a group of its own.
+        dtype: Type in which the magnitudes of all members compare.
+    """
 
-    def expect(self, rule: Hyperparameters) -> None:
-        """Let the pass over the weights that gives the sums prepare the masks of a rule too, on the host."""
-        if self.on_host and not any(self.parts):
-            self.expected = rule
-
-    def sums(self, exponents: Sequence[float], scale: float) -> Job:
-        """The making of float64 tables of shape (1 + exponents, 1) of the group's parts: d, then the power sums."""
-        flats: list[Any] = flatten_all(self.tensors)
-        if not self.on_host:  # parts are put together with those of other processes one by one
-            apart = [[flat] for flat in flats]
-            joined = [list(of_one) for _, of_one in groupby(flats, key=lambda flat: flat[0].device)]
-            return batch_sums(apart if any(self.parts) else joined, self.dtype, exponents, scale)
-        how: dict[str, Any] = {}
-        self.sieve = None if self.expected is None else expect(self.tensors, self.dtype, self.expected)
-        if self.sieve is not None:
-            how["visit"] = self.sieve.sift
-            flats = [(*flat, keep) for flat, keep in zip(flats, self.sieve.flats, strict=True)]
-        job = flat_sums(flats, self.dtype, exponents, scale=scale, **how)
-
-        def gather(found: list[Any]) -> list[Any]:
-            sums, self.sifted = job.gather(found)
-            d = [scores.numel() if mask is None else count_true(mask) for scores, mask in self.tensors]
-            return [_with_count(here, table) for here, table in zip(d, sums, strict=True)]
-
-        return job._replace(gather=gather)
-
-    def join(self, tables: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """The table of the group from those of its tensors and their parts, added without rounding."""
-        if len(tables) == 1:
-            return tables[0]
-        rows = np.hstack(tables)
-        return np.array([[math.fsum(row) if np.isfinite(row).all() else np.inf] for row in rows])
-
-    def ordered(self) -> Iterator[Any]:
-        """All keys in ascending order, pruned ones (0) first, shape (1, entries)."""
-        keys = [keys_of(e.scores, e.mask, self.dtype, on_host=self.on_host).reshape(-1) for e in self.entries]
-        yield sort_rows(np.concatenate(keys)[None] if self.on_host else torch.cat(keys)[None])
-
-    def masks(self, counts: NDArray[np.int64], unpruned: NDArray[np.int64]) -> list[Tensor | None]:
-        """New masks without the ``counts[0]`` smallest entries, one a tensor; None where nothing is pruned."""
-        if counts[0] == 0:
-            return [entry.mask for entry in self.entries]
-        count, sieve, self.sieve = int(counts[0]), self.sieve, None
-        if sieve is not None and (masks := sieve.finish(self.sifted, count, int(unpruned[0]))) is not None:
-            return list(masks)
-        pruned = sum(math.prod(entry.shape) for entry in self.entries) - int(unpruned[0])
-        if any(self.parts):
-            return list(keep_largest_across(self.tensors, self.parts, count, pruned, on_host=self.on_host))
-        return list(keep_largest(self.tensors, count, pruned, on_host=self.on_host))
-
-
-class Rows:
-    """The rows (output channels) of one tensor, each a group of its own."""
-
-    def __init__(self, entry: Entry) -> None:
-        self.name, self.given = entry.name, entry
-        self.entry = entry.with_whole_rows()
-        self.entries, self.parts = [self.entry], [self.entry.part]
-        self.dtype, self.on_host = entry.scores.dtype, entry.on_host
-        self.expected: Hyperparameters | None = None
-        self.keep: Tensor | None = None
-        self.counts = np.zeros(0, np.int64)
-
-    def expect(self, rule: Hyperparameters) -> None:
-        """Let the pass over the weights that gives the sums write the masks of a rule too, on the host."""
-        if self.on_host and self.given.part is None:
-            self.expected = rule
-
-    def _blocks(self, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-        """Some rows of each tensor at a time, as views with the rows in dimension 0; arrays on the host."""
-        for part in zip(
-            *([None] * self.entry.channel_groups if t is None else self._rows(t) for t in tensors), strict=True
-        ):
-            first = next(t for t in part if t is not None)
-            length = max(1, math.prod(first.shape[1:]))
-            for start in range(0, len(first), size := max(1, chunk_size(self.on_host) // length)):
-                yield tuple(None if t is None else t[start : start + size] for t in part)
-
-    def _rows(self, tensor: Tensor) -> list[Any]:
-        rows = self.entry.rows(tensor)
-        return [as_array(part) for part in rows] if self.on_host else list(rows)
-
-    def sums(self, exponents: Sequence[float], scale: float) -> Job:
-        """The making of a float64 table of shape (1 + exponents, rows): d of each row, then its power sums."""
-        rule, scores = self.expected, self.entry.scores
-        self.keep = None if rule is None else torch.empty_like(scores, dtype=torch.bool)
-
-        def table(scores: Any, mask: Any, keep: Any) -> Any:
-            mask = _flat(mask)
-            keys = keys_of(_flat(scores), mask, self.dtype, on_host=self.on_host, reuse=True)
-            sums = row_sums(keys, self.dtype, exponents, scale=scale)
-            d = _unpruned_in_rows(keys, mask)
-            counts = None
-            if rule is not None:  # each row is a group of its own: what goes is known, and the keys are at hand
-                with np.errstate(over="ignore"):
-                    index = index_from_sums(sums[0], sums[1], d, p=rule.p, q=rule.q)
-                counts = rule.count(index, d)
-                keep_largest_in_rows(keep, keys, mask, counts, d, on_host=True)
-            return _with_count(d, sums), counts
-
-        def gather(found: list[tuple[Any, Any]]) -> list[Any]:
-            if not found:
-                return [np.zeros((1 + len(exponents), 0))]
-            tables, counts = zip(*found, strict=True)
-            if rule is not None:
-                self.counts = np.concatenate(counts)
-            return [np.concatenate(tables, 1) if self.on_host else torch.cat(tables, 1)]
-
-        return Job(table, list(self._blocks(scores, self.entry.mask, self.keep)), gather)
-
-    def join(self, tables: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """The table of all rows from those of the parts."""
-        return np.hstack(tables)
-
-    def ordered(self) -> Iterator[Any]:
-        """The keys of each row in ascending order, pruned ones (0) first, some rows at a time."""
-        for scores, mask in self._blocks(self.entry.scores, self.entry.mask):
-            keys = keys_of(scores, mask, self.dtype, on_host=self.on_host)
-            yield sort_rows(_flat(keys))
-
-    def masks(self, counts: NDArray[np.int64], unpruned: NDArray[np.int64]) -> list[Tensor | None]:
-        """New mask without the ``counts[i]`` smallest entries of row i; None if nothing is pruned."""
-        if self.entry.part is not None:
-            here = slice(*self.entry.part.bounds(self.entry.part.rank))
-            counts, unpruned = counts[here], unpruned[here]
-        if not counts.any():
-            return [self.given.mask]
-        prepared, self.keep = self.keep, None
-        if prepared is not None and np.array_equal(counts, self.counts):
-            return [prepared]
-        keep = torch.empty_like(self.entry.scores, dtype=torch.bool)
-        blocks = list(self._blocks(keep, self.entry.scores, self.entry.mask))
-        ends = np.cumsum([0] + [len(block[0]) for block in blocks]).tolist()
-        numbers: list[Any] = [counts, unpruned]
-        if not self.on_host:
-            numbers = [torch.from_numpy(values).to(keep.device, non_blocking=True) for values in numbers]
-
-        def write(out: Any, scores: Any, mask: Any, count: Any, d: Any) -> None:
-            keys = keys_of(_flat(scores), None, self.dtype, on_host=self.on_host, reuse=True)
-            keep_largest_in_rows(out, keys, _flat(mask), count, d, on_host=self.on_host)
-
-        pieces = [
-            (*block, *(values[start:end] for values in numbers))
-            for block, (start, end) in zip(blocks, pairwise(ends), strict=True)
-        ]
-        map_pieces(write, pieces, on_host=self.on_host)
-        if self.given.part != self.entry.part:
-            assert self.given.part is not None
-            keep = self.given.part.own(keep).contiguous()
-        return [keep]
-
-
-Group = Pool | Rows
-
-
-def _flat(rows: Any) -> Any:
-    """Rows in two dimensions."""
-    return None if rows is None else rows.reshape(len(rows), -1)
-
-
-def _unpruned_in_rows(keys: Any, mask: Any) -> Any:
-    if isinstance(keys, Tensor):
-        return torch.full((len(keys),), keys.shape[1], device=keys.device) if mask is None else mask.sum(1)
-    if mask is None:
-        return np.full(len(keys), keys.shape[1])
-    return np.add.reduce(mask.view(np.uint8), axis=1, dtype=np.uint32)
-
-
-def _with_count(d: Any, sums: Any) -> Any:
-    """d as the first row of a table of sums."""
-    if isinstance(sums, Tensor):
-        return torch.cat([d.to(sums.dtype)[None], sums])
-    return np.concatenate([np.asarray(d, np.float64).reshape(1, -1), sums])
+    name: str
+    members: list[int]
+    by_row: bool
+    dtype: torch.dtype
 
 
 def split(entries: Sequence[Entry], scope: Scope) -> list[Group]:
-    """The groups of a scope.
+    """Split entries into the groups of a scope.
 
     Args:
         entries: Tensors in order of position, at least one.
-        scope: "global": one group of all; "layer": one a tensor; "neuron": one an output channel.
+        scope: "global": one group of all; "layer": one per tensor; "neuron": one per output channel.
 
     Returns:
-        Groups whose entries, taken together, are the given ones in their order.
+        Groups whose members, taken together, are the entries in their order.
 
     Raises:
-        ValueError: if there is no such scope.
+        ValueError: if there is no such scope, or a tensor has no rows; it is named.
     """
     check_scope(scope)
     if scope == "global":
-        return [Pool("global", entries)]
-    if scope == "layer":
-        return [Pool(entry.name, [entry]) for entry in entries]
-    return [Rows(entry) for entry in entries]
+        return [Group("global", list(range(len(entries))), False, common_dtype(e.scores for e in entries))]
+    for entry in entries:
+        if scope == "neuron" and len(entry.shape) < 2:
+            raise ValueError(
+                f"{entry.name} must have more than one dimension to have rows, got shape {entry.shape}; "
+                "leave it out, or take another scope"
+            )
+    return [Group(entry.name, [i], scope == "neuron", entry.scores.dtype) for i, entry in enumerate(entries)]
 
 
 def check_scope(scope: object) -> None:
     """Raise a ValueError unless there is such a scope."""
-    if scope not in get_args(Scope):
-        scopes = ", ".join(repr(known) for known in get_args(Scope))
-        raise ValueError(f"scope must be one of {scopes}, got scope={scope!r}")
+    check_choice("scope", scope, get_args(Scope))
+
+
+class Piece(NamedTuple):
+    """A part of an entry that is worked on at once.
+
+    Attributes:
+        rows: The rows of the entry that it has entries of.
+        shape: (A, C, K): C rows; the entries of each row are dimensions 0 and 2.
+        views: Of each tensor (or None) the part, of any shape with as many entries: arrays on the CPU.
+    """
+
+    rows: slice
+    shape: tuple[int, int, int]
+    views: tuple[Any, ...]
+
+
+def pieces(
+    entry: Entry, tensors: Sequence[Tensor | None], size: int, view: Callable[[Tensor], Any], *, by_row: bool = False
+) -> Iterator[Piece]:
+    """Cut tensors of the shape of an entry into pieces, together.
+
+    Args:
+        entry: Says which dimension the rows are.
+        tensors: At least one tensor; None stays None.
+        size: Entries per piece, a multiple of ``backends.BLOCK``.
+        view: What a backend works on: an array for a tensor on the CPU, or the tensor itself.
+        by_row: Cut into whole rows. Otherwise pieces are in order of position (of the flat index), and long rows are
+            cut.
+
+    Yields:
+        Pieces that cover the entry.
+    """
+    if by_row or entry.channel_dim == 0 or entry.scores.dim() < 2:
+        chunks = zip(*([None] * entry.channel_groups if t is None else entry.rows(t) for t in tensors), strict=True)
+        for number, chunk in enumerate(chunks):
+            yield from _pieces_of_rows(chunk, number, size, view, whole=by_row)
+        return
+    for number in range(entry.channel_groups):
+        chunk = tuple(None if t is None else view(t.chunk(entry.channel_groups)[number]) for t in tensors)
+        lead, channels, *rest = next(t for t in chunk if t is not None).shape
+        inner = math.prod(rest)
+        step = max(1, size // max(1, channels * inner) // SLICES) * SLICES
+        for start in range(0, lead, step):
+            views = tuple(None if t is None else t[start : start + step] for t in chunk)
+            rows = slice(number * channels, (number + 1) * channels)
+            yield Piece(rows, (min(step, lead - start), channels, inner), views)
+
+
+def _pieces_of_rows(
+    chunk: Sequence[Tensor | None], number: int, size: int, view: Callable[[Tensor], Any], *, whole: bool
+) -> Iterator[Piece]:
+    count, *rest = next(t for t in chunk if t is not None).shape
+    length = math.prod(rest)
+    first = number * count
+    if length > size and not whole and all(t is None or t.is_contiguous() for t in chunk):
+        flat = [None if t is None else view(t.reshape(count, -1)) for t in chunk]
+        for row in range(count):
+            for start in range(0, length, size):
+                views = tuple(None if t is None else t[row, start : start + size] for t in flat)
+                yield Piece(slice(first + row, first + row + 1), (1, 1, min(size, length - start)), views)
+        return
+    opened, step = [None if t is None else view(t) for t in chunk], max(1, size // max(1, length))
+    for start in range(0, count, step):
+        here = min(step, count - start)
+        views = tuple(None if t is None else t[start : start + step] for t in opened)
+        yield Piece(slice(first + start, first + start + here), (1, here, length), views)

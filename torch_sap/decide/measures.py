@@ -7,8 +7,7 @@ sparsity", IEEE Transactions on Information Theory 55 (2009), for the Gini index
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,11 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_sap.arguments import check_norms
-from torch_sap.decide.groups import Entry, Group, Scope, split
-from torch_sap.decide.keys import check_dtype, magnitudes
-from torch_sap.decide.sums import index_from_sums
-from torch_sap.decide.threads import run_jobs
-from torch_sap.distributed.sharded import Part, common_part, gather
+from torch_sap.decide.groups import Entry, Scope, split
+from torch_sap.decide.keys import check_dtype, check_whole
+from torch_sap.decide.sums import check_finite, power_sums
 
 Float64 = NDArray[np.float64]
 
@@ -58,7 +55,8 @@ def pq_index(
     """
     check_norms(p, q)
     entry = _entry(w, dim, mask)
-    return _result(measure([entry], "global" if dim is None else "neuron", p, q), w, dim)
+    index = power_sums([entry], p, q).index("global" if dim is None else "neuron")
+    return _result(index, w, dim)
 
 
 def gini_index(w: Tensor, *, dim: int | None = None, mask: Tensor | None = None) -> Tensor:
@@ -88,13 +86,14 @@ def gini_index(w: Tensor, *, dim: int | None = None, mask: Tensor | None = None)
     Source: Hurley and Rickard (2009), table I.
     """
     entry = _entry(w, dim, mask)
-    return _result(measure_gini([entry], "global" if dim is None else "neuron"), w, dim)
+    return _result(gini([entry], "global" if dim is None else "neuron"), w, dim)
 
 
 def _entry(w: Tensor, dim: int | None, mask: Tensor | None) -> Entry:
     if not isinstance(w, Tensor):
         raise TypeError(f"w must be a tensor, got {type(w).__name__}")
     check_dtype(w, "w")
+    check_whole(w, "w")
     if mask is not None:
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a tensor or None, got {type(mask).__name__}")
@@ -115,7 +114,7 @@ def _as_rows(tensor: Tensor, dim: int) -> Tensor:
     return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
 
 
-def _result(found: dict[str, Float64], w: Tensor, dim: int | None) -> Tensor:
+def _result(found: Mapping[str, Float64], w: Tensor, dim: int | None) -> Tensor:
     shape = list(w.shape)
     if dim is None:
         shape = []
@@ -125,153 +124,56 @@ def _result(found: dict[str, Float64], w: Tensor, dim: int | None) -> Tensor:
     return torch.from_numpy(values).reshape(shape).to(w.device)
 
 
-def measure(entries: Sequence[Entry], scope: Scope, p: float, q: float) -> dict[str, Float64]:
-    """PQ Index of each group of a scope, by name; arrays with one value a group.
+def gini(entries: Sequence[Entry], scope: Scope) -> dict[str, Float64]:
+    """Compute the Gini index of each group of a scope, by name; arrays with one value per group.
+
+    A float64 copy of every group is sorted.
 
     Raises:
         ValueError: if an entry holds NaN or infinity; it is named.
+        NotImplementedError: if an entry is sharded.
     """
-    groups = split(entries, scope)
-    found = measure_groups(groups, p, q)
-    return {group.name: index for group, (_, index) in zip(groups, found, strict=True)}
-
-
-class PowerSums:
-    """STUB: what one pass over some entries found. To be replaced by the accumulator; the interface stays."""
-
-    def __init__(self, entries: Sequence[Entry], p: float, q: float) -> None:
-        self._found = {}
-        for scope in ("global", "layer", "neuron"):
-            groups = split(entries, scope)
-            pairs = measure_groups(groups, p, q)
-            self._found[scope] = {group.name: pair for group, pair in zip(groups, pairs, strict=True)}
-        self.remaining = [int(d[0]) for d, _ in self._found["layer"].values()]
-
-    def d(self, scope: Scope) -> dict[str, NDArray[np.int64]]:
-        """Unpruned entries of each group of a scope, by the group's name; arrays with one value per group."""
-        return {name: d for name, (d, _) in self._found[scope].items()}
-
-    def index(self, scope: Scope) -> dict[str, Float64]:
-        """PQ Index of each group of a scope, by the group's name; NaN where it is undefined."""
-        return {name: index for name, (_, index) in self._found[scope].items()}
-
-
-def power_sums(entries: Sequence[Entry], p: float, q: float) -> PowerSums:
-    """One pass over the unpruned entries of tensors: d and the PQ Index in all scopes.
-
-    Raises:
-        ValueError: if an entry holds NaN or infinity; it is named.
-    """
-    return PowerSums(entries, p, q)
-
-
-def measure_groups(groups: Sequence[Group], p: float, q: float) -> list[tuple[NDArray[np.int64], Float64]]:
-    """d and I of each group. All sums are made before the first is read, so that a device is waited for once.
-
-    Raises:
-        ValueError: if an entry holds NaN or infinity; it is named.
-    """
-    on_host = all(group.on_host for group in groups)
-    jobs = [group.sums((p, q), 1.0) for group in groups]
-    tables = _to_host(groups, run_jobs(jobs, on_host=on_host))
-    for i, (group, table) in enumerate(zip(groups, tables, strict=True)):
-        if _out_of_range(group, table, q):
-            again = run_jobs([group.sums((p, q), _safe_scale(group))], on_host=group.on_host)
-            (tables[i],) = _to_host([group], again)
-    return [(table[0].astype(np.int64), index_from_sums(table[1], table[2], table[0], p=p, q=q)) for table in tables]
-
-
-def read(tensor: Tensor) -> Float64:
-    """A float64 tensor's values on the host. Here, once a step, the host waits for the device."""
-    return np.asarray(tensor.cpu().numpy())
-
-
-def _to_host(groups: Sequence[Group], tables: list[list[Any]]) -> list[Float64]:
-    """The tables of each group's tensors, read from each device and process at once, and put together by group."""
-    on_device = [t for group in tables for t in group if isinstance(t, Tensor)]
-    found: dict[int, Float64] = {}
-    for device in {t.device for t in on_device}:
-        here = [t for t in on_device if t.device == device]
-        flat = read(torch.cat([t.reshape(-1) for t in here]))
-        for t, values in zip(here, np.split(flat, np.cumsum([t.numel() for t in here])[:-1]), strict=True):
-            found[id(t)] = values.reshape(tuple(t.shape))
-    on_host = [[found[id(t)] if isinstance(t, Tensor) else t for t in group] for group in tables]
-    gathered = _from_all_processes(on_host, [group.parts for group in groups])
-    return [group.join(tables) for group, tables in zip(groups, gathered, strict=True)]
-
-
-def _from_all_processes(tables: list[list[Float64]], parts: list[list[Part | None]]) -> list[list[Float64]]:
-    """The tables of groups that are cut over several processes, from all of them. The others are left as they are."""
-    ones = [common_part(group) for group in parts]
-    gathered = list(tables)
-    for ranks in dict.fromkeys(one.ranks for one in ones if one is not None):
-        here = [i for i, one in enumerate(ones) if one is not None and one.ranks == ranks]
-        one = ones[here[0]]
-        assert one is not None
-        received = iter(zip(*gather([table for i in here for table in tables[i]], one), strict=True))
-        for i in here:  # of what every process has whole the first one's counts
-            found = [(part, next(received)) for part in parts[i]]
-            gathered[i] = [table for part, all_of_them in found for table in all_of_them[: None if part else 1]]
-    return gathered
-
-
-def _out_of_range(group: Group, table: Float64, q: float) -> bool:
-    """Whether sums overflowed or a weight is not finite, or whether sums vanished though weights may not be zero."""
-    if not np.isfinite(table).all():
-        return True
-    may_vanish = group.dtype is torch.float64 or q > 6
-    return may_vanish and bool((table[1:] < 1e-290).any())
-
-
-def _safe_scale(group: Group) -> float:
-    """A power of two that brings the largest magnitude of a group near 1.
-
-    Raises:
-        ValueError: if a weight is NaN or infinite.
-    """
-    tops = [np.array([_largest(entry)]) for entry in group.entries]
-    if (part := common_part(group.parts)) is not None:
-        tops = [np.concatenate(every) for every in zip(*gather(tops, part), strict=True)]
-    for entry, top in zip(group.entries, tops, strict=True):
-        if not np.isfinite(top).all():
-            kind = "NaN" if np.isnan(top).any() else "infinite"
-            raise ValueError(
-                f"{entry.source} must be finite, but {entry.name} of shape {entry.shape} has {kind} entries"
-            )
-    largest = float(max(top.max() for top in tops))
-    return 2.0 ** -math.frexp(largest)[1] if largest else 1.0
-
-
-def _largest(entry: Entry) -> float:
-    scores = entry.scores if entry.mask is None else entry.scores.masked_fill(~entry.mask, 0)
-    return float(scores.abs().max()) if scores.numel() else 0.0
-
-
-def measure_gini(entries: Sequence[Entry], scope: Scope) -> dict[str, Float64]:
-    """Gini index of each group of a scope, by name; arrays with one value a group. A copy of every group is sorted.
-
-    Raises:
-        ValueError: if an entry holds NaN or infinity; it is named.
-    """
-    groups = split(entries, scope)
     if sharded := [entry.name for entry in entries if entry.part is not None]:
         raise NotImplementedError(f"the Gini index needs whole tensors, but {sharded[0]} is sharded; leave out gini")
-    found = measure_groups(groups, 0.5, 1.0)
-    return {
-        group.name: np.concatenate([np.zeros(0), *_gini(group, d)]) for group, (d, _) in zip(groups, found, strict=True)
-    }
+    check_finite(entries)
+    found = {}
+    for group in split(entries, scope):
+        if group.by_row:
+            blocks = [_gini_of_rows(*rows) for rows in _rows(entries[group.members[0]])]
+            found[group.name] = np.concatenate([np.zeros(0), *blocks])
+        else:
+            members = [entries[i] for i in group.members]
+            values = torch.cat([_unpruned(entry).to(members[0].scores.device) for entry in members])
+            found[group.name] = _gini_of_rows(values[None], torch.tensor([len(values)], device=values.device))
+    return found
 
 
-def _gini(group: Group, d: NDArray[np.int64]) -> list[Float64]:
-    """Gini indices of the blocks of a group. Pruned entries, zeros in front of the others, add nothing to the sums."""
-    blocks = []
-    for keys in group.ordered():
-        values = torch.as_tensor(magnitudes(keys, group.dtype))
-        here, d = d[: len(values)], d[len(values) :]
-        size = values.shape[1]
-        weight = size - torch.arange(1, size + 1, dtype=torch.float64, device=values.device) + 0.5
-        sums = torch.stack([(values * weight).sum(1), values.sum(1)]).cpu().numpy()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            gini = 1 - 2 * sums[0] / (sums[1] * here)
-        blocks.append(np.where(sums[1] > 0, gini, np.nan))
-    return blocks
+def _unpruned(entry: Entry) -> Tensor:
+    """The magnitudes of the unpruned entries, float64 in one dimension."""
+    scores = entry.scores if entry.mask is None else entry.scores[entry.mask]
+    return scores.reshape(-1).double().abs()
+
+
+def _rows(entry: Entry) -> Iterator[tuple[Tensor, Tensor]]:
+    """Magnitudes of some rows at a time, 0 for pruned entries, and how many of each row are unpruned."""
+    masks = [None] * entry.channel_groups if entry.mask is None else entry.rows(entry.mask)
+    for rows, mask in zip(entry.rows(entry.scores), masks, strict=True):
+        step = max(1, 2**22 // max(1, math.prod(rows.shape[1:])))
+        for start in range(0, len(rows), step):
+            values = rows[start : start + step].flatten(1).double().abs()
+            if mask is None:
+                yield values, torch.full((len(values),), values.shape[1], device=values.device)
+            else:
+                keep = mask[start : start + step].flatten(1)
+                yield values.mul_(keep), keep.sum(1)
+
+
+def _gini_of_rows(values: Tensor, d: Tensor) -> Float64:
+    """Gini indices of rows. Pruned entries, zeros in front of the others, add nothing to the sums."""
+    size = values.shape[1]
+    scale = values.amax(1, keepdim=True) if size else values.new_ones(len(values), 1)  # sums of 1e308 overflow
+    ordered = values.div(scale.where(scale > 0, 1.0)).sort(dim=1).values
+    weight = size - torch.arange(1, size + 1, dtype=torch.float64, device=values.device) + 0.5
+    total = ordered.sum(1)
+    index = 1 - 2 * (ordered * weight).sum(1) / (total * d)
+    return np.asarray(index.where(total > 0, torch.nan).cpu().numpy())

@@ -5,23 +5,31 @@ Source: Algorithm 1 of Diao et al., ICLR 2023 (arXiv 2302.05601).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import starmap
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torch_sap.decide.backends import NUMPY, Backend, backend_of
 from torch_sap.decide.bounds import Hyperparameters
-from torch_sap.decide.groups import Entry, Scope, split
-from torch_sap.decide.measures import PowerSums, measure_groups, power_sums
-from torch_sap.decide.threads import map_pieces
+from torch_sap.decide.groups import Entry, Group, Piece, Scope, pieces, split
+from torch_sap.decide.sums import PowerSums, Visit, distinct, index_from_sums, join_blocks, visit_sums
+from torch_sap.decide.threads import scratch
+from torch_sap.decide.threshold import apply, expected_window, find, first_to_stay
+
+Store = Callable[[Piece, Any, Any, Any], Any]
+"""Called with a piece, its keys as rows, the last key to go of each row, and how many entries with just that key go;
+stores what stays and returns how many entries that are."""
 
 
 @dataclass(frozen=True, eq=False)
 class GroupValues:
-    """What a step found out about one group, or about the rows of one tensor: arrays with one value a group."""
+    """What a step found in one group, or in the rows of one tensor: arrays with one value per group."""
 
     d: NDArray[np.int64]
     """Unpruned entries before the step."""
@@ -34,28 +42,28 @@ class GroupValues:
 
 
 class StepResult(NamedTuple):
-    """What a step decided.
-
-    Attributes:
-        masks: New masks of the entries, in their order; None: nothing of the tensor is pruned.
-        groups: The values of each group by its name.
-        sums: What the pass over the entries found before the pruning, in all scopes.
-        remaining: Unpruned entries of each whole tensor after the pruning.
-    """
+    """What a step decided."""
 
     masks: list[Tensor | None]
+    """New masks of the entries, in their order; None where nothing of the tensor is pruned."""
     groups: dict[str, GroupValues]
+    """The values of each group by its name."""
     sums: PowerSums
+    """What the pass over the entries found before the pruning, in all scopes."""
     remaining: list[int]
+    """Unpruned entries of each whole tensor after the pruning."""
 
 
-def prune_step(entries: Sequence[Entry], scope: Scope, rule: Hyperparameters) -> StepResult:
+def prune_step(
+    entries: Sequence[Entry], scope: Scope, rule: Hyperparameters, *, backend: Backend | None = None
+) -> StepResult:
     """Decide what one round prunes.
 
     Args:
         entries: Tensors in order of position.
         scope: How they are split into groups.
         rule: The five numbers, and how many entries of a group they prune.
+        backend: The arithmetic; by default the one that fits the tensors.
 
     Returns:
         New masks and the values that led to them.
@@ -63,40 +71,146 @@ def prune_step(entries: Sequence[Entry], scope: Scope, rule: Hyperparameters) ->
     Raises:
         ValueError: if an entry holds NaN or infinity, or has no rows to prune; it is named.
     """
-    for entry in entries:
-        if scope == "neuron" and len(entry.shape) < 2:
-            raise ValueError(
-                f"{entry.name} must have more than one dimension to have rows, got shape {entry.shape}; "
-                "leave it out, or take another scope"
-            )
-    groups = split(entries, scope)
-    for group in groups:
-        group.expect(rule)
-    measured = measure_groups(groups, rule.p, rule.q)
-    values = {
-        group.name: GroupValues(d, index, rule.retain(index, d), rule.count(index, d))
-        for group, (d, index) in zip(groups, measured, strict=True)
-    }
-    work = [(group, found.c, found.d) for group, found in zip(groups, values.values(), strict=True)]
-    apart = all(group.on_host and not any(group.parts) for group in groups)  # threads must not mix up exchanges
-    masks = map_pieces(lambda group, c, d: group.masks(c, d), work, on_host=apart)
-    every = [mask for of_group in masks for mask in of_group]
-    remaining = [e.scores.numel() if m is None else int(m.sum()) for e, m in zip(entries, every, strict=True)]
-    return StepResult(every, values, power_sums(entries, rule.p, rule.q), remaining)
+    backend = backend_of(entries) if backend is None else backend
+    given = list(entries)
+    if scope == "neuron":
+        entries = [entry.with_whole_rows() for entry in entries]
+    masks = [torch.empty_like(e.scores, dtype=torch.bool, memory_format=torch.preserve_format) for e in entries]
+
+    def write(piece: Piece, keys: Any, key: Any, left: Any) -> Any:
+        _, mask, out = piece.views
+        return backend.keep(keys, key, left, None if mask is None else mask.reshape(keys.shape), out)
+
+    groups, sums, kept = _step(entries, scope, rule, backend, masks, write)
+    found: list[Tensor | None] = [
+        entry.mask if number is None else mask for entry, mask, number in zip(entries, masks, kept, strict=True)
+    ]
+    remaining = _count(entries, sums, kept, backend)
+    for i, (before, entry) in enumerate(zip(given, entries, strict=True)):
+        if before is not entry and (mask := found[i]) is not None:
+            assert before.part is not None
+            found[i] = before.part.own(mask).contiguous()
+    return StepResult(found, groups, sums, remaining)
 
 
 def zero_step(
     entries: Sequence[Entry], scope: Scope, rule: Hyperparameters
 ) -> tuple[dict[str, GroupValues], list[int]]:
-    """STUB: prune tensors in place, without a mask per entry: pruned entries are set to +0.0.
+    """Prune unmasked CPU tensors in place, without a mask per entry: what goes is set to +0.0.
 
-    The entries have no masks; their scores (CPU tensors, also mapped files) are written to after all is decided.
+    For tensors larger than memory, in files that are mapped. If it raises, some of them may have been written to.
+
+    Args:
+        entries: Tensors in order of position, without masks; their scores are changed.
+        scope: How they are split into groups.
+        rule: The five numbers.
 
     Returns:
-        The values of each group by its name, and the remaining entries of each tensor.
+        The values of each group by its name, and the unpruned entries of each tensor after the pruning.
+
+    Raises:
+        ValueError: as of :func:`prune_step`.
     """
-    result = prune_step(entries, scope, rule)
-    for entry, mask in zip(entries, result.masks, strict=True):
-        if mask is not None:
-            entry.scores.masked_fill_(~mask, 0.0)
-    return result.groups, result.remaining
+
+    def zero(piece: Piece, keys: Any, key: Any, left: Any) -> Any:
+        keep = scratch("stays", keys.shape, np.bool_)
+        kept = NUMPY.keep(keys, key, left, None, keep)
+        values = piece.views[2]
+        bits = values.view(f"i{values.itemsize}")
+        np.multiply(bits, keep.view(np.int8).reshape(bits.shape), out=bits)
+        return kept
+
+    groups, sums, kept = _step(entries, scope, rule, NUMPY, [entry.scores for entry in entries], zero)
+    return groups, _count(entries, sums, kept, NUMPY)
+
+
+def _step(
+    entries: Sequence[Entry],
+    scope: Scope,
+    rule: Hyperparameters,
+    backend: Backend,
+    outputs: Sequence[Tensor],
+    store: Store,
+) -> tuple[dict[str, GroupValues], PowerSums, list[Any]]:
+    """Measure, decide, and store what stays; the last result is the kept entries per tensor, None if nothing goes."""
+    groups = split(entries, scope)
+    windows, visits = [], []
+    for group in groups:
+        on_cpu = backend is NUMPY and all(entries[i].part is None for i in group.members)
+        windows.append(expected_window(entries, group, rule) if on_cpu and not group.by_row else None)
+        rows = _row_visit(rule, backend, store) if on_cpu and group.by_row else None
+        visits.append(rows or (windows[-1].look if windows[-1] is not None else None))
+    sums, seen = visit_sums(entries, groups, rule.p, rule.q, backend, visits, outputs)
+    values = {
+        name: GroupValues(d, index, rule.retain(index, d), rule.count(index, d))
+        for (name, d), index in zip(sums.d(scope).items(), sums.index(scope).values(), strict=True)
+    }
+
+    def store_group(number: int, group: Group) -> list[Any]:
+        """How many entries of each member stay, None if nothing goes."""
+        found = values[group.name]
+        if not found.c.any():
+            return [None] * len(group.members)
+        if group.by_row:
+            return [_store_rows(entries[number], found, backend, outputs[number], store, seen[number])]
+        cut = find(entries, group, int(found.c[0]), int(found.d[0]), backend, windows[number], seen[number])
+        return apply(entries, group, cut, backend, outputs, store)
+
+    apart = all(entry.part is None for entry in entries)  # threads must not mix up exchanges between processes
+    jobs = list(enumerate(groups))
+    kept = backend.map(store_group, jobs) if apart else list(starmap(store_group, jobs))
+    return values, sums, [number for of_group in kept for number in of_group]
+
+
+def _row_visit(rule: Hyperparameters, backend: Backend, store: Store) -> Visit:
+    """Decide rows while their keys are in the cache: each is a group of its own, so its count is known at once."""
+
+    def visit(piece: Piece, keys: Any, d: Any, sums: Any) -> tuple[Any, Any]:
+        sum_p, sum_q = join_blocks(sums)
+        with np.errstate(over="ignore"):
+            count = rule.count(index_from_sums(sum_p, sum_q, d, p=rule.p, q=rule.q), d)
+        return count, _store_row_piece(piece, keys, count, d, backend, store)
+
+    return visit
+
+
+def _store_row_piece(piece: Piece, keys: Any, count: Any, d: Any, backend: Backend, store: Store) -> Any:
+    rows = keys.reshape(piece.shape[1:])
+    return store(piece, rows, *first_to_stay(backend, rows, count, piece.shape[2] - d))
+
+
+def _store_rows(
+    entry: Entry, found: GroupValues, backend: Backend, output: Tensor, store: Store, seen: Sequence[tuple[Any, Any]]
+) -> Any:
+    """Store what stays of the rows of an entry, unless it was stored while they were measured; how many stay."""
+    if seen and seen[0] is not None and np.array_equal(np.concatenate([count for count, _ in seen]), found.c):
+        return sum(kept for _, kept in seen)
+    own = slice(None) if entry.part is None else slice(*entry.part.bounds(entry.part.rank))
+    count, d = found.c[own], found.d[own]
+
+    def store_piece(piece: Piece) -> Any:
+        keys = backend.keys(*piece.views[:2], entry.scores.dtype)
+        return _store_row_piece(piece, keys, count[piece.rows], d[piece.rows], backend, store)
+
+    tensors = (entry.scores, entry.mask, output)
+    work = [(piece,) for piece in pieces(entry, tensors, backend.chunk, backend.view, by_row=True)]
+    return sum(backend.map(store_piece, work))
+
+
+def _count(entries: Sequence[Entry], sums: PowerSums, kept: Sequence[Any], backend: Backend) -> list[int]:
+    """Unpruned entries of each whole tensor, from what was kept of it here."""
+    read = iter(backend.read([number for number in kept if number is not None]))
+    here = [None if number is None else int(next(read)) for number in kept]
+    table = np.array([[number or 0 for number in here]])
+    totals = [
+        (part, torch.cat(part.gather(torch.from_numpy(table))).sum(0))
+        for part in distinct([entry.part for entry in entries])
+    ]
+    remaining = []
+    for i, (entry, number) in enumerate(zip(entries, here, strict=True)):
+        if number is None:
+            number = sums.remaining[i]
+        elif entry.part is not None:
+            number = next(int(total[i]) for part, total in totals if part.same_processes(entry.part))
+        remaining.append(number)
+    return remaining

@@ -6,19 +6,13 @@ has no DTensor: torch.distributed.tensor is looked up among the modules that are
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, TypeGuard
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-
-Float64 = NDArray[np.float64]
 
 
 def is_dtensor(tensor: object) -> TypeGuard[Any]:
@@ -71,7 +65,7 @@ def place(whole: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class Part:  # a decide.groups.Shard
     """Where a local tensor lies in a whole that is cut along one dimension.
 
     Attributes:
@@ -113,6 +107,38 @@ class Part:
         return whole.narrow(self.dim, start, end - start)
 
 
+    def same_processes(self, other: Part) -> bool:
+        """Whether the same processes hold the parts of another tensor."""
+        return self.ranks == other.ranks
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all processes, in order of rank; their last dimension may differ."""
+        width = tensor.shape[-1]
+        widths = [int(found) for found in self._all_gather(torch.tensor([width]))]
+        padded = torch.nn.functional.pad(tensor, (0, max(widths) - width))
+        return [found[..., :own] for found, own in zip(self._all_gather(padded), widths, strict=True)]
+
+    def gather_along(self, tensor: Tensor) -> Tensor:
+        """The whole of a tensor from its parts."""
+        sizes = [end - start for start, end in map(self.bounds, range(len(self.ranks)))]
+        shape = list(tensor.shape)
+        shape[self.dim] = max(sizes)
+        padded = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+        padded.narrow(self.dim, 0, tensor.shape[self.dim]).copy_(tensor)
+        received = self._all_gather(padded.view(torch.uint8) if padded.dtype is torch.bool else padded)
+        cut = [piece.narrow(self.dim, 0, size) for piece, size in zip(received, sizes, strict=True)]
+        return torch.cat(cut, self.dim).view(tensor.dtype)
+
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of one shape of all processes, on the device where this one is."""
+        kind = str(self.mesh.device_type)
+        device = torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else "cpu"
+        sent = tensor.to(device).contiguous()
+        received = [torch.empty_like(sent) for _ in self.ranks]
+        torch.distributed.all_gather(received, sent, group=self.group)
+        return [piece.to(tensor.device) for piece in received]
+
+
 def part_of(tensor: Tensor, name: str) -> Part | None:
     """Where the local part of a tensor lies, None if every process has all of it.
 
@@ -135,71 +161,3 @@ def part_of(tensor: Tensor, name: str) -> Part | None:
     return Part(mesh, cut[0], placements[cut[0]].dim % tensor.dim(), tuple(tensor.shape))
 
 
-def common_part(parts: Sequence[Part | None]) -> Part | None:
-    """A part that stands for the processes of all of them, None if nothing is cut.
-
-    Raises:
-        NotImplementedError: if the tensors are cut over different processes.
-    """
-    found = [part for part in parts if part is not None]
-    if len({part.ranks for part in found}) > 1:
-        raise NotImplementedError(
-            "parameters of one group must be sharded over the same processes, "
-            f"got {sorted({part.ranks for part in found})}; use scope 'layer' or 'neuron'"
-        )
-    return found[0] if found else None
-
-
-def add_up(values: Tensor, part: Part) -> Tensor:
-    """The sum of the processes' tensors, each of which has the same shape."""
-    total = values.to(_device(part), copy=True)
-    torch.distributed.all_reduce(total, group=part.group)
-    return total.to(values.device)
-
-
-def gather(tables: Sequence[Float64], part: Part) -> list[list[Float64]]:
-    """The tables of all processes, in their order. Their last dimension may differ from process to process."""
-    widths = _all_gather(torch.tensor([table.shape[-1] for table in tables]), part)
-    heights = torch.tensor([math.prod(table.shape[:-1]) for table in tables])
-    sizes = [(row * heights).tolist() for row in widths]
-    padded = np.zeros(max(sum(row) for row in sizes))
-    flat = np.concatenate([table.reshape(-1) for table in tables])
-    padded[: len(flat)] = flat
-    gathered = []
-    received = _all_gather(torch.from_numpy(padded), part)
-    for row, widths_here, values in zip(sizes, widths, received, strict=True):
-        pieces = np.split(values.numpy(), np.cumsum(row))[:-1]
-        gathered.append(
-            [
-                piece.reshape(*table.shape[:-1], width)
-                for piece, table, width in zip(pieces, tables, widths_here.tolist(), strict=True)
-            ]
-        )
-    return gathered
-
-
-def gather_along(tensor: Tensor, part: Part) -> Tensor:
-    """The whole of a tensor from its parts."""
-    starts_ends = [part.bounds(rank) for rank in range(len(part.ranks))]
-    longest = max(end - start for start, end in starts_ends)
-    shape = list(tensor.shape)
-    shape[part.dim] = longest
-    padded = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-    padded.narrow(part.dim, 0, tensor.shape[part.dim]).copy_(tensor)
-    pieces = _all_gather(padded.view(torch.uint8) if padded.dtype is torch.bool else padded, part)
-    cut = [piece.narrow(part.dim, 0, end - start) for piece, (start, end) in zip(pieces, starts_ends, strict=True)]
-    return torch.cat(cut, part.dim).to(tensor.device).view(tensor.dtype)
-
-
-def _all_gather(tensor: Tensor, part: Part) -> list[Tensor]:
-    """The processes' tensors of one shape, on the device where this one is."""
-    sent = tensor.to(_device(part)).contiguous()
-    received = [torch.empty_like(sent) for _ in part.ranks]
-    torch.distributed.all_gather(received, sent, group=part.group)
-    return [piece.to(tensor.device) for piece in received]
-
-
-def _device(part: Part) -> torch.device:
-    """Where the group's backend communicates."""
-    kind = str(part.mesh.device_type)
-    return torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device(kind)

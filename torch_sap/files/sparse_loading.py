@@ -16,8 +16,8 @@ from torch_sap.files.bitmask import matrix_shape, row_offsets, scatter_values, u
 from torch_sap.files.sparse_saving import FORMAT
 from torch_sap.files.state import Held, held_tensors
 from torch_sap.files.tensor_files import PathLike, TensorFile, damaged, reading
-from torch_sap.masks.guarding import guard
-from torch_sap.masks.holding import hold_masks
+from torch_sap.masks.guards import guard
+from torch_sap.masks.mask import hold_masks
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torch_sap.decide.measures import measure
+from torch_sap.decide.sums import power_sums
+measure = lambda e, s, p, q: power_sums(e, p, q).index(s)
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.inspect.macs import count_macs

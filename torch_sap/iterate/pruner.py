@@ -22,16 +22,16 @@ from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import share, wrapper_of
 from torch_sap.distributed.sharded import local
 from torch_sap.files.checkpoint import differences
-from torch_sap.functional import count_remaining
 from torch_sap.iterate.metrics import Metrics, as_metrics, check_callable, evaluate, modes_of, set_modes
 from torch_sap.iterate.rewinding import Rewind, State, anew, check_state, restore, rewind_point, snapshot
-from torch_sap.masks.guarding import guard, unguard
-from torch_sap.masks.holding import check_copies, hold_masks
-from torch_sap.masks.interrupts import complete, held_back
-from torch_sap.masks.linking import hooks_of
-from torch_sap.masks.optimizers import check_optimizer
+from torch_sap.masks.guards import guard, unguard
+from torch_sap.masks.mask import check_copies, hold_masks
+from contextlib import nullcontext as held_back
+from torch_sap.masks.mask import finish as complete
+from torch_sap.masks.mask import hooks_of
+from torch_sap.masks.zeros import check_optimizer
 from torch_sap.masks.parameters import entries_of, resolve
-from torch_sap.masks.reparametrized import warn_of_reparametrised
+from torch_sap.masks.reparametrized import warn_of_reparametrized
 from torch_sap.records.history import History
 from torch_sap.records.round import Round, Sparsity
 
@@ -76,7 +76,7 @@ class Stepper:
         self.history = History()
         self._optimizer_start = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
         self._prunables = resolve(model, exclude)
-        warn_of_reparametrised(model, stacklevel=3)
+        warn_of_reparametrized(model, stacklevel=3)
         self._sparsity()  # raises here if a weight is not finite
         self._rewind_point = rewind_point(model, rewind)
         self._rewinds = self._rewind_point is not None
@@ -116,7 +116,11 @@ class Stepper:
         """Measure the trained model and decide what a step prunes, changing nothing; argument and errors as of step."""
         recorded = as_metrics(metrics, "metrics")
         entries = self._entries()
-        retrained, counts = self._sparsity(), count_remaining(self._prunables)
+        retrained = self._sparsity()
+        from torch_sap.records.report import TensorRecord
+        from torch_sap.decide.sums import power_sums
+        mk=lambda rem: tuple(TensorRecord(p.name, tuple(p.weight.shape), r, p.weight.numel()) for p, r in zip(self._prunables, rem))
+        counts = mk(power_sums(entries, self.rule.p, self.rule.q).remaining)
         with torch.no_grad():
             result = prune_step(entries, self.scope, self.rule)
         found = Round(
@@ -139,7 +143,10 @@ class Stepper:
             check_copies(copies, self._prunables, plan.masks)
             share(copies, self._rewind_point or {})
             masks = [p.whole(mask) for p, mask in zip(self._prunables, plan.masks, strict=True)]
-        after = count_remaining(self._prunables, plan.masks)
+        from torch_sap.records.report import TensorRecord
+        from torch_sap.decide.sums import power_sums
+        mk=lambda rem: tuple(TensorRecord(p.name, tuple(p.weight.shape), r, p.weight.numel()) for p, r in zip(self._prunables, rem))
+        after = mk(power_sums([replace(e, mask=m) for e, m in zip(entries_of(self._prunables, None), plan.masks)], self.rule.p, self.rule.q).remaining)
         found = replace(plan.round, pruned=self._sparsity(plan.masks), tensors_after=after)
         rewind = self._prepare_rewinding()
         with held_back():  # from here on to the end, whatever is raised

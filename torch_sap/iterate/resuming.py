@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_sap.arguments import check_path
-from torch_sap.decide.measures import measure
+from torch_sap.decide.sums import power_sums
+measure = lambda e, s, p, q: power_sums(e, p, q).index(s)
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.files.checkpoint import as_plain, differences, read, unreadable, write

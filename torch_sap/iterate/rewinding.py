@@ -14,7 +14,7 @@ from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import place
 from torch_sap.masks.parameters import Prunable
-from torch_sap.masks.zeros import restore_all_zeros_
+from torch_sap.masks.zeros import restore_zeros_
 
 State = dict[str, Tensor]
 Rewind = Literal["init", "none"] | Mapping[str, Tensor]
@@ -32,7 +32,7 @@ def restore(model: nn.Module, state: Mapping[str, Tensor], prunables: Sequence[P
         for name, tensor in tensors_of(model).items():
             if name in state:
                 tensor.copy_(state[name])
-        restore_all_zeros_([(p.weight, mask) for p in prunables if (mask := p.mask) is not None])
+        restore_zeros_([(p.weight, mask) for p in prunables if (mask := p.mask) is not None])
 
 
 def anew(optimizer: Optimizer, start: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch_sap.distributed.replicas import unwrap
 
 
-def warn_of_reparametrised(model: nn.Module, stacklevel: int) -> None:
+def warn_of_reparametrized(model: nn.Module, stacklevel: int) -> None:
     """Warn of modules whose weight is no parameter of theirs, with their paths and what to do.
 
     ``torch.nn.utils.parametrize`` (its spectral_norm, weight_norm, orthogonal too) keeps the values under another

@@ -1,4 +1,4 @@
-"""Masks that hold behind weight standardisation: timm's StdConv2d, ScaledStdConv2d and their "Same" forms.
+"""Masks that hold behind weight standardization: timm's StdConv2d, ScaledStdConv2d and their "Same" forms.
 
 These convolutions do not compute with their weight but with ``S(w) = gain * (w - mean) / sqrt(var + eps)``, mean and
 variance over the entries of an output channel. Subtracting a mean turns pruned zeros into other numbers. A masked one
@@ -10,10 +10,10 @@ therefore computes with
 product makes them exact. A channel from which nothing is pruned is computed as timm does it, bit for bit.
 
 A plain timm module whose weight is ``v`` computes the same, which is why ``remove`` leaves ``v``
-(:func:`fold_`). Without centring over the unpruned entries there would be no such weight: what a standardised
+(:func:`fold_`). Without centring over the unpruned entries there would be no such weight: what a standardized
 convolution computes with always has mean zero.
 
-The mask is applied in a ``forward`` that the module gets of its own, because the standardised weight is seen nowhere
+The mask is applied in a ``forward`` that the module gets of its own, because the standardized weight is seen nowhere
 else. Source: Qiao et al., "Weight Standardization", arXiv 1903.10520; Brock et al., arXiv 2101.08692 (scaled).
 """
 
@@ -32,8 +32,8 @@ from torch_sap.distributed.sharded import is_dtensor
 _NAMES = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
 
 
-class StandardisedForward:
-    """What a pruned standardised convolution computes, in the place of its class's ``forward``.
+class StandardizedForward:
+    """What a pruned standardized convolution computes, in the place of its class's ``forward``.
 
     Args:
         module: The convolution.
@@ -60,22 +60,22 @@ class StandardisedForward:
         return F.conv2d(x, weight, module.bias, module.stride, module.padding, module.dilation, module.groups)
 
 
-def is_standardised(module: nn.Module) -> bool:
-    """Whether a module is one of timm's standardised convolutions, or a subclass that computes as they do."""
+def is_standardized(module: nn.Module) -> bool:
+    """Whether a module is one of timm's standardized convolutions, or a subclass that computes as they do."""
     layers: Any = sys.modules.get("timm.layers.std_conv")
     kinds = [getattr(layers, name, None) for name in _NAMES] if layers is not None else []
     return any(kind is not None and type(module).forward is kind.forward for kind in kinds)
 
 
 def is_masked(module: nn.Module) -> bool:
-    """Whether a module applies its mask behind the standardisation."""
-    return isinstance(getattr(module.__dict__.get("forward"), "__self__", None), StandardisedForward)
+    """Whether a module applies its mask behind the standardization."""
+    return isinstance(getattr(module.__dict__.get("forward"), "__self__", None), StandardizedForward)
 
 
-def mask_standardised(module: nn.Module) -> None:
-    """Let a module that has a mask now apply it behind the standardisation, if it has one."""
-    if is_standardised(module):
-        module.__dict__["forward"] = StandardisedForward(module).forward  # a method, as torch.export wants it
+def mask_standardized(module: nn.Module) -> None:
+    """Let a module that has a mask now apply it behind the standardization, if it has one."""
+    if is_standardized(module):
+        module.__dict__["forward"] = StandardizedForward(module).forward  # a method, as torch.export wants it
 
 
 def fold_(module: nn.Module) -> None:
@@ -91,18 +91,18 @@ def fold_(module: nn.Module) -> None:
 
 
 def effective_weight(module: Any) -> Tensor:
-    """What a pruned standardised convolution computes with, of the weight's shape: exact zeros where the mask is False.
+    """What a pruned standardized convolution computes with, of the weight's shape: exact zeros where the mask is False.
 
     Args:
-        module: One of timm's standardised convolutions, with ``weight_mask``.
+        module: One of timm's standardized convolutions, with ``weight_mask``.
     """
     weight, mask = module.weight_orig, module.weight_mask  # by these names torch.fx can trace them
     if is_dtensor(mask) and not is_dtensor(weight):  # FSDP has gathered the weight for this forward
         mask = mask.full_tensor()
     gain = (module.gain * module.scale).view(-1) if hasattr(module, "gain") else None
     rows = centred(weight, mask).reshape(1, module.out_channels, -1)
-    standardised: Tensor = F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=module.eps)
-    return standardised.reshape_as(weight).masked_fill(mask == 0, 0)
+    standardized: Tensor = F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=module.eps)
+    return standardized.reshape_as(weight).masked_fill(mask == 0, 0)
 
 
 def centred(weight: Tensor, mask: Tensor) -> Tensor:

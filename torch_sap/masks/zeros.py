@@ -1,84 +1,178 @@
-"""Pruned entries are made zeros, in place."""
+"""Pruned entries are made zeros, in place, whenever somebody may have written to them. Nothing is inferred.
+
+- Gradients are masked once per backward, all together, when the last one has been accumulated.
+- Weights are restored after every step of a ``torch.optim`` optimizer that has them.
+- The outermost forward restores the weights inside it (:mod:`torch_sap.masks.guards`), and loading restores them.
+
+There is no record of what still is zero: a check that misses one kind of write would let a wrong model pass silently.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from torch_sap.decide.keys import INTEGER_OF, chunks, flatten, is_dense
-from torch_sap.decide.threads import map_pieces
+from torch_sap.decide.keys import INTEGER_OF
 from torch_sap.distributed.sharded import local, same_placement
 
-TORCH_CHUNK = 2**22
-"""Entries that torch multiplies at once on the host. It converts the mask to integers first: 16 MiB for float32.
+CHUNK = 2**20
+"""Entries that are multiplied at once on the CPU, where PyTorch makes an integer copy of the mask first."""
 
-Pieces that fit the caches are faster alone, but within a training step every call has a price: cold caches, two threads
-that meet. Measured with resnet18, the masking of its gradients takes 5 % of the step at 2**18, 2.5 % at 2**22.
-"""
+Pair = tuple[Tensor, Tensor]
+"""A tensor and its bool mask."""
 
 
-def restore_zeros_(tensor: Tensor, mask: Tensor) -> None:
-    """Set the entries where a bool mask is False to +0.0, in place, whatever is there (NaN too).
+def restore_zeros_(pairs: Iterable[Pair]) -> None:
+    """Set the entries of tensors where a bool mask is False to +0.0, in place and with one call for all of them.
 
-    The bits are multiplied as integers, which is several times faster on a CPU than masked_fill_. Autograd does not
-    see it: the version counter stays, so a forward may do this between another forward and its backward. Of DTensors
-    of one placement each process does its part.
+    The bits are multiplied as integers: that is several times faster on a CPU than ``masked_fill_``, and turns NaN and
+    -0.0 into +0.0 too. Autograd does not see it: version counters stay, so a forward may do this between another
+    forward and its backward. Each process writes its parts of DTensors.
     """
-    tensor, mask = local(tensor), local(mask)
-    bits = tensor.data.view(INTEGER_OF[tensor.dtype])
-    if not tensor.is_cpu or tensor.numel() <= TORCH_CHUNK or not is_dense(tensor):
-        bits.mul_(mask)
-        return
-    for piece, factor in zip(*(flatten(t, tensor).split(TORCH_CHUNK) for t in (bits, mask)), strict=True):
-        piece.mul_(factor)
-
-
-class Holder(Protocol):
-    """Who holds a weight's zeros."""
-
-    def note_zeros(self, weight: Tensor, mask: Tensor) -> None:
-        """Remember that they are there now."""
-
-
-def hold_together(unheld: Iterable[tuple[Holder, tuple[Tensor, Tensor] | None]]) -> None:
-    """:func:`restore_zeros_` for each holder that has a weight with its mask to restore, and let it know.
-
-    While a model trains: in this thread alone, since torch's own threads keep the cores busy then while they wait for
-    the next operation.
-    """
-    found = [(holder, pair) for holder, pair in unheld if pair is not None]
-    for weight, mask in _restore_on_devices_([pair for _, pair in found]):
-        restore_zeros_(weight, mask)
-    for holder, (weight, mask) in found:
-        holder.note_zeros(weight, mask)
-
-
-def restore_all_zeros_(weights: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """:func:`restore_zeros_` for many tensors with their masks, on the host piece by piece in several threads."""
-    pieces: list[tuple[Any, ...]] = []
-    for weight, mask in _restore_on_devices_([pair for pair in weights if same_placement(*pair)]):
-        weight, mask = local(weight), local(mask)
-        if is_dense(weight):
-            bits = flatten(weight.data.view(INTEGER_OF[weight.dtype]), weight)
-            pieces += chunks(bits, flatten(mask, weight), on_host=True)
+    bits: list[Tensor] = []
+    masks: list[Tensor] = []
+    for tensor, mask in pairs:
+        tensor, mask = local(tensor), local(mask)
+        of_tensor = tensor.data.view(INTEGER_OF[tensor.dtype])
+        if tensor.numel() > CHUNK and tensor.is_cpu and (order := _shared_order(tensor, mask)) is not None:
+            bits.extend(of_tensor.permute(order).view(-1).split(CHUNK))
+            masks.extend(mask.permute(order).view(-1).split(CHUNK))
         else:
-            restore_zeros_(weight, mask)
-    map_pieces(_multiply, pieces, on_host=True)
+            bits.append(of_tensor)
+            masks.append(mask)
+    if bits:
+        torch._foreach_mul_(bits, masks)
 
 
-def _restore_on_devices_(weights: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Do it for those that are not on the host, with one call: Python takes longer than a launch; return the others."""
-    on_device = [(local(weight), local(mask)) for weight, mask in weights if not weight.is_cpu]
-    if on_device:
-        bits = [weight.data.view(INTEGER_OF[weight.dtype]) for weight, _ in on_device]
-        torch._foreach_mul_(bits, [mask for _, mask in on_device])
-    return [(weight, mask) for weight, mask in weights if weight.is_cpu]
+def _shared_order(tensor: Tensor, mask: Tensor) -> list[int] | None:
+    """The order of dimensions in which both tensors fill their memory, None if there is none."""
+    if tensor.is_contiguous() and mask.is_contiguous():
+        return list(range(tensor.dim()))
+    order = sorted(range(tensor.dim()), key=lambda dim: tensor.stride()[dim], reverse=True)
+    return order if all(t.permute(order).is_contiguous() for t in (tensor, mask)) else None
 
 
-def _multiply(bits: NDArray[Any], mask: NDArray[np.bool_]) -> None:
-    np.multiply(bits, mask.view(np.int8), out=bits)
+class Keeper(Protocol):
+    """Who keeps the zeros of one pruned weight."""
+
+    weight: Tensor | None
+    """The Parameter whose gradients are masked."""
+    covered: bool
+    """Whether a running forward around the weight's module has restored its zeros."""
+
+    def find(self) -> Pair | None:
+        """The weight and its mask; None if they are gone or another pruning method holds them."""
+
+
+_keepers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def watch(keeper: Keeper) -> None:
+    """Restore the zeros of a weight after every optimizer step from now on."""
+    _keepers[id(keeper)] = keeper
+
+
+def unwatch(keeper: Keeper) -> None:
+    """Stop restoring them."""
+    _keepers.pop(id(keeper), None)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not _keepers:
+        return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    pairs = []
+    for reference in _keepers.valuerefs():
+        keeper: Keeper | None = reference()
+        if keeper is None:
+            continue
+        keeper.covered = False  # left by a forward that KeyboardInterrupt has ended
+        found = keeper.find()
+        if found is None:
+            continue
+        weight, mask = found
+        if keeper.weight is not None and keeper.weight is not weight and id(keeper.weight) in stepped:
+            weight = keeper.weight  # the sharded Parameter, while FSDP has put the gathered one in its place
+        if id(weight) in stepped and same_placement(weight, mask):
+            pairs.append((weight, mask))
+    restore_zeros_(pairs)
+
+
+register_optimizer_step_post_hook(_after_step)
+
+_arrived: dict[int, list[MaskedGradient]] = {}
+"""By backward, the weights whose gradients it has accumulated. A backward that fails leaves its list, which holds no
+tensor; a task's number is never used again."""
+
+_queue_callback: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+
+
+class MaskedGradient:
+    """Masks the gradient of a Parameter after each backward that accumulates into it.
+
+    Args:
+        weight: The Parameter, which requires a gradient. It holds this object, which holds the keeper weakly.
+        keeper: Who knows the mask.
+    """
+
+    def __init__(self, weight: Tensor, keeper: Keeper) -> None:
+        self.keeper = weakref.ref(keeper)
+        register: Any = weight.register_post_accumulate_grad_hook
+        self.handle = register(self.accumulated)
+
+    def accumulated(self, weight: Tensor) -> None:
+        """Note that a gradient has arrived; the first one of a backward asks for the callback at its end.
+
+        The callback queues itself once more, so that it comes after that of DistributedDataParallel, which copies
+        reduced gradients back.
+        """
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            _mask_gradients([self])
+            return
+        new: list[MaskedGradient] = []
+        arrived = _arrived.setdefault(task, new)
+        arrived.append(self)
+        if arrived is new:
+            _queue_callback(lambda: _queue_callback(lambda: _mask_gradients(_arrived.pop(task, []))))
+
+
+def _mask_gradients(arrived: Iterable[MaskedGradient]) -> None:
+    pairs = []
+    for hook in arrived:
+        keeper = hook.keeper()
+        found, weight = (None, None) if keeper is None else (keeper.find(), keeper.weight)
+        gradient = None if weight is None else weight.grad
+        if found is None or weight is None or gradient is None:
+            continue
+        mask = found[1]
+        if gradient.is_sparse or not same_placement(gradient, mask):
+            with torch.no_grad():
+                weight.grad = gradient * mask.to(gradient.dtype)
+        else:
+            pairs.append((gradient, mask))
+    restore_zeros_(pairs)
+
+
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Refuse what is not the optimizer of a model; None is fine.
+
+    Raises:
+        TypeError: if it is no optimizer.
+        ValueError: if it holds no parameter of the model.
+    """
+    if optimizer is None:
+        return
+    if not hasattr(optimizer, "state") or not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    own = set(map(id, model.parameters()))
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "optimizer must hold parameters of the model, but holds none of them: make it from model.parameters()"
+        )

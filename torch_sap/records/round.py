@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from torch_sap.decide.groups import Entry, Scope
-from torch_sap.decide.measures import measure, measure_gini
+from torch_sap.decide.measures import gini as measure_gini
+from torch_sap.decide.sums import power_sums
 from torch_sap.decide.step import GroupValues
 from torch_sap.records.report import TensorRecord, array, groups_from_dict, groups_to_dict, numbers
 
@@ -38,7 +39,7 @@ class Sparsity:
         scopes: tuple[Scope, ...] = get_args(Scope)
         with torch.no_grad():
             return cls(
-                {scope: measure(entries, scope, p, q) for scope in scopes},
+                {scope: power_sums(entries, p, q).index(scope) for scope in scopes},
                 {scope: measure_gini(entries, scope) for scope in scopes} if gini else None,
             )
 

@@ -1,0 +1,136 @@
+"""Guards restore the zeros inside a module before its forward, once for all weights in it.
+
+Some weights are read without calling their module: timm's BEiT, EVA and Swin v2 compute ``F.linear(x,
+self.qkv.weight)``, nn.MultiheadAttention reads ``out_proj.weight``. The hook of such a module never runs, so the
+modules around it have guards. The outermost one does the work; guards and hooks inside it find their weights covered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from torch_sap.distributed.fsdp import is_fsdp
+from torch_sap.distributed.replicas import unwrap
+from torch_sap.masks.mask import InPlaceMask
+from torch_sap.masks.zeros import restore_zeros_
+
+Held = list[tuple[InPlaceMask, nn.Module]]
+
+
+class Guard:
+    """Restores the zeros of all weights inside one module.
+
+    Args:
+        held: The hooks, each with its module.
+        is_root: Whether the user pruned this very module. A root restores whether its weights are covered or not, which
+            also ends what a forward that was interrupted has left, and keeps a forward hook of its own.
+    """
+
+    def __init__(self, held: Held, *, is_root: bool) -> None:
+        self.held, self.is_root = held, is_root
+        self._covering: Held = []
+        self._handle: RemovableHandle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"held": self.held, "is_root": self.is_root, "_covering": [], "_handle": None}
+
+    def before(self, module: nn.Module, inputs: Any) -> None:
+        """Forward pre-hook."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and is_fsdp(module):
+            self._come_first(module)
+        todo = self.held if self.is_root else [pair for pair in self.held if not pair[0].covered]
+        if todo:
+            found = [hook.before_forward(inner) for hook, inner in todo]
+            restore_zeros_([pair for pair in found if pair is not None])
+            if self.is_root or not compiling:  # a trace cannot take a hook away again
+                for hook, _ in todo:
+                    hook.covered = True
+            if not (self.is_root or compiling):
+                self._covering = todo
+                self._handle = module.register_forward_hook(self.after, always_call=True)
+        elif not compiling:
+            self.link(module, inputs)
+
+    def after(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Forward hook: of a root always, of others while they are the outermost."""
+        for hook, inner in self.held if self.is_root else self._covering:
+            hook.covered = False
+            hook.give_back(inner)
+            hook.relink(inner)
+        if self._handle is not None:
+            self._handle.remove()
+            self._covering, self._handle = [], None
+
+    def link(self, module: nn.Module, inputs: Any) -> None:
+        """Forward pre-hook that runs when FSDP has gathered the weights."""
+        for hook, inner in self.held:
+            hook.relink(inner)
+
+    def _come_first(self, module: nn.Module) -> None:
+        """Restore zeros before FSDP gathers the weights, though fully_shard came after the guard."""
+        hooks: Any = module._forward_pre_hooks  # an OrderedDict
+        if next(iter(hooks.values())) != self.before:
+            hooks.move_to_end(next(key for key, hook in hooks.items() if hook == self.before), last=False)
+            if self.link not in hooks.values():
+                module.register_forward_pre_hook(self.link)
+
+
+def guard(model: nn.Module) -> None:
+    """Give a model, and the modules in it that could read a weight inside them without a call, guards."""
+    root, found = unwrap(model), {}  # type: ignore[var-annotated]
+    for module in root.modules():
+        held = [(h, inner) for h, inner in _hooks_in(module, found).items() if inner is not module or is_fsdp(module)]
+        known = _guards(module)
+        is_root = module is root or any(other.is_root for other in known)
+        if known and known[0].held == held and known[0].is_root == is_root:
+            continue
+        _release(module)
+        if held and (is_root or is_fsdp(module) or _has_own_forward(module)):
+            _install(module, Guard(held, is_root=is_root))
+
+
+def _install(module: nn.Module, new: Guard) -> None:
+    module.register_forward_pre_hook(new.before, prepend=is_fsdp(module))
+    if is_fsdp(module):
+        module.register_forward_pre_hook(new.link)
+    if new.is_root:
+        module.register_forward_hook(new.after, always_call=True)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether the forward may read weights itself. That of Sequential calls each module, and lists have none."""
+    return type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
+
+
+def unguard(model: nn.Module) -> None:
+    """Take all guards of a model away."""
+    for module in model.modules():
+        _release(module)
+
+
+def _hooks_in(module: nn.Module, found: dict[nn.Module, dict[InPlaceMask, nn.Module]]) -> dict[InPlaceMask, nn.Module]:
+    """The hooks of a module and of those inside it, with the modules that have them; it adds them to ``found``."""
+    if module not in found:
+        hooks = module._forward_pre_hooks.values()
+        found[module] = {hook: module for hook in hooks if isinstance(hook, InPlaceMask)}
+        for child in module.children():
+            found[module].update(_hooks_in(child, found))
+    return found[module]
+
+
+def _guards(module: nn.Module) -> Sequence[Guard]:
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, Guard)]
+
+
+def _release(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Guard)]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)

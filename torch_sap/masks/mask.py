@@ -1,0 +1,324 @@
+"""Masks held in place, in PyTorch's form (``weight_orig``, ``weight_mask``, a hook) but without a second tensor.
+
+``module.weight`` is the Parameter ``weight_orig`` itself, and its pruned entries are zeros
+(:mod:`torch_sap.masks.zeros` keeps them so). A hook is found by PyTorch's own functions (``prune.is_pruned``,
+``prune.remove``, a foreign method on top), holds no mask, and looks the weight and the mask up in its module each time:
+they may be replaced (``load_state_dict(assign=True)``, ``to_empty``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from torch_sap.distributed.fsdp import manages, rename
+from torch_sap.distributed.replicas import check_agreement, groups_of_copies
+from torch_sap.distributed.sharded import is_dtensor, place, same_placement
+from torch_sap.masks.parameters import Prunable
+from torch_sap.masks.standardized import fold_, mask_standardized
+from torch_sap.masks.zeros import MaskedGradient, Pair, restore_zeros_, unwatch, watch
+
+
+class InPlaceMask(prune.BasePruningMethod):
+    """The hook of one tensor of one module that torch_sap prunes.
+
+    Args:
+        module: Module that has the tensor as ``{name}_orig`` and the mask as ``{name}_mask``.
+        name: Name of the tensor before it was pruned.
+    """
+
+    PRUNING_TYPE = "unstructured"
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._bind(module, name)
+
+    def _bind(self, module: nn.Module, name: str) -> None:
+        self._tensor_name = name
+        self._weight_key, self._mask_key = name + "_orig", name + "_mask"
+        self._module = weakref.ref(module)  # a strong one would be a cycle, and memory that waits for the collector
+        self.weight: Tensor | None = None  # the Parameter whose gradients are masked
+        self.covered = False  # a running forward around the module has restored the zeros
+        self.sharded = False  # the mask is a DTensor
+        self._gradient: MaskedGradient | None = None
+        self._lent: Tensor | None = None  # the Parameter, while a traced forward computes with a product
+        self._managed = False  # by FSDP, as far as is known
+        watch(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self._module(), "name": self._tensor_name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._bind(**state)
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        """Return the mask as it is: what to prune is decided elsewhere, for all tensors together."""
+        return default_mask
+
+    def find(self) -> Pair | None:
+        """The weight and its mask; None if they are gone or another pruning method holds them."""
+        module = self._module()
+        if module is None:
+            return None
+        if self.sharded:
+            self.relink(module)  # FSDP may have put the sharded parameter back
+        return self._find(module)
+
+    def _find(self, module: nn.Module) -> Pair | None:
+        weight = module._parameters.get(self._weight_key)
+        mask = module._buffers.get(self._mask_key)
+        hooks = module._forward_pre_hooks
+        alone = len(hooks) == 1 and next(iter(hooks.values())) is self  # mostly
+        taken = not alone and any(hook is not self for hook in hooks_of(module, self._tensor_name))
+        return None if weight is None or mask is None or taken else (weight, mask)
+
+    def attached(self, module: nn.Module) -> Pair | None:
+        """The weight and its mask, after the module was made to read the Parameter and its gradients to be masked."""
+        weight: Any = module._parameters.get(self._weight_key)
+        if weight is not self.weight or weight is not module.__dict__.get(self._tensor_name) or weight is None:
+            return self._attach(module)
+        if weight.requires_grad and self._gradient is None:
+            return self._attach(module)
+        mask = module._buffers.get(self._mask_key)
+        return self._attach(module) if mask is None or self.sharded else (weight, mask)
+
+    def _attach(self, module: nn.Module) -> Pair | None:
+        name = self._tensor_name
+        if name in module._parameters and self._weight_key in module._parameters:  # the user's: it replaces ours
+            module._parameters[self._weight_key] = module._parameters.pop(name)
+        found = self._find(module)
+        if found is None or not isinstance(found[0], nn.Parameter):
+            return None
+        weight, mask = found[0], self._place_mask(module)
+        link(module, name, weight)
+        if not same_placement(weight, mask):
+            self._check_gathered(module)
+            return None
+        if weight is not self.weight:
+            self._release_gradient()
+            self.weight = weight
+        if weight.requires_grad and self._gradient is None:
+            self._gradient = MaskedGradient(weight, self)
+        return weight, mask
+
+    def _place_mask(self, module: nn.Module) -> Tensor:
+        """The mask, cut as the weight is if fully_shard came after the pruning."""
+        weight, mask = module._parameters[self._weight_key], module._buffers[self._mask_key]
+        assert weight is not None and mask is not None
+        if is_dtensor(weight) and not is_dtensor(mask):
+            mask = module._buffers[self._mask_key] = place(mask, like=weight)
+        self.sharded = is_dtensor(mask)
+        return mask
+
+    def _check_gathered(self, module: nn.Module) -> None:
+        """A weight that does not lie as its mask does is one that FSDP has gathered from the masked parts."""
+        self._managed = self._managed or manages(module, self._weight_key)
+        if not self._managed:
+            raise RuntimeError(
+                f"{self._tensor_name}_orig and {self._tensor_name}_mask of {type(module).__name__} must be placed "
+                "alike, but one is a DTensor and the other is none or lies elsewhere; load or distribute both"
+            )
+
+    def relink(self, module: nn.Module) -> None:
+        """Let ``module.weight`` be the tensor that is there now: FSDP exchanges it for a forward and a backward."""
+        if self.sharded and (found := self._find(module)):
+            link(module, self._tensor_name, found[0])
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Forward pre-hook."""
+        if not self.covered:
+            pair = self.before_forward(module)
+            if pair is not None:
+                restore_zeros_([pair])
+            if self._lent is not None and self.give_back not in module._forward_hooks.values():
+                module.register_forward_hook(self.give_back, always_call=True)
+            return
+        weight = module._parameters.get(self._weight_key)
+        if module.__dict__.get(self._tensor_name) is not weight and _runs_eagerly(weight):
+            link(module, self._tensor_name, weight)
+
+    def before_forward(self, module: nn.Module) -> Pair | None:
+        """Let a forward of the module, or of one around it, compute with zeros at pruned entries.
+
+        Returns:
+            The weight and mask whose zeros the caller is to restore; None if a traced forward has them in its graph.
+        """
+        weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
+        if _runs_eagerly(weight):
+            self._lent = None  # left by a torch.export that failed
+            return self.attached(module)
+        if torch.compiler.is_dynamo_compiling() and weight is not None and mask is not None:
+            with torch.no_grad():  # a part of the graph, where ``.data`` is not allowed
+                weight.masked_fill_(~mask, 0)
+        else:
+            self._lend(module)
+        return None
+
+    def _lend(self, module: nn.Module) -> None:
+        """Compute one call with a product: what functional_call or torch.export have put there is not written to."""
+        found, own = self._find(module), module.__dict__.get(self._tensor_name)
+        if found is not None and own is not None:
+            self._lent = own
+            link(module, self._tensor_name, found[0] * found[1])
+
+    def give_back(self, module: nn.Module, *_: Any) -> None:
+        """Let the module read its Parameter again. A forward hook too."""
+        if self._lent is not None:
+            link(module, self._tensor_name, self._lent)
+            self._lent = None
+
+    def before_load(self, module: nn.Module, *_: Any) -> None:
+        """load_state_dict pre-hook. A sharded mask can only be copied into one that is sharded too."""
+        if self._find(module):
+            self._place_mask(module)
+
+    def after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+        """load_state_dict post-hook. ``assign=True`` may have brought a mask of another type, and another Parameter."""
+        mask = module._buffers.get(self._mask_key)
+        if mask is not None and mask.dtype is not torch.bool and self._find(module):
+            module._buffers[self._mask_key] = mask != 0
+        self.hold(module)
+
+    def hold(self, module: nn.Module) -> None:
+        """Restore the zeros now."""
+        self.covered = False
+        if (pair := self.attached(module)) is not None:
+            restore_zeros_([pair])
+
+    def remove(self, module: nn.Module) -> None:
+        """Make the pruning permanent, for PyTorch's prune.remove: the same Parameter, its old name, its old place."""
+        self.hold(module)
+        fold_(module)
+        self.release(module)
+        del module._buffers[self._mask_key]
+        module.__dict__.pop(self._tensor_name, None)
+        rename_parameter(module, self._weight_key, self._tensor_name)
+
+    def release(self, module: nn.Module) -> None:
+        """Take away all that holds the mask, but for the forward pre-hook."""
+        self._release_gradient()
+        self.weight = None
+        unwatch(self)
+        for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(getattr(hook, "hook", hook), "__self__", None) is self:  # PyTorch wraps pre-hooks
+                    del hooks[key]
+
+    def _release_gradient(self) -> None:
+        if self._gradient is not None:
+            self._gradient.handle.remove()
+        self._gradient = None
+
+
+def _runs_eagerly(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
+    """Whether a forward runs now, no trace of one, and with the module's own weight."""
+    return isinstance(weight, nn.Parameter) and not (torch.compiler.is_compiling() or torch._C._is_tracing())
+
+
+def hooks_of(module: nn.Module, name: str) -> list[prune.BasePruningMethod]:
+    """The pruning hooks of a tensor of a module, ours and foreign ones."""
+    hooks = module._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name]
+
+
+def load_hooks_of(module: nn.Module) -> set[InPlaceMask]:
+    """Our hooks that look after the loading of a module, also of tensors that others hold by now.
+
+    PyTorch tells a hook neither that another method was applied on top of it nor that the two were removed.
+    """
+    owners = {getattr(hook, "__self__", None) for hook in module._load_state_dict_post_hooks.values()}
+    return {owner for owner in owners if isinstance(owner, InPlaceMask)}
+
+
+def link(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let ``module.name`` be the tensor."""
+    module.__dict__[name] = tensor
+    if name in (flat_names := module.__dict__.get("_flat_weights_names", ())):  # recurrent modules read this list
+        module.__dict__["_flat_weights"][flat_names.index(name)] = tensor
+
+
+def rename_parameter(module: nn.Module, old: str, new: str) -> None:
+    """Rename a parameter and keep its place, so that optimizers and averages that go by order fit."""
+    parameters = [(new if key == old else key, value) for key, value in module._parameters.items()]
+    module._parameters.clear()
+    module._parameters.update(parameters)
+    rename(module, old, new)
+
+
+def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
+    """Prune tensors in place with masks, wherever they are used; None stands for nothing pruned.
+
+    What can fail for lack of memory is done first. If an exception of any kind comes in the rest, the rest is finished
+    and the exception raised again.
+    """
+    whole = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]
+
+    def hold() -> None:
+        for prunable, mask in zip(prunables, whole, strict=True):
+            for module, name in prunable.holders:
+                _hold_mask(module, name, mask)
+                mask_standardized(module)
+        restore_zeros_(
+            (p.weight, mask) for p in prunables if (mask := p.mask) is not None and same_placement(p.weight, mask)
+        )
+
+    finish(hold)
+
+
+def finish(change: Callable[[], None]) -> None:
+    """Make a change to its end, whatever comes in between.
+
+    Args:
+        change: Only copies values to where they belong, so that making it twice is the same as making it once.
+
+    Raises:
+        BaseException: what the change raised; it is complete then, unless it fails twice.
+    """
+    try:
+        change()
+    except BaseException:
+        change()
+        raise
+
+
+def _hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Give a tensor of a module a mask that is held in place, from whatever form it is in.
+
+    Args:
+        module: Module that has the tensor, unpruned, pruned in place, or pruned by one of PyTorch's methods.
+        name: Name of the tensor before it was pruned.
+        mask: Bool tensor of its shape on its device; it becomes the buffer, unless there is a bool one, which gets
+            its values.
+    """
+    hooks = hooks_of(module, name)
+    ours = [hook for hook in hooks if isinstance(hook, InPlaceMask)]
+    if ours and len(hooks) == 1:
+        ours[0].attached(module)  # a mask from before the model was sharded is sharded too
+        module._buffers[name + "_mask"].copy_(mask)  # type: ignore[union-attr]
+        return
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook in hooks]:
+        del module._forward_pre_hooks[key]
+    for left in load_hooks_of(module):
+        if left._tensor_name == name:
+            left.release(module)
+    if name in module._parameters:
+        rename_parameter(module, name, name + "_orig")
+    hook = InPlaceMask(module, name)
+    module.__dict__.pop(name, None)
+    module.register_buffer(name + "_mask", mask)
+    module.register_forward_pre_hook(hook)
+    before_load: Any = module.register_load_state_dict_pre_hook
+    before_load(hook.before_load)
+    after_load: Any = module.register_load_state_dict_post_hook
+    after_load(hook.after_load)
+    hook.attached(module)
+
+
+def check_copies(model: object, prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
+    """Raise a RuntimeError if processes that are known to have copies of the same weights made different masks."""
+    groups = groups_of_copies(model, [prunable.weight for prunable in prunables])
+    check_agreement(masks, groups, prunables[0].weight.device)
