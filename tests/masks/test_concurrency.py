@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import torch_sap
 from torch_sap.decide import threads as host
-from torch_sap.masks import optimizers
+from torch_sap.masks import zeros
 
 PATIENCE = 60
 """Seconds after which a process or a thread counts as stuck."""
@@ -102,7 +102,7 @@ def prune_in_child(connection, model):
     torch.set_num_threads(1)  # as DataLoader does: with more, operations of PyTorch's own wait for ever after a fork
     torch.get_num_threads = lambda: 2  # but the helpers of torch_sap are to take part
     found = [[FUNCTIONS["global"](model).pruned for _ in range(3)]]
-    connection.send((found, host.map_pieces(lambda _: os.getpid(), [(0,), (1,), (2,)], on_host=True)))
+    connection.send((found, host.map_pieces(lambda _: os.getpid(), [(0,), (1,), (2,)])))
 
 
 def meet_in_child(connection):
@@ -110,7 +110,7 @@ def meet_in_child(connection):
     size = (os.cpu_count() or 1) + 1
     torch.get_num_threads = lambda: size
     every = threading.Barrier(size)
-    connection.send(host.map_pieces(lambda piece: (every.wait(), piece)[1], [(i,) for i in range(size)], on_host=True))
+    connection.send(host.map_pieces(lambda piece: (every.wait(), piece)[1], [(i,) for i in range(size)]))
 
 
 @pytest.mark.filterwarnings("ignore:This process.*fork")
@@ -273,7 +273,7 @@ def test_a_thousand_models_leave_nothing_behind():
         gc.collect()
         return (
             len(gc.get_objects()),
-            len(optimizers._held),
+            len(zeros._keepers),
             len(_global_optimizer_post_hooks) + len(_global_optimizer_pre_hooks),
         )
 

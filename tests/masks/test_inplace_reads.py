@@ -4,7 +4,6 @@ Issue 2, How masks are held: a value written into weight_orig must never reach a
 """
 
 import torch
-from helpers import mlp
 from test_inplace_written import Reader, dense_values, each_write
 from torch import nn
 from torch.nn.functional import linear
@@ -83,35 +82,3 @@ def test_a_model_inside_another_one(write):
     model = Reader()
     layer_unstructured(model, eta_r=0.5)
     check_reader(model, nn.Sequential(model), write)
-
-
-def test_gradients_asked_for_by_autograd_grad_are_masked():
-    model = mlp()
-    layer_unstructured(model, eta_r=0.5)
-    weights = [model[0].weight_orig, model[3].weight_orig]
-    gradients = torch.autograd.grad(model(torch.randn(5, 6)).square().mean(), weights)
-    for layer, gradient in zip((model[0], model[3]), gradients, strict=True):
-        assert torch.count_nonzero(gradient[layer.weight_mask]) > 0
-        assert torch.count_nonzero(gradient[~layer.weight_mask]) == 0
-
-
-def test_gradients_asked_for_in_the_middle_of_a_backward_are_masked():
-    model, other, inputs, asked = mlp(), mlp(), torch.randn(5, 6), []
-    layer_unstructured(model, eta_r=0.5)
-    layer_unstructured(other, eta_r=0.5)
-
-    def ask(gradient):
-        with torch.enable_grad():
-            asked.extend(torch.autograd.grad(other(inputs).square().mean(), [other[0].weight_orig]))
-
-    hidden = model[0](inputs)
-    hidden.register_hook(ask)  # runs between the two layers' weights
-    model[1:](hidden).square().mean().backward()
-    assert other[0].weight_orig.grad is None
-    for layer, gradient in (
-        (other[0], asked[0]),
-        (model[0], model[0].weight_orig.grad),
-        (model[3], model[3].weight_orig.grad),
-    ):
-        assert torch.count_nonzero(gradient[layer.weight_mask]) > 0
-        assert torch.count_nonzero(gradient[~layer.weight_mask]) == 0

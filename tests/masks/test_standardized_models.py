@@ -102,7 +102,7 @@ def test_what_pytorchs_methods_pruned_on_top_is_removed_too():
 @every_kind
 def test_pytorchs_entrance_warns_where_its_masks_do_not_hold(kind, received):
     module, masked = layer(kind), layer(kind)
-    with pytest.warns(UserWarning, match=rf"{kind.__name__} standardises its weight.*layer_unstructured") as warned:
+    with pytest.warns(UserWarning, match=rf"{kind.__name__} standardizes its weight.*layer_unstructured") as warned:
         torch_sap.PQILayer.apply(module, "weight", eta_r=0.3)
     assert warned[0].filename == __file__
     module(images())

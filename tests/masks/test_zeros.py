@@ -1,27 +1,33 @@
-"""Zeros are restored bit by bit: in pieces on the host, and all together as on a device."""
+"""Zeros are made, bit by bit, after every write that a hook can see, whatever was written."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from helpers import FUNCTIONS, SCOPES, assert_held, fit, masked_by_hand, masks_of, mlp, value_of, weight_names
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from torch_sap import global_unstructured, layer_unstructured
 from torch_sap.decide import keys
 from torch_sap.masks import zeros
 
-
-@pytest.fixture
-def as_on_a_device(monkeypatch):
-    """No tensor says that it is on the host, so that the computation of other devices is done, and little at a time."""
-    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: False), raising=False)
-    monkeypatch.setattr(keys, "DEVICE_CHUNK", 50)
+MAKERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "nesterov": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1, amsgrad=True, weight_decay=0.01),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, eps=1e-30),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01, momentum=0.9),
+}
+each_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 @pytest.mark.parametrize("chunk", [5, 2**22])
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last", "with gaps"])
 @pytest.mark.parametrize("dtype", keys.INTEGER_OF)
 def test_whatever_is_there_becomes_positive_zero(dtype, memory, chunk, monkeypatch):
-    monkeypatch.setattr(zeros, "TORCH_CHUNK", chunk)
+    monkeypatch.setattr(zeros, "CHUNK", chunk)
     tensor = torch.randn(3, 4, 2, 6).to(dtype)
     if memory == "channels_last":
         tensor = tensor.contiguous(memory_format=torch.channels_last)
@@ -30,15 +36,216 @@ def test_whatever_is_there_becomes_positive_zero(dtype, memory, chunk, monkeypat
     mask = torch.rand(tensor.shape) > 0.5
     kept = tensor[mask].clone()
     tensor[~mask] = torch.tensor([float("nan"), float("-inf"), -0.0, 1.0]).to(dtype).repeat(99)[: int((~mask).sum())]
-    zeros.restore_zeros_(tensor, mask)
+    zeros.restore_zeros_([(tensor, mask)])
     assert torch.equal(tensor[mask], kept)
     assert not torch.count_nonzero(tensor[~mask].view(keys.INTEGER_OF[dtype]))
 
 
-@pytest.mark.usefixtures("as_on_a_device")
+def backward(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.randn(5, 6)).square().mean().backward()
+
+
+def step(model, optimizer):
+    backward(model, optimizer)
+    optimizer.step()
+
+
+def add_noise_to_gradients(model, optimizer):
+    for parameter in model.parameters():
+        parameter.grad.add_(1.0)
+
+
+def replace_gradients(model, optimizer):
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
+def write_weights(model, optimizer):
+    with torch.no_grad():
+        model[0].weight_orig.fill_(1.0)
+
+
+def write_weights_through_data(model, optimizer):
+    model[0].weight_orig.data.fill_(1.0)
+
+
+def write_state(model, optimizer):
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor) and value.dim():
+                value.add_(1.0)
+
+
+def prune_more(model, optimizer):
+    global_unstructured(model, eta_r=0.5)
+
+
+MEDDLERS = [
+    add_noise_to_gradients,
+    replace_gradients,
+    write_weights,
+    write_weights_through_data,
+    write_state,
+    prune_more,
+]
+
+
+@each_optimizer
+@pytest.mark.parametrize("meddle", MEDDLERS)
+def test_zeros_hold_whatever_was_done_before_the_step(make, meddle):
+    model = mlp()
+    layer_unstructured(model, eta_r=0.5)
+    optimizer = make(model.parameters())
+    for _ in range(2):
+        step(model, optimizer)
+        backward(model, optimizer)
+        meddle(model, optimizer)
+        optimizer.step()
+        assert_held(model)
+    assert all(torch.isfinite(value_of(model, name)).all() for name in weight_names(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_adam_with_an_eps_below_the_type_divides_zero_by_zero(dtype):
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).to(dtype)
+    layer_unstructured(model, eta_r=0.5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, eps=1e-8 if dtype is torch.float16 else 1e-50)
+    model(torch.randn(5, 6).to(dtype)).sum().backward()
+    optimizer.step()
+    assert_held(model)
+
+
+def test_subclasses_and_closures_change_nothing():
+    class Noisy(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.add_(1.0)
+
+    model = mlp()
+    layer_unstructured(model, eta_r=0.5)
+    optimizer = Noisy(model.parameters(), lr=0.1)
+    optimizer.step(lambda: backward(model, optimizer))
+    assert_held(model)
+
+
+def test_an_optimizer_restores_its_own_weights_only():
+    model = mlp()
+    layer_unstructured(model, eta_r=0.5)
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with torch.no_grad():
+        for layer in (model[0], model[3]):
+            layer.weight_orig.fill_(1.0)
+    first.step()
+    assert not model[0].weight_orig[~model[0].weight_mask].any()
+    assert model[3].weight_orig[~model[3].weight_mask].all()
+
+
+@pytest.mark.parametrize("kind", ["", "none", "sparse"])
+def test_gradients_are_masked_when_backward_ends(kind):
+    model = nn.Sequential(nn.Embedding(9, 6, sparse=kind == "sparse"), nn.Linear(6, 4))
+    layer_unstructured(model, eta_r=0.5)
+    if kind == "none":  # somebody takes the gradient away before the backward is over
+        model[0].weight_orig.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+    model(torch.arange(9)).square().sum().backward()
+    for module in model:
+        gradient = module.weight_orig.grad
+        if gradient is not None:
+            gradient = gradient.to_dense()
+            assert not gradient[~module.weight_mask].any()
+            assert gradient[module.weight_mask].any()
+
+
+def test_a_backward_that_fails_is_forgotten_and_the_next_one_masked():
+    class Fail(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("no")
+
+    model = mlp()
+    layer_unstructured(model, eta_r=0.5)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no"):
+            (model[3](torch.tanh(Fail.apply(model[0](torch.randn(5, 6))))).square().mean()).backward()
+        model.zero_grad()
+        model(torch.randn(5, 6)).square().mean().backward()
+        for layer in (model[0], model[3]):
+            assert not layer.weight_orig.grad[~layer.weight_mask].any()
+            assert layer.weight_orig.grad[layer.weight_mask].any()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_of_recomputed_and_nested_backwards_are_masked(use_reentrant):
+    model, x = mlp(), torch.randn(5, 6, requires_grad=True)
+    layer_unstructured(model, eta_r=0.5)
+    for _ in range(2):  # the second one accumulates
+        checkpoint(model, x, use_reentrant=use_reentrant).square().mean().backward()
+    for layer in (model[0], model[3]):
+        assert not layer.weight_orig.grad[~layer.weight_mask].any()
+        assert layer.weight_orig.grad[layer.weight_mask].any()
+
+
+def test_backwards_in_several_threads_are_apart():
+    models, errors, left = [mlp() for _ in range(4)], [], set(zeros._arrived)
+
+    def train(model):
+        try:
+            layer_unstructured(model, eta_r=0.5)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            for _ in range(20):
+                backward(model, optimizer)
+                for layer in (model[0], model[3]):
+                    assert not layer.weight_orig.grad[~layer.weight_mask].any()
+                optimizer.step()
+                assert_held(model)
+        except AssertionError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=train, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    assert set(zeros._arrived) == left
+
+
+def test_a_frozen_weight_that_is_thawed_gets_masked_gradients():
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    layer_unstructured(model, eta_r=0.5)
+    model[0].weight_orig.requires_grad_(True)
+    model(torch.randn(5, 6)).square().mean().backward()
+    assert not model[0].weight_orig.grad[~model[0].weight_mask].any()
+
+
+class Raises(nn.Module):
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_forward_that_was_ended_leaves_nothing_to_trust(error):
+    """The modules inside restore their own zeros again, at the latest after the next forward or optimizer step."""
+    model = nn.Sequential(nn.Linear(6, 6), Raises())
+    layer_unstructured(model, eta_r=0.5)
+    model[1].error = error
+    with pytest.raises(type(error)):
+        model(torch.ones(2, 6))
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model[0].weight_orig.data.fill_(1.0)
+    model[0](torch.ones(2, 6))
+    assert_held(model)
+
+
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_training_as_on_a_device_is_masking_by_hand(scope, make):
+def test_training_is_masking_by_hand(scope, make):
     """With an optimizer from before the pruning, whose momentum would move pruned entries."""
     model, shape = mlp(), (8, 6)
     keywords = {"momentum": 0.9} if make is not torch.optim.AdamW else {}
@@ -57,14 +264,3 @@ def test_training_as_on_a_device_is_masking_by_hand(scope, make):
         assert_held(model)
         for name in weight_names(dense):
             assert torch.equal(value_of(model, name), value_of(dense, name))
-
-
-@pytest.mark.usefixtures("as_on_a_device")
-def test_a_write_that_nobody_counts_is_undone_as_on_a_device():
-    model = mlp()
-    FUNCTIONS["layer"](model, eta_r=0.5)
-    expected = model.eval()(torch.ones(2, 6))
-    for name, mask in masks_of(model).items():
-        value_of(model, name).data[~mask] = 7.0
-    assert torch.equal(model(torch.ones(2, 6)), expected)
-    assert_held(model)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_sap.distributed.fsdp import is_fsdp
 from torch_sap.distributed.replicas import unwrap
-from torch_sap.masks.mask import InPlaceMask
+from torch_sap.masks.mask import InPlaceMask, runs_eagerly
 from torch_sap.masks.zeros import restore_zeros_
 
 Held = list[tuple[InPlaceMask, nn.Module]]
@@ -46,8 +46,12 @@ class Guard:
             self._come_first(module)
         todo = self.held if self.is_root else [pair for pair in self.held if not pair[0].covered]
         if todo:
-            found = [hook.before_forward(inner) for hook, inner in todo]
-            restore_zeros_([pair for pair in found if pair is not None])
+            if runs_eagerly():
+                found = [hook.attached(inner) for hook, inner in todo]
+                restore_zeros_([pair for pair in found if pair is not None])
+            else:
+                for hook, inner in todo:
+                    hook.trace(inner)
             if self.is_root or not compiling:  # a trace cannot take a hook away again
                 for hook, _ in todo:
                     hook.covered = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class InPlaceMask(prune.BasePruningMethod):
         self._tensor_name = name
         self._weight_key, self._mask_key = name + "_orig", name + "_mask"
         self._module = weakref.ref(module)  # a strong one would be a cycle, and memory that waits for the collector
+        self.number = -1  # in the forward pre-hooks of the module
         self.weight: Tensor | None = None  # the Parameter whose gradients are masked
         self.covered = False  # a running forward around the module has restored the zeros
         self.sharded = False  # the mask is a DTensor
@@ -50,10 +51,11 @@ class InPlaceMask(prune.BasePruningMethod):
         watch(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self._module(), "name": self._tensor_name}
+        return {"module": self._module(), "name": self._tensor_name, "number": self.number}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._bind(**state)
+        self._bind(state["module"], state["name"])
+        self.number = state["number"]
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """Return the mask as it is: what to prune is decided elsewhere, for all tensors together."""
@@ -69,29 +71,30 @@ class InPlaceMask(prune.BasePruningMethod):
         return self._find(module)
 
     def _find(self, module: nn.Module) -> Pair | None:
-        weight = module._parameters.get(self._weight_key)
-        mask = module._buffers.get(self._mask_key)
-        hooks = module._forward_pre_hooks
-        alone = len(hooks) == 1 and next(iter(hooks.values())) is self  # mostly
-        taken = not alone and any(hook is not self for hook in hooks_of(module, self._tensor_name))
-        return None if weight is None or mask is None or taken else (weight, mask)
+        weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
+        if weight is None or mask is None or module._forward_pre_hooks.get(self.number) is not self:
+            return None
+        return weight, mask
 
     def attached(self, module: nn.Module) -> Pair | None:
-        """The weight and its mask, after the module was made to read the Parameter and its gradients to be masked."""
-        weight: Any = module._parameters.get(self._weight_key)
-        if weight is not self.weight or weight is not module.__dict__.get(self._tensor_name) or weight is None:
+        """Let the module read the Parameter and mask its gradients; return it and its mask, None if there is none."""
+        weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
+        if weight is None or mask is None or self.sharded:
             return self._attach(module)
-        if weight.requires_grad and self._gradient is None:
+        if weight is not self.weight or weight is not module.__dict__.get(self._tensor_name):
             return self._attach(module)
-        mask = module._buffers.get(self._mask_key)
-        return self._attach(module) if mask is None or self.sharded else (weight, mask)
+        return self._attach(module) if self._gradient is None and weight.requires_grad else (weight, mask)
 
     def _attach(self, module: nn.Module) -> Pair | None:
         name = self._tensor_name
         if name in module._parameters and self._weight_key in module._parameters:  # the user's: it replaces ours
             module._parameters[self._weight_key] = module._parameters.pop(name)
+        self._lent = None  # left by a torch.export that failed
         found = self._find(module)
-        if found is None or not isinstance(found[0], nn.Parameter):
+        if found is None:
+            return None
+        if not isinstance(found[0], nn.Parameter):  # given to functional_call
+            self._lend(module)
             return None
         weight, mask = found[0], self._place_mask(module)
         link(module, name, weight)
@@ -130,33 +133,27 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
-        if not self.covered:
-            pair = self.before_forward(module)
-            if pair is not None:
-                restore_zeros_([pair])
-            if self._lent is not None and self.give_back not in module._forward_hooks.values():
-                module.register_forward_hook(self.give_back, always_call=True)
-            return
         weight = module._parameters.get(self._weight_key)
-        if module.__dict__.get(self._tensor_name) is not weight and _runs_eagerly(weight):
+        if self.covered and (weight is self.weight or self._lent is not None or not runs_eagerly()):
+            return
+        if self.covered and self.sharded and isinstance(weight, nn.Parameter):  # gathered by FSDP
             link(module, self._tensor_name, weight)
+            return
+        if not runs_eagerly():
+            self.trace(module)
+        elif (pair := self.attached(module)) is not None:
+            restore_zeros_([pair])
+        if self._lent is not None and self.give_back not in module._forward_hooks.values():
+            module.register_forward_hook(self.give_back, always_call=True)
 
-    def before_forward(self, module: nn.Module) -> Pair | None:
-        """Let a forward of the module, or of one around it, compute with zeros at pruned entries.
-
-        Returns:
-            The weight and mask whose zeros the caller is to restore; None if a traced forward has them in its graph.
-        """
+    def trace(self, module: nn.Module) -> None:
+        """Let a traced forward compute with zeros at pruned entries: they become a part of its graph."""
         weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
-        if _runs_eagerly(weight):
-            self._lent = None  # left by a torch.export that failed
-            return self.attached(module)
         if torch.compiler.is_dynamo_compiling() and weight is not None and mask is not None:
-            with torch.no_grad():  # a part of the graph, where ``.data`` is not allowed
+            with torch.no_grad():  # where ``.data`` is not allowed
                 weight.masked_fill_(~mask, 0)
         else:
             self._lend(module)
-        return None
 
     def _lend(self, module: nn.Module) -> None:
         """Compute one call with a product: what functional_call or torch.export have put there is not written to."""
@@ -214,9 +211,9 @@ class InPlaceMask(prune.BasePruningMethod):
         self._gradient = None
 
 
-def _runs_eagerly(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
-    """Whether a forward runs now, no trace of one, and with the module's own weight."""
-    return isinstance(weight, nn.Parameter) and not (torch.compiler.is_compiling() or torch._C._is_tracing())
+def runs_eagerly() -> bool:
+    """Whether a forward runs now, and no trace of one."""
+    return not (torch.compiler.is_compiling() or torch._C._is_tracing())
 
 
 def hooks_of(module: nn.Module, name: str) -> list[prune.BasePruningMethod]:
@@ -310,7 +307,7 @@ def _hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     hook = InPlaceMask(module, name)
     module.__dict__.pop(name, None)
     module.register_buffer(name + "_mask", mask)
-    module.register_forward_pre_hook(hook)
+    hook.number = module.register_forward_pre_hook(hook).id
     before_load: Any = module.register_load_state_dict_pre_hook
     before_load(hook.before_load)
     after_load: Any = module.register_load_state_dict_post_hook
