@@ -67,7 +67,8 @@ def ties_types_and_dimensions(scope, types=(torch.float16, torch.bfloat16, torch
 def ties_on_a_device(scope):
     """The computation of other devices, on this one: no numpy, and thresholds that stay tensors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_sap.decide.groups.Entry, "on_host", False)
+        for module in (torch_sap.decide.step, torch_sap.decide.sums):
+            patch.setattr(module, "backend_of", lambda entries: torch_sap.decide.backends.TORCH)
         ties_types_and_dimensions(scope, [torch.bfloat16, torch.float32])
 
 

@@ -283,7 +283,7 @@ class Torch:
 
     def keep(self, keys: Tensor, key: Any, left: Any, mask: Tensor | None, out: Tensor) -> Tensor:
         """See :class:`Backend`."""
-        key, left = key.to(keys.device), left.to(keys.device)
+        key, left = (torch.as_tensor(number, device=keys.device) for number in (key, left))
         equal = keys == key
         if mask is not None:
             equal &= mask

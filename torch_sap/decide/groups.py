@@ -39,6 +39,9 @@ class Shard(Protocol):
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all processes, in order of rank; their last dimension may differ."""
 
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum of the tensors of all processes, which have one shape."""
+
     def gather_along(self, tensor: Tensor) -> Tensor:
         """The whole of a tensor from its parts."""
 

@@ -203,7 +203,7 @@ def _count(entries: Sequence[Entry], sums: PowerSums, kept: Sequence[Any], backe
     here = [None if number is None else int(next(read)) for number in kept]
     table = np.array([[number or 0 for number in here]])
     totals = [
-        (part, torch.cat(part.gather(torch.from_numpy(table))).sum(0))
+        (part, part.add_up(torch.from_numpy(table))[0])
         for part in distinct([entry.part for entry in entries])
     ]
     remaining = []

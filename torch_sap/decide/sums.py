@@ -242,7 +242,7 @@ def check_finite(entries: Sequence[Entry]) -> None:
     for (i, *_), found in zip(work, backend.read(backend.map(is_bad, work)), strict=True):
         bad[0, i] += float(found)
     for part in distinct([entry.part for entry in entries]):
-        bad = np.sum([flags.numpy() for flags in part.gather(torch.from_numpy(bad))], axis=0)
+        bad = part.add_up(torch.from_numpy(bad)).numpy()
     for entry, found in zip(entries, bad[0], strict=True):
         if found:
             raise ValueError(

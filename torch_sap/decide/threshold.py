@@ -161,7 +161,7 @@ def find(
         bins = torch.zeros(2**backend.bin_bits, dtype=torch.int64, device=entries[group.members[0]].scores.device)
         for counts in backend.map(count_piece, work):
             bins += counts.to(bins.device)
-        return bins if part is None else torch.cat(part.gather(bins[None])).sum(0)
+        return bins if part is None else part.add_up(bins)
 
     key, below, equal = narrow(histogram, count, key_bits(group.dtype), backend.bin_bits)
     if backend is NUMPY:

@@ -129,11 +129,21 @@ class Part:  # a decide.groups.Shard
         cut = [piece.narrow(self.dim, 0, size) for piece, size in zip(received, sizes, strict=True)]
         return torch.cat(cut, self.dim).view(tensor.dtype)
 
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum of the tensors of all processes, which have one shape."""
+        total = tensor.to(self._device(), copy=True)
+        torch.distributed.all_reduce(total, group=self.group)
+        return total.to(tensor.device)
+
+    def _device(self) -> torch.device:
+        """Where the backend of the processes communicates."""
+        kind = str(self.mesh.device_type)
+        index = None if kind == "cpu" else torch.get_device_module(kind).current_device()
+        return torch.device(kind, index)
+
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of one shape of all processes, on the device where this one is."""
-        kind = str(self.mesh.device_type)
-        device = torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else "cpu"
-        sent = tensor.to(device).contiguous()
+        sent = tensor.to(self._device()).contiguous()
         received = [torch.empty_like(sent) for _ in self.ranks]
         torch.distributed.all_gather(received, sent, group=self.group)
         return [piece.to(tensor.device) for piece in received]

@@ -74,6 +74,8 @@ class InPlaceMask(prune.BasePruningMethod):
         weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
         if weight is None or mask is None or module._forward_pre_hooks.get(self.number) is not self:
             return None
+        if not self.sharded and is_dtensor(weight):  # since fully_shard came after the pruning
+            mask = self._place_mask(module)
         return weight, mask
 
     def attached(self, module: nn.Module) -> Pair | None:
