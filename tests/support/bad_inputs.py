@@ -142,7 +142,7 @@ CASES = {
         ('Round.from_dict(None)', 'ValueError', "round must be what Round.to_dict wrote, but is not or is damaged: 'NoneType' object is not subscriptable"),
         ('history.plot(None)', 'TypeError', 'path must be the path of a file, got None'),
         ('history.plot(folder)', 'IsADirectoryError', 'path must be the path of a file, but FOLDER is a folder; name a file in it'),
-        ('history.plot(figure, phases=["good"])', 'ValueError', "phases must hold regularisation, compression, collapse or None, got 'good'"),
+        ('history.plot(figure, phases=["good"])', 'ValueError', "phases must hold regularization, compression, collapse or None, got 'good'"),
         ('history.to_json(folder)', 'IsADirectoryError', 'path must be the path of a file, but FOLDER is a folder; name a file in it'),
         ('history.to_csv(None)', 'TypeError', 'path must be the path of a file, got None'),
     ],
