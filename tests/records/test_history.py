@@ -75,10 +75,10 @@ def test_committed_histories_stay_readable():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"number": "first"}, "a str where it has a int"),
-        ({"groups": []}, "a list where it has a mapping"),
+        ({"number": "first"}, "expected int, got str"),
+        ({"groups": []}, "expected mapping, got list"),
         ({"tensors": [{"name": "0.weight"}]}, "no 'shape'"),
-        ({"retrained": None}, "a NoneType where it has a mapping"),
+        ({"retrained": None}, "expected mapping, got NoneType"),
         ({"groups": {"0.weight": {"d": ["x"], "index": [], "r": [], "c": []}}}, "invalid literal"),
         ({"metrics": {"loss": "low"}}, "could not convert string to float"),
     ],

@@ -80,4 +80,4 @@ def _read(kind: Any, value: Any) -> Any:
 
 def _check(value: Any, kind: Any) -> None:
     if not isinstance(value, kind):
-        raise TypeError(f"a {type(value).__name__} where it has a {getattr(kind, '__name__', 'list').lower()}")
+        raise TypeError(f"expected {getattr(kind, '__name__', 'list').lower()}, got {type(value).__name__}")
