@@ -121,6 +121,8 @@ class Pruner:
         self.prunables = resolve(model, exclude)
         warn_of_reparametrised(model, stacklevel=3)
         self.check_finite()
+        if gini and (sharded := [entry.name for entry in self._entries() if entry.part is not None]):
+            raise NotImplementedError(f"gini needs whole tensors, but {sharded[0]} is sharded; leave it out")
         self._rewind_point = rewind_point(model, rewind)
         self._at_rewind_point = rewind == "init"
         self._optimizer_start = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
