@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ from torch_sap.masks.parameters import entries_of, resolve
 from torch_sap.masks.reparametrized import warn_of_reparametrised
 from torch_sap.records.history import History
 from torch_sap.records.metrics import Metrics, as_metrics
-from torch_sap.records.report import TensorRecord, tensor_records
+from torch_sap.records.report import tensor_records
 from torch_sap.records.round import Measured, Round, Sparsity
 
 FORMAT = 2
@@ -240,31 +240,26 @@ class Pruner:
         with torch.no_grad():
             ranked = self.rank(entries)
             found = prune_step(ranked, self.scope, self.rule)
-            return Plan(self._measured(recorded, found.groups, entries, ranked, found.sums), found)
+            sums = found.sums if ranked is entries else power_sums(entries, self.rule.p, self.rule.q)
+            return Plan(self._measured(recorded, entries, sums, found.groups), found)
 
     def _measure(self, metrics: Metrics = None) -> Plan:
         """Measure the trained model for a round that prunes nothing, without masks; argument and errors as of step."""
         recorded, entries = as_metrics(metrics, "metrics"), self._entries()
         with torch.no_grad():
-            ranked = self.rank(entries)
-            sums = power_sums(ranked, self.rule.p, self.rule.q)
-            index = sums.index(self.scope)
+            ranked, rule = self.rank(entries), self.rule
+            found = power_sums(ranked, rule.p, rule.q)
+            sums = found if ranked is entries else power_sums(entries, rule.p, rule.q)
+            index = found.index(self.scope)
             groups = {
-                name: GroupValues(d, index[name], self.rule.retain(index[name], d), self.rule.count(index[name], d))
-                for name, d in sums.d(self.scope).items()
+                name: GroupValues(d, index[name], rule.retain(index[name], d), rule.count(index[name], d))
+                for name, d in found.d(self.scope).items()
             }
-            return Plan(self._measured(recorded, groups, entries, ranked, sums), None)
+            return Plan(self._measured(recorded, entries, sums, groups), None)
 
     def _measured(
-        self,
-        metrics: Mapping[str, float],
-        groups: Mapping[str, GroupValues],
-        entries: list[Entry],
-        ranked: list[Entry],
-        sums: PowerSums,
+        self, metrics: Mapping[str, float], entries: list[Entry], sums: PowerSums, groups: Mapping[str, GroupValues]
     ) -> Measured:
-        if ranked is not entries:  # the sums are those of other scores
-            sums = power_sums(entries, self.rule.p, self.rule.q)
         return Measured(
             number=len(self.history),
             scope=self.scope,
@@ -297,7 +292,7 @@ class Pruner:
                 finish(lambda: [change() for change in changes])
                 self._at_rewind_point = point is not None
             finally:
-                found = self._append(plan.measured, plan.measured.groups, after, pruned, metrics)
+                found = self._append(plan.measured, tensors_after=after, pruned=pruned, pruned_metrics=metrics)
         return found
 
     def _start_optimizer(self) -> Callable[[], None]:
@@ -312,24 +307,12 @@ class Pruner:
         """Add the round of a plan without its pruning."""
         found = plan.measured
         groups = {name: replace(group, c=group.c * 0) for name, group in found.groups.items()}
-        return self._append(found, groups, found.tensors, None, {})
+        return self._append(found, groups=groups, tensors_after=found.tensors, pruned=None, pruned_metrics={})
 
-    def _append(
-        self,
-        measured: Measured,
-        groups: Mapping[str, GroupValues],
-        tensors_after: Sequence[TensorRecord],
-        pruned: Sparsity | None,
-        pruned_metrics: Mapping[str, float],
-    ) -> Round:
+    def _append(self, measured: Measured, **pruning: Any) -> Round:
+        """Complete the record of a round with what its pruning did, and add it to the history."""
         now = time.perf_counter()
-        found = Round(
-            **{**vars(measured), "groups": groups},
-            tensors_after=tensors_after,
-            pruned=pruned,
-            pruned_metrics=pruned_metrics,
-            seconds=now - self._ended,
-        )
+        found = Round(**{**vars(measured), **pruning}, seconds=now - self._ended)
         self._ended = now
         self.history.append(found)
         return found

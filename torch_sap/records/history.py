@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from torch_sap.arguments import check_path
@@ -58,9 +58,6 @@ class History(Sequence[Round]):
 
     def __len__(self) -> int:
         return len(self._rounds)
-
-    def __iter__(self) -> Iterator[Round]:
-        return iter(self._rounds)
 
     def __repr__(self) -> str:
         """One line per round."""
