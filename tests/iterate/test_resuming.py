@@ -164,12 +164,12 @@ def assert_equal(found, number):
     assert found["whole"]["density"] < 0.9
 
 
-@pytest.mark.parametrize("number", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_instants(number, tmp_path):
     found = killed("instants", tmp_path, number)
     assert_equal(found, number)
     assert found["kills"] >= number * 0.9
-    assert len(found["places"]) >= 3, "spread over the run"
+    assert len(found["places"]) >= 2, "spread over the run"
     print(found["kills"], "kills of", number, "runs of", found["seconds"], "s:", found["places"])
 
 
