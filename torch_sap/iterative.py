@@ -85,40 +85,27 @@ def iterative_sap(
         raise TypeError(f"settings must be given to the pruner when it is made, got {', '.join(settings)} here")
     pruner = model if isinstance(model, Pruner) else SAP(model, **settings)
     try:
-        _run(pruner, train_fn, iterations, eval_fn, callback, rules, checkpoint)
+        run = Run(pruner, checkpoint, iterations, rules)
+        while len(pruner.history) <= iterations and not run.finished:
+            last = len(pruner.history) == iterations
+            with pruner._unchanged_on_error():
+                metrics = run.train(train_fn)
+                if eval_fn is not None:
+                    metrics |= evaluate(pruner.model, eval_fn)
+                plan = pruner._measure(metrics) if last else pruner._plan(metrics)
+                rounds = [*pruner.history, plan.measured]
+                accepted = bool(rules) and all(rule.accepts(rounds) for rule in rules)
+                last |= any(rule.ends(rounds) for rule in rules)
+            if accepted:
+                pruner._keep()
+            if last:
+                pruner._give_back()
+            found = pruner._record(plan) if last else pruner._prune(plan, eval_fn)
+            if callback is not None:
+                callback(found)
+            run.end_round(finished=last)
     except BaseException:
         if pruner is not model and not pruner.history:
             pruner._remove_masks()
         raise
     return pruner.history
-
-
-def _run(
-    pruner: Pruner,
-    train_fn: Callable[[nn.Module], Metrics],
-    iterations: int,
-    eval_fn: Callable[[nn.Module], Metrics] | None,
-    callback: Callable[[Round], object] | None,
-    rules: tuple[StoppingRule, ...],
-    checkpoint: str | os.PathLike[str] | None,
-) -> None:
-    """Do the rounds that are left of a run."""
-    run = Run(pruner, checkpoint, iterations, rules)
-    while len(pruner.history) <= iterations and not run.finished:
-        last = len(pruner.history) == iterations
-        with pruner._unchanged_on_error():
-            metrics = run.train(train_fn)
-            if eval_fn is not None:
-                metrics |= evaluate(pruner.model, eval_fn)
-            plan = pruner._measure(metrics) if last else pruner._plan(metrics)
-            rounds = [*pruner.history, plan.measured]
-            accepted = bool(rules) and all(rule.accepts(rounds) for rule in rules)
-            last |= any(rule.ends(rounds) for rule in rules)
-        if accepted:
-            pruner._keep()
-        if last:
-            pruner._give_back()
-        found = pruner._record(plan) if last else pruner._prune(plan, eval_fn)
-        if callback is not None:
-            callback(found)
-        run.end_round(finished=last)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.prune import is_pruned
 from torch.utils.hooks import RemovableHandle
 
@@ -152,7 +152,8 @@ class SAPCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metrics: those of the validation and of the training are there now."""
-        self._metrics = _numbers(trainer.callback_metrics)
+        values = trainer.callback_metrics.items()
+        self._metrics = {name: float(value) for name, value in values if value.numel() == 1}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the last training. If another fit follows, the round continues."""
@@ -231,8 +232,3 @@ class SAPCallback(Callback):
         if self._round_start is not None:
             self._epochs_before = trainer.current_epoch - self._round_start
             self._round_start = None
-
-
-def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Keep the metrics that are one number."""
-    return {name: float(value) for name, value in metrics.items() if value.numel() == 1}
