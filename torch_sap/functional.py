@@ -14,12 +14,11 @@ from torch_sap.decide.groups import Scope
 from torch_sap.decide.step import prune_step
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.masks.guards import guard, unguard
-from torch_sap.masks.mask import check_copies, hold_masks
-from torch_sap.masks.mask import load_hooks_of
+from torch_sap.masks.mask import check_copies, hold_masks, load_hooks_of
 from torch_sap.masks.parameters import ImportanceScores, Pair, entries_of, resolve
 from torch_sap.masks.reparametrized import warn_of_reparametrized
 from torch_sap.masks.standardized import fold_
-from torch_sap.records.report import PruningReport, TensorRecord
+from torch_sap.records.report import PruningReport, tensor_records
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -178,11 +177,7 @@ def _prune(
     with torch.no_grad():
         result = prune_step(entries_of(prunables, importance_scores), scope, rule)
         check_copies(model, prunables, result.masks)
-        tensors = tuple(
-            TensorRecord(p.name, tuple(p.weight.shape), remaining, p.weight.numel())
-            for p, remaining in zip(prunables, result.remaining, strict=True)
-        )
-        report = PruningReport(scope, rule.to_dict(), result.groups, tensors)
+        report = PruningReport(scope, rule.to_dict(), result.groups, tensor_records(prunables, result.remaining))
         try:
             hold_masks(prunables, result.masks)
         finally:

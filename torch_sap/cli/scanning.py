@@ -26,7 +26,7 @@ from torch_sap.decide.threads import map_pieces
 from torch_sap.files.checkpoint_reading import pieces_of
 from torch_sap.files.weights import open_checkpoint
 from torch_sap.masks.parameters import resolve
-from torch_sap.records.report import numbers
+from torch_sap.records.codec import to_plain
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LayerScan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; None for what is not defined."""
         return {
-            key: numbers([value])[0] if isinstance(value, float) else list(value) if key == "shape" else value
+            key: to_plain(value) if isinstance(value, float) else list(value) if key == "shape" else value
             for key, value in asdict(self).items()
         }
 

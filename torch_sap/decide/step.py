@@ -141,10 +141,7 @@ def _step(
         rows = _row_visit(rule, backend, store) if on_cpu and group.by_row else None
         visits.append(rows or (windows[-1].look if windows[-1] is not None else None))
     sums, seen = visit_sums(entries, groups, rule.p, rule.q, backend, visits, outputs)
-    values = {
-        name: GroupValues(d, index, rule.retain(index, d), rule.count(index, d))
-        for (name, d), index in zip(sums.d(scope).items(), sums.index(scope).values(), strict=True)
-    }
+    values = group_values(sums, scope, rule)
 
     def store_group(number: int, group: Group) -> list[Any]:
         """How many entries of each member stay, None if nothing goes."""
@@ -160,6 +157,14 @@ def _step(
     jobs = list(enumerate(groups))
     kept = backend.map(store_group, jobs) if apart else list(starmap(store_group, jobs))
     return values, sums, [number for of_group in kept for number in of_group]
+
+
+def group_values(sums: PowerSums, scope: Scope, rule: Hyperparameters) -> dict[str, GroupValues]:
+    """d, I, r and c of the groups of a scope, by their names."""
+    return {
+        name: GroupValues(d, index, rule.retain(index, d), rule.count(index, d))
+        for (name, d), index in zip(sums.d(scope).items(), sums.index(scope).values(), strict=True)
+    }
 
 
 def _row_visit(rule: Hyperparameters, backend: Backend, store: Store) -> Visit:

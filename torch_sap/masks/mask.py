@@ -268,7 +268,7 @@ def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) ->
     finish(hold)
 
 
-def finish(change: Callable[[], None]) -> None:
+def finish(change: Callable[[], object]) -> None:
     """Make a change to its end, whatever comes in between.
 
     Args:
