@@ -179,7 +179,6 @@ def summary(model: nn.Module, example_input: Any = None) -> Summary:
         TypeError: if the model is not a module, or a weight does not have a real floating-point type.
         ValueError: if the model has no such weight, or a weight is NaN or infinite; the message names it.
         NotImplementedError: if a weight is sharded.
-        Exception: any error of the model on the example.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))

@@ -76,9 +76,8 @@ class Verification:
 def verify(model: nn.Module, example_input: Any) -> Verification:
     """Compare the sparsity of each pruned weight in its mask with its sparsity in the computation.
 
-    The model runs the example in eval mode, without gradients, under the caller's autocast. Afterwards it is exactly
-    as before: modes, buffers, attributes of modules, random numbers. (Like any forward, the run restores zeros of
-    masked weights that were overwritten.)
+    The model runs the example in eval mode, without gradients, under the caller's autocast, and is exactly as before
+    afterwards: modes, buffers, attributes of modules, random numbers. Like any forward, the run restores zeros.
 
     Args:
         model: A pruned model. In a weight without a mask (after :func:`remove`) the zeros count as pruned.
@@ -92,7 +91,6 @@ def verify(model: nn.Module, example_input: Any) -> Verification:
         TypeError: if the model is not a module.
         ValueError: if no weight is pruned.
         NotImplementedError: if a weight is sharded.
-        Exception: any error of the model on the example.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
