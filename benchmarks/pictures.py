@@ -16,18 +16,18 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
-import paper
 import pictures_values as of
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from paper_figures import draw_curves, legend
-from paper_results import Histories, mean_and_std, read
+from pages import DOCS, fill, table
+from paper.figures import draw_curves, legend
+from paper.main import IMAGES, RESULTS
+from paper.results import Histories, mean_and_std, read
 from pretrained import load_model
 from torch import nn
-from zoo_page import fill, table
 
-PAGE = paper.ROOT / "docs" / "maths.md"
+PAGE = DOCS / "maths.md"
 # As wide as a page, so that text in a picture is about as large as the text around it, for any eyes.
 STYLE = ["default", "seaborn-v0_8-colorblind", {"font.size": 10, "lines.linewidth": 1.2}]
 WIDTH, DPI = 7.5, 160
@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--images-dir", type=Path, default=paper.IMAGES, help="folder of the pictures")
+    parser.add_argument("--images-dir", type=Path, default=IMAGES, help="folder of the pictures")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page whose tables are filled")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found = values_of(load_model(), read(paper.RESULTS))
+    found = values_of(load_model(), read(RESULTS))
     for name, values in found.items():
         save(name, values, arguments.images_dir)
     arguments.page.write_text(fill(arguments.page.read_text("utf-8"), tables_of(found)), "utf-8")

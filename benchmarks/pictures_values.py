@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import paper_experiments as experiments
-import paper_figures as figures
-import paper_tables as tables
 import torch
-from paper_results import Histories, rounded
+from paper import experiments, figures, tables
+from paper.results import Histories, rounded
 from pretrained import SAP
 from torch import Tensor, nn
 

@@ -1,43 +1,18 @@
-"""Every row of the table of bad inputs: the error to the letter, and nothing that is changed by it.
-
-python tests/test_bad_inputs.py     writes docs/bad-inputs.md from the rows
-"""
+"""Every wrong call raises an error that names the argument, the rule, and the value, and changes nothing."""
 
 import ast
 import importlib.util
-from pathlib import Path
+import math
+import re
 
 import pytest
-from bad_input_world import SAPCallback, make_world, state_of
-from bad_inputs import CASES
+import torch
+from bad_inputs import CASES, PAGE, SAPCallback, make_world, state_of, write_page
+from helpers import FUNCTIONS, SCOPES, assert_unchanged, mlp, snapshot
+from torch import nn
+from torch.nn.utils import prune
 
 import torch_sap
-
-PAGE = Path(__file__).parents[1] / "docs" / "bad-inputs.md"
-HEAD = """# Bad inputs
-
-What a wrong call raises, and what it leaves behind: nothing. `tests/test_bad_inputs.py` makes each call, compares
-error and message to the letter, and then compares with how it was before: the state_dict of every model (bits), its
-Parameter objects, gradients, hooks and train modes, the rounds and the rewind point of every pruner, and the files.
-`python tests/test_bad_inputs.py` writes this page from the same rows.
-
-In the calls, `model` is a small network, `pruned` one that was pruned and trained for a step, `with_nan` one with a NaN
-among its weights, `integers` a module with an integer weight, `layer` an `nn.Linear(6, 9)`, `sap` an `SAP` pruner
-after one round, `unrewound` one with `rewind="none"`, `history` the history of one round, `raising` a training that
-changes weights and then raises.
-"""
-
-
-def write_page():
-    lines = [HEAD]
-    for title, cases in CASES.items():
-        lines += [f"## {title}", "", "| call | error | message | state afterwards |", "|---|---|---|---|"]
-        for call, error, message in cases:
-            shown = message.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-            lines.append(f"| `{call}` | {error} | {shown} | unchanged |")
-        lines.append("")
-    return "\n".join(lines)
-
 
 ROWS = [row for cases in CASES.values() for row in cases]
 
@@ -61,24 +36,81 @@ def test_refused_by_name_and_nothing_is_changed(call, error, message, tmp_path):
     assert after.keys() == before.keys()
 
 
-def test_the_page_is_the_one_of_these_rows():
+def test_the_page_has_these_rows():
     assert len(ROWS) >= 40
     assert PAGE.read_text(encoding="utf-8") == write_page()
 
 
-def test_every_public_function_and_class_that_takes_arguments_has_a_row():
+def test_every_public_name_that_takes_arguments_has_a_row():
     used = {node.id for call, *_ in ROWS for node in ast.walk(ast.parse(call)) if isinstance(node, ast.Name)}
-    results = {
-        "PruningReport",
-        "Round",
-        "Verification",
-        "VerifiedWeight",
-        "Summary",
-        "LayerSummary",
-        "Shrunk",
-    }  # made by the library, not by users
+    results = {"PruningReport", "Round", "Verification", "VerifiedWeight", "Summary", "LayerSummary", "Shrunk"}
     assert set(torch_sap.__all__) - results <= used
 
 
-if __name__ == "__main__":
-    PAGE.write_text(write_page(), encoding="utf-8")
+NUMBERS = [
+    ({"p": 2.0, "q": 1.0}, ValueError),
+    ({"p": 0.0}, ValueError),
+    ({"p": math.nan}, ValueError),
+    ({"q": math.inf}, ValueError),
+    ({"p": "0.5"}, TypeError),
+    ({"eta_r": -0.1}, ValueError),
+    ({"eta_r": None}, TypeError),
+    ({"gamma": -1.0}, ValueError),
+    ({"gamma": math.nan}, ValueError),
+    ({"beta": -0.1}, ValueError),
+    ({"beta": 1.1}, ValueError),
+    ({"beta": [0.5]}, TypeError),
+]
+CALLS = {
+    **FUNCTIONS,
+    "SAP": torch_sap.SAP,
+    "iterative_sap": lambda model, **numbers: torch_sap.iterative_sap(model, pytest.fail, iterations=1, **numbers),
+    "methods": lambda model, **numbers: torch_sap.PQILayer.apply(model[3], "weight", **numbers),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_call_checks_the_numbers(name):
+    model = mlp()
+    torch_sap.layer_unstructured(model, eta_r=0.1)
+    before = snapshot(model)
+    for numbers, error in NUMBERS:
+        argument, value = next(iter(numbers.items()))
+        with pytest.raises(error, match=f"^{argument} .*{re.escape(str(value))}"):
+            CALLS[name](model, **numbers)
+        assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_all_or_nothing(scope, value):
+    """A refusal in the last tensor leaves the first one unchanged, under a foreign mask too."""
+    model = mlp()
+    sap = torch_sap.SAP(model, scope=scope)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with torch.no_grad():
+        model[3].weight[-1, -1] = value
+    before = snapshot(model)
+    for call in (FUNCTIONS[scope], lambda model: sap.step(), torch_sap.SAP):
+        with pytest.raises(ValueError, match=r"3\.weight of shape \(4, 9\) has (NaN|infinite) entries"):
+            call(model)
+        assert_unchanged(model, before)
+    assert len(sap.history) == 0
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("thing", [3, None, "model", torch.ones(3, 3), [3], ["weight"], [("fc", "weight")], []])
+def test_things_that_are_not_a_model(scope, thing):
+    with pytest.raises((TypeError, ValueError), match=r"^(model|each pair) must"):
+        FUNCTIONS[scope](thing)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_weights_without_real_magnitudes(scope, dtype):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Module())
+    model[1].weight = nn.Parameter(torch.ones(3, 4).to(dtype), requires_grad=dtype.is_complex)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=f"1.weight must be a real floating-point tensor .* got {dtype}"):
+        FUNCTIONS[scope](model)
+    assert_unchanged(model, before)

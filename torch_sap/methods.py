@@ -67,7 +67,9 @@ class PQIMethod(prune.BasePruningMethod):
         check_whole(t, name)
         with torch.no_grad():
             dim = self._row_dim(name, t) if t.dim() else 0
-            scores, unpruned = (each.movedim(dim, 0) if each.dim() else each for each in (t.detach(), default_mask != 0))
+            scores, unpruned = (
+                each.movedim(dim, 0) if each.dim() else each for each in (t.detach(), default_mask != 0)
+            )
             (mask,) = prune_step([Entry(name, scores, unpruned)], self.scope, self.rule).masks
             assert mask is not None
             return (default_mask * (mask.movedim(0, dim) if mask.dim() else mask)).contiguous()

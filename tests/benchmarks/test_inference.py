@@ -1,14 +1,9 @@
-"""The contestants of the inference benchmark compute the same, at the sparsity that is written beside them."""
-
-import sys
-from pathlib import Path
+"""The contestants of inference.py and sparse_files.py compute the same, at the stated sparsity."""
 
 import pytest
 import torch
 
 import torch_sap
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 pytest.importorskip("timm")
 
@@ -41,16 +36,10 @@ def test_another_output_is_noticed(monkeypatch):
 
 
 @torch.inference_mode()
-def test_onnx_runtime(tmp_path):
-    pytest.importorskip("onnxruntime")
-    entrants, x = inference.contestants("mlp", 0.9, 2, tmp_path)
-    torch.testing.assert_close(entrants["onnx"](x), entrants["zeros"](x), rtol=1e-4, atol=1e-5)
-
-
-@torch.inference_mode()
 def test_rows_and_picture(tmp_path):
-    rows = inference.measure("mlp", 0.9, 1, None, 0.01)
-    assert [row["contestant"] for row in rows] == ["dense", "zeros", "csr"]
+    pytest.importorskip("onnxruntime")
+    rows = inference.measure("mlp", 0.9, 1, tmp_path, 0.01)
+    assert [row["contestant"] for row in rows] == ["dense", "zeros", "csr", "onnx"]
     assert rows[0]["ratio_to_dense"] == 1
     assert all(row["turns"] >= 4 and row["milliseconds"] > 0 for row in rows)
     inference.plot(rows, tmp_path / "inference.png", "this machine")
@@ -61,8 +50,6 @@ def test_sizes_and_times_of_files(tmp_path, monkeypatch):
     rows = {row["kind"]: row for row in sparse_files.measure("test_vit", 0.9, 1, tmp_path)}
     assert rows["torch.save, dense"]["share_of_dense"] == 1
     assert rows["save_sparse"]["bytes"] < 0.25 * rows["torch.save, pruned"]["bytes"]
-    assert rows["save_sparse"]["load_ms"] > 0
-
     monkeypatch.setattr(torch_sap, "load_sparse", lambda model, path: model)
     with pytest.raises(AssertionError, match="other"):
         sparse_files.measure("test_vit", 0.9, 1, tmp_path)

@@ -4,11 +4,11 @@ import zipfile
 
 import pytest
 import torch
+import torch_sap.decide.streaming as streaming
 from checkpoints import FUNCTIONS, pruned_in_memory, shard, weights, write
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import torch_sap.decide.streaming as streaming
 import torch_sap.files.checkpoint_pruning as checkpoint_pruning
 import torch_sap.files.checkpoint_reading as checkpoint_reading
 import torch_sap.files.checkpoint_writing as checkpoint_writing

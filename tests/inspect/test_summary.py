@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_unchanged, bits, convnet, mask_of, mlp, snapshot, zoo
+from helpers import convnet, mask_of, mlp, zoo
 from reference import pq_index as reference_pq_index
 from timm_training import make
 from torch import nn
@@ -14,8 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torch_sap
 from torch_sap import summary
-
-pytest.importorskip("pandas")
 
 
 def flops(model, example):
@@ -129,38 +127,6 @@ def test_empty_rows_are_output_channels():
     model["transposed"].weight_mask[2:, 2] = False  # channel 5, of the second
     found = summary(model)
     assert found.empty_rows == {"linear.weight": (1, 3), "transposed.weight": (1, 5)}
-    assert found.to_frame()["empty_rows"].tolist() == [2, 2]
-
-
-class Restless(nn.Module):
-    """Changes what a forward can change, in eval mode too."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
-        self.register_buffer("calls", torch.zeros(1))
-
-    def forward(self, x):
-        self.calls += 1
-        return self.norm(self.linear(x)) + torch.rand_like(x)
-
-
-@pytest.mark.parametrize("pruned", [False, True])
-def test_the_model_is_left_exactly_as_it_was(pruned):
-    model = Restless().train()
-    model.norm.eval()
-    if pruned:
-        torch_sap.layer_unstructured(model)
-    model(torch.randn(4, 8)).sum().backward()
-    gradients = [bits(parameter.grad) for parameter in model.parameters()]
-    before, rng = snapshot(model), torch.get_rng_state()
-    example = torch.ones(4, 8)
-    summary(model, example)
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert_unchanged(model, before)
-    assert all(torch.equal(bits(p.grad), g) for p, g in zip(model.parameters(), gradients, strict=True))
-    assert torch.backends.mha.get_fastpath_enabled()
-    assert torch.backends.mkldnn.enabled
 
 
 def test_settings_are_put_back_though_the_model_fails():
@@ -168,17 +134,6 @@ def test_settings_are_put_back_though_the_model_fails():
         summary(mlp(), torch.randn(3, 7))
     assert torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.mkldnn.enabled
-
-
-def test_arguments_of_all_kinds():
-    class Two(nn.Linear):
-        def forward(self, x, scale):
-            return super().forward(x) * scale
-
-    macs = [
-        summary(Two(4, 3), example).macs for example in [(torch.ones(2, 4), 3.0), {"x": torch.ones(2, 4), "scale": 1}]
-    ]
-    assert macs == [24, 24]
 
 
 def test_in_a_terminal_in_a_notebook_and_as_values():
@@ -196,16 +151,12 @@ def test_in_a_terminal_in_a_notebook_and_as_values():
     ]
     assert "undefined" in lines[3]
     assert lines[-1].startswith("total")
-    page = found._repr_html_()
-    assert page.startswith("<table>")
-    assert page.count("<tr>") == 4
-    assert f'<td style="text-align:right">{kept:,}</td>' in page
+    assert found._repr_html_() == f"<pre>{found}</pre>"
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["layers"][1]["pqi"] is None
     assert math.isnan(found.layers[1].pqi)
     assert (values["layers"][0]["remaining"], values["sparse_macs"]) == (kept, found.sparse_macs)
-    assert found.to_frame()["remaining"].sum() == found.remaining
-    assert list(summary(model).to_frame()) == list(found.to_frame())[:-2]
+    assert values["layers"][0]["sparsity"] == found.layers[0].sparsity == 1 - kept / 2048
 
 
 def test_names_are_escaped_in_a_notebook():
@@ -215,7 +166,8 @@ def test_names_are_escaped_in_a_notebook():
 
 def test_a_note_says_what_has_no_weight():
     build, example, _, others = MODELS["transformer"]
-    assert str(summary(build(), example)).splitlines()[-1].startswith(f"total MACs with {others} in which no weight")
+    note = str(summary(build(), example)).splitlines()[-1]
+    assert note == f"{others} of the MACs are without a weight (as in attention)"
 
 
 def test_what_is_refused():

@@ -5,14 +5,13 @@ import sys
 
 import pytest
 import torch
-from channel_ways import Concatenated, Functional, Gated, GivenOut, Normalised, Residual, Softmaxed, Twice
 from helpers import assert_unchanged, snapshot
 from timm_training import make, timm
 from torch import nn
 
 import torch_sap
-from torch_sap import shrink
-from torch_sap.integrations import channels
+from torch_sap.integrations import torch_pruning
+from torch_sap.integrations.torch_pruning import shrink
 
 pytest.importorskip("torch_pruning")
 
@@ -52,11 +51,11 @@ def test_constants_go_into_the_next_bias():
     assert (found.weights_before, found.weights_after) == (110, 66)
     assert found.model[2].bias is not None
     assert_equal(model, found.model, 4, 6)
-    assert found.kept == {"2.weight": "the model gives them out"}
+    assert found.kept == {"2.weight": "they are outputs of the model"}
     assert str(found).splitlines() == [
         "removed 4 output channels, 66 of 110 weights are left",
         "  0.weight: 4 removed",
-        "  2.weight: empty rows stay, the model gives them out",
+        "  2.weight: empty rows stay, they are outputs of the model",
     ]
 
 
@@ -121,17 +120,74 @@ def test_one_channel_stays():
     assert_equal(model, found.model, 3, 5)
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.last(x + self.second(torch.relu(self.first(x))))
+
+
+class Gated(Residual):
+    def forward(self, x):
+        return self.last(self.first(x) * torch.sigmoid(self.second(x)))
+
+
+class Concatenated(Residual):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(12, 2)
+
+    def forward(self, x):
+        return self.last(torch.cat([self.first(x), self.second(x)], 1))
+
+
+class Normalized(Residual):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(self.second(x))))
+
+
+class GivenOut(Residual):
+    def forward(self, x):
+        middle = self.first(x)
+        return self.last(self.second(middle)), middle
+
+
+class Functional(Residual):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ParameterDict({"weight": nn.Parameter(torch.randn(6, 6))})
+
+    def forward(self, x):
+        return self.last(nn.functional.linear(self.second(self.first(x)), self.inner["weight"]))
+
+
+class Twice(Residual):
+    def forward(self, x):
+        return self.last(self.first(self.first(self.second(x))))
+
+
+class Softmaxed(Residual):
+    def forward(self, x):
+        return self.last(self.first(self.second(x)).softmax(1))
+
+
 @pytest.mark.parametrize(
     ("kind", "removed", "kept"),
     [
-        (Residual, {"first.weight"}, {"second.weight": "Add is on their way"}),
-        (Gated, set(), {"first.weight": "Mul is on their way", "second.weight": "Mul is on their way"}),
+        (Residual, {"first.weight"}, {"second.weight": "Add is on their path"}),
+        (Gated, set(), {"first.weight": "Mul is on their path", "second.weight": "Mul is on their path"}),
         (Concatenated, set(), {"first.weight": "they go together with those of _ConcatOp"}),
-        (Normalised, {"second.weight"}, {"first.weight": "they go together with those of norm"}),
-        (GivenOut, set(), {"first.weight": "the model gives them out"}),
+        (Normalized, {"second.weight"}, {"first.weight": "they go together with those of norm"}),
+        (GivenOut, set(), {"first.weight": "they are outputs of the model"}),
         (Functional, {"first.weight"}, {"second.weight": ""}),
         (Twice, set(), {"first.weight": "they go together with those of second"}),
-        (Softmaxed, {"second.weight"}, {"first.weight": "Softmax is on their way"}),
+        (Softmaxed, {"second.weight"}, {"first.weight": "Softmax is on their path"}),
     ],
 )
 def test_ways_on_which_channels_are_not_apart(kind, removed, kept):
@@ -237,11 +293,11 @@ def test_where_nothing_can_go_that_is_said():
 
 def test_other_outputs_are_noticed(monkeypatch):
     model = emptied(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)))
-    monkeypatch.setattr(channels.Reader, "take_over_", lambda *args: None)
+    monkeypatch.setattr(torch_pruning._Reader, "absorb_", lambda *args: None)
     with torch.no_grad():
         model[0].bias.abs_()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="the smaller model computes something else"):
+    with pytest.raises(RuntimeError, match="the smaller model must compute the same outputs"):
         shrink(model, images(2, 5))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

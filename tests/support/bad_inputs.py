@@ -1,7 +1,44 @@
-"""The table of bad inputs: calls, by what they are about, and the error that each has to raise, to the letter."""
-# ruff: noqa: E501  # a row is a line
-# fmt: off
+"""The table of bad inputs: calls, the error that each must raise, to the letter, and the names in the calls.
 
+python tests/support/bad_inputs.py     writes docs/bad-inputs.md
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from helpers import fit, mlp, snapshot
+from torch import nn
+from torch.nn.utils import prune
+
+import torch_sap
+from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.integrations.torch_pruning import shrink
+from torch_sap.records.round import Round
+from torch_sap.stopping import Collapse, NothingLeft, StoppingRule, TargetDensity, WithinTolerance
+
+try:
+    from torch_sap.integrations.lightning import SAPCallback
+except ImportError:
+    SAPCallback = None
+
+PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
+HEAD = """# Bad inputs
+
+What a wrong call raises, and what it leaves behind: nothing. `tests/test_bad_inputs.py` makes each call, compares
+error and message to the letter, and then compares with how it was before: the state_dict of every model (bits), its
+Parameter objects, gradients, hooks and train modes, the rounds and the rewind point of every stepper, and the files.
+`python tests/support/bad_inputs.py` writes this page from the same rows.
+
+In the calls, `model` is a small network, `pruned` one that was pruned and trained for a step, `with_nan` one with a NaN
+among its weights, `integers` a module with an integer weight, `layer` an `nn.Linear(6, 9)`, `sap` an `SAP` stepper
+after one round, `unrewound` one with `rewind="none"`, `history` the history of one round, `raising` a training that
+changes weights and then raises.
+"""
+
+# ruff: noqa: E501  # one line per row
+# fmt: off
 CASES = {
     'Measures and counts': [
         ('pq_index([1.0, 2.0])', 'TypeError', 'w must be a tensor, got list'),
@@ -81,6 +118,8 @@ CASES = {
         ('verify(pruned, ones(2, 7))', 'RuntimeError', 'mat1 and mat2 shapes cannot be multiplied (2x7 and 6x9)'),
         ('verify(layer, "x")', 'ValueError', 'model must have a pruned weight, but no mask and no weight of it has a zero; prune it first'),
         ('verify("m", 0)', 'TypeError', 'model must be a torch.nn.Module, got str'),
+        ('global_unstructured(model, importance_scores={(model[3], "weight"): ones(4, 9) * nan})', 'ValueError', 'importance_scores must be finite, but 3.weight of shape (4, 9) has NaN entries'),
+        ('global_unstructured(model, importance_scores={(model[3], "weight"): ones(4, 9) * 1j})', 'TypeError', 'importance_scores of 3.weight must be a real floating-point tensor (float16, bfloat16, float32, float64), got torch.complex64'),
         ('layer_unstructured(model, importance_scores={(model[0], "weight"): ones(9, 6, device="meta")})', 'ValueError', 'importance_scores of 0.weight must have values, but it is on the meta device'),
     ],
     'Iterative pruning': [
@@ -147,13 +186,7 @@ CASES = {
         ('history.to_csv(None)', 'TypeError', 'path must be the path of a file, got None'),
     ],
     'Streams of tensors': [
-        ('prune_stream(lambda: iter([tensor([1, 2])]), Hyperparameters())', 'TypeError', 'tensor 0 of the stream must be a real floating-point tensor (float16, bfloat16, float32, float64), got torch.int64'),
-        ('prune_stream(lambda: iter([ones(2), tensor([nan])]), Hyperparameters())', 'ValueError', 'tensor 1 of the stream must be finite and so must the sums of its powers'),
-        ('prune_stream([ones(2)], Hyperparameters())', 'TypeError', 'stream must be a function that gives the tensors, each time anew, got list'),
         ('Hyperparameters(p=-1)', 'ValueError', 'p must be positive, got p=-1'),
-        ('prune_stream(lambda: iter([[1.0]]), Hyperparameters())', 'TypeError', 'tensor 0 of the stream must be a tensor, got list'),
-        ('prune_stream(lambda: iter([ones(2)]), {"p": 0.5})', 'TypeError', 'rule must be torch_sap.decide.bounds.Hyperparameters, got dict'),
-        ('prune_stream(lambda: iter([ones(2, device="meta")]), Hyperparameters())', 'ValueError', 'tensor 0 of the stream must have values, but it is on the meta device'),
     ],
     'Stopping rules': [
         ('TargetDensity(1.5)', 'ValueError', 'density must lie in [0, 1], got density=1.5'),
@@ -207,3 +240,73 @@ CASES = {
         ('SAPCallback(3, exclude=3)', 'TypeError', 'exclude must be a pattern or an iterable of patterns, got 3'),
     ],
 }
+# fmt: on
+
+
+def write_page():
+    lines = [HEAD]
+    for title, cases in CASES.items():
+        lines += [f"## {title}", "", "| call | error | message | state afterwards |", "|---|---|---|---|"]
+        for call, error, message in cases:
+            shown = message.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+            lines.append(f"| `{call}` | {error} | {shown} | unchanged |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def raising(model):
+    """A training that changes weights and fails."""
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    raise RuntimeError("the training failed")
+
+
+def make_world(folder):
+    """The names in the calls, new for each call."""
+    world = {name: getattr(torch_sap, name) for name in torch_sap.__all__}
+    world |= {"nn": nn, "torch": torch, "prune": prune, "tensor": torch.tensor, "ones": torch.ones}
+    world |= {"nan": math.nan, "inf": math.inf, "shrink": shrink, "Round": Round}
+    world |= {rule.__name__: rule for rule in (Collapse, NothingLeft, StoppingRule, TargetDensity, WithinTolerance)}
+    world |= {"Hyperparameters": Hyperparameters, "SAPCallback": SAPCallback}
+    model, pruned, with_nan, integers = mlp(), mlp(), mlp(), nn.Module()
+    torch_sap.layer_unstructured(pruned)
+    fit(pruned, torch.optim.SGD(pruned.parameters(), lr=0.1), (5, 6), steps=1)
+    with torch.no_grad():
+        with_nan[0].weight[1, 2] = math.nan
+    integers.weight = nn.Parameter(torch.ones(2, 3, dtype=torch.int32), requires_grad=False)
+    world |= {"model": model, "layer": nn.Linear(6, 9), "pruned": pruned, "with_nan": with_nan, "integers": integers}
+    sap, other = torch_sap.SAP(mlp()), torch_sap.SAP(nn.Sequential(nn.Linear(3, 2)))
+    sap.step({"accuracy": 0.9})
+    world |= {"sap": sap, "unrewound": torch_sap.SAP(mlp(), rewind="none"), "history": sap.history}
+    world |= {"other_settings": torch_sap.SAP(mlp(), beta=0.5).state_dict(), "other_model": other.state_dict()}
+    world |= {"train_fn": lambda model: None, "raising": raising}
+    names = {"whole": "history.json", "truncated": "truncated.json", "of_others": "others.json"}
+    files = {name: folder / file for name, file in names.items()}
+    sap.history.to_json(files["whole"])
+    files["truncated"].write_text(files["whole"].read_text()[:30])
+    files["of_others"].write_text(json.dumps({"accuracy": 1.0}))
+    world |= {name: str(path) for name, path in files.items()}
+    return world | {"figure": str(folder / "figure.png"), "folder": str(folder)}
+
+
+def state_of(world, folder):
+    """All that a refused call must leave unchanged: models with gradients, histories, steppers, files."""
+    found = {}
+    for name, value in world.items():
+        stepper = value if isinstance(value, torch_sap.SAP) else None
+        model = stepper.model if stepper else value
+        if isinstance(model, nn.Module):
+            found[name] = snapshot(model)
+            found[name]["values"] = {key: bits.tolist() for key, bits in found[name]["values"].items()}
+            found[name]["grads"] = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
+        history = stepper.history if stepper else value
+        if isinstance(history, torch_sap.History):
+            found[name + " rounds"] = history.to_dict()
+        if stepper:
+            point = stepper.state_dict()["rewind_point"] or {}
+            found[name + " rewind point"] = {key: value.tolist() for key, value in point.items()}
+    return found | {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(write_page(), encoding="utf-8")

@@ -180,6 +180,8 @@ def _row_visit(rule: Hyperparameters, backend: Backend, store: Store) -> Visit:
 
 
 def _store_row_piece(piece: Piece, keys: Any, count: Any, d: Any, backend: Backend, store: Store) -> Any:
+    if 0 in piece.shape:
+        return 0
     rows = keys.reshape(piece.shape[1:])
     return store(piece, rows, *first_to_stay(backend, rows, count, piece.shape[2] - d))
 
@@ -207,10 +209,7 @@ def _count(entries: Sequence[Entry], sums: PowerSums, kept: Sequence[Any], backe
     read = iter(backend.read([number for number in kept if number is not None]))
     here = [None if number is None else int(next(read)) for number in kept]
     table = np.array([[number or 0 for number in here]])
-    totals = [
-        (part, part.add_up(torch.from_numpy(table))[0])
-        for part in distinct([entry.part for entry in entries])
-    ]
+    totals = [(part, part.add_up(torch.from_numpy(table))[0]) for part in distinct([entry.part for entry in entries])]
     remaining = []
     for i, (entry, number) in enumerate(zip(entries, here, strict=True)):
         if number is None:

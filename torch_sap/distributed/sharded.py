@@ -106,7 +106,6 @@ class Part:  # a decide.groups.Shard
         start, end = self.bounds(self.rank)
         return whole.narrow(self.dim, start, end - start)
 
-
     def same_processes(self, other: Part) -> bool:
         """Whether the same processes hold the parts of another tensor."""
         return self.ranks == other.ranks
@@ -169,5 +168,3 @@ def part_of(tensor: Tensor, name: str) -> Part | None:
     if not cut:
         return None
     return Part(mesh, cut[0], placements[cut[0]].dim % tensor.dim(), tuple(tensor.shape))
-
-

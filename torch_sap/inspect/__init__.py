@@ -1,1 +1,1 @@
-"""Checks and tables of a pruned model."""
+"""Tables and checks of pruned models."""

@@ -1,9 +1,8 @@
-"""Whether pruned entries are zeros where it counts: in what convolutions, matrix products and look-ups receive.
+"""Follow the entries of weights through a computation, to the operations that receive them.
 
-The model computes an example, and every tensor that is made of pruned weights alone is followed from operation to
-operation, together with a map of where the pruned entries went. Views and copies move the map with the entries;
-operations that keep the shape (a cast, a mask, a standardisation) leave it as it is. The tensor is *received* by the
-first operation that contracts it or looks entries up in it, and by any that brings it together with a value that
+Every tensor that is computed from weights alone carries a map of its entries. Views and copies move the map with the
+entries; operations that keep the shape (a cast, a mask, a standardization) leave it as it is. A tensor is *received* by
+the first operation that contracts it or looks up entries in it, and by any operation that combines it with a value that
 depends on the example.
 """
 
@@ -21,90 +20,45 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 NOT_OURS, KEPT, PRUNED = 0, 1, 2
 
-CONTRACTIONS = frozenset(
-    {
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "addbmm",
-        "mv",
-        "addmv",
-        "dot",
-        "vdot",
-        "linear",
-        "matmul",
-        "_scaled_mm",
-        "_int_mm",
-        "mkldnn_linear",
-        "mkldnn_rnn_layer",
-        "convolution",
-        "_convolution",
-        "mkldnn_convolution",
-        "cudnn_convolution",
-        "convolution_overrideable",
-        "embedding",
-        "_embedding_bag",
-        "_embedding_bag_forward_only",
-        "_native_multi_head_attention",
-        "_transformer_encoder_layer_fwd",
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "rnn_relu",
-        "_cudnn_rnn",
-        "miopen_rnn",
-    }
-)
-"""Operations that receive a weight whatever the other operand is, by their names in ATen."""
+# fmt: off
+CONTRACTIONS = frozenset({
+    "mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "linear", "matmul",
+    "_scaled_mm", "_int_mm", "mkldnn_linear", "convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution",
+    "convolution_overrideable", "embedding", "_embedding_bag", "_embedding_bag_forward_only",
+    "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "lstm", "gru", "rnn_tanh", "rnn_relu",
+    "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn",
+})
+"""ATen operations that receive a weight, whatever their other operands are."""
 
-MOVES = frozenset(
-    {"cat", "stack", "repeat", "index_select", "flip", "roll", "_unsafe_view", "constant_pad_nd", "index", "gather"}
-)
-"""Operations beside views that only move entries."""
+MOVES = frozenset({
+    "cat", "stack", "repeat", "index_select", "flip", "roll", "_unsafe_view", "constant_pad_nd", "index", "gather",
+})
+"""ATen operations besides views that only move entries."""
+# fmt: on
 
 
 @dataclass
 class Received:
-    """What the computation received of one weight so far.
-
-    Attributes:
-        entries: Entries of the weight in received tensors.
-        pruned: How many of them are pruned.
-        zeros: How many of them were zero.
-        revived: How many were not zero though their entry is pruned.
-        changed_by: Operations that had made numbers of zeros on the way.
-    """
+    """What a computation has received of one weight so far, in entries."""
 
     entries: int = 0
     pruned: int = 0
     zeros: int = 0
-    revived: int = 0
-    changed_by: set[str] = field(default_factory=set)
+    revived: int = 0  # pruned but not zero
+    changed_by: set[str] = field(default_factory=set)  # operations that turned zeros into other numbers
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the entries of a tensor come from.
+    """Which weight the entries of a tensor come from."""
 
-    Attributes:
-        source: Index of the weight.
-        places: uint8 tensor of the tensor's shape: NOT_OURS, KEPT or PRUNED.
-        changed_by: Names of operations that gave it its values since its pruned entries were zeros the last time.
-    """
-
-    source: int
-    places: Tensor
-    changed_by: tuple[str, ...] = ()
+    source: int  # index of the weight
+    places: Tensor  # uint8, in the tensor's shape: NOT_OURS, KEPT, or PRUNED
+    changed_by: tuple[str, ...] = ()  # operations since the pruned entries were last zero
 
 
 class Follow(TorchDispatchMode):
-    """While it is active, records what operations receive of some weights.
-
-    Args:
-        places: Each weight with the map of its entries.
-        inputs: Tensors that the computed example consists of.
-    """
+    """While active, record what operations receive of some weights, each given with the map of its entries."""
 
     def __init__(self, places: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -117,7 +71,7 @@ class Follow(TorchDispatchMode):
             self._dependent[tensor] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and follow what it receives and makes."""
+        """Run an operation, and follow its operands and results."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         leaves = tree_flatten((args, kwargs))[0]
@@ -153,9 +107,9 @@ class Follow(TorchDispatchMode):
             found.changed_by.update(origin.changed_by)
 
     def _move(self, func: Any, args: Any, kwargs: Any, followed: Sequence[tuple[Tensor, Origin]], out: Any) -> None:
-        """Let the map of each weight do what the operation does to the entries."""
+        """Apply an operation that moves entries to the map of each weight."""
         if func._schema.name == "aten::constant_pad_nd":
-            args = args[:2]  # padded with NOT_OURS, whatever the value
+            args = args[:2]  # pad with NOT_OURS, not with the value
         for source in {origin.source for _, origin in followed}:
             own = {id(operand): origin for operand, origin in followed if origin.source == source}
 
@@ -171,7 +125,7 @@ class Follow(TorchDispatchMode):
                 self._add(tensor, replace(origin, places=places))
 
     def _keep(self, name: str, followed: Sequence[tuple[Tensor, Origin]], made: Sequence[Tensor]) -> None:
-        """Results of a weight's shape (or broadcast from it) have its entries; others are numbers about the weight."""
+        """Keep the map in results that a weight broadcasts to; other results are statistics of the weight."""
         for operand, origin in followed:
             for tensor in made:
                 if not _broadcasts(operand.shape, tensor.shape):
@@ -191,7 +145,7 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 
 def _laid_out(places: Tensor, like: Tensor) -> Tensor:
-    """The map with the strides of its tensor, so that views of one are views of the other."""
+    """Give a map the strides of its tensor, so that the same views apply to both."""
     if places.stride() == like.stride():
         return places
     return torch.empty_like(like, dtype=torch.uint8, requires_grad=False).copy_(places)

@@ -1,4 +1,4 @@
-"""How many multiplications and additions a computation does with each of some weights."""
+"""Count the multiply-accumulate operations (MACs) that a computation does with each of its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch_sap.inspect.dataflow import KEPT, NOT_OURS, Follow, Origin
 
 
 class _Count(Follow):
-    """While it is active, gives the operations that a kept formula counts to the weights that they receive."""
+    """While active, assign the MACs of each operation to the weights that it receives."""
 
     def __init__(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         super().__init__([(weight, torch.full_like(weight, KEPT, dtype=torch.uint8)) for weight in weights], inputs)
@@ -30,47 +30,40 @@ class _Count(Follow):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             macs = formula(*args, **(kwargs or {}), out_val=out) // 2
-            shares = self._shares()
-            for source, share in shares.items():
-                self.macs[source] += round(macs * share)
-            self.other += macs - sum(round(macs * share) for share in shares.values())
+            counts = {source: round(macs * share) for source, share in self._shares().items()}
+            for source, count in counts.items():
+                self.macs[source] += count
+            self.other += macs - sum(counts.values())
         return out
 
     def _receive(self, operand: Tensor, origin: Origin) -> None:
         self._operands.append((operand, origin))
 
     def _shares(self) -> dict[int, float]:
-        """How much of the received operands each weight is."""
+        """Share of each weight in the received operands."""
         shares: dict[int, float] = {}
         for operand, origin in self._operands:
             entries = float((origin.places != NOT_OURS).sum()) / operand.numel()
             shares[origin.source] = shares.get(origin.source, 0.0) + entries
-        whole = max(1.0, sum(shares.values()))  # more than one if a product of weights is made
+        whole = max(1.0, sum(shares.values()))  # above 1 where an operation multiplies weights by weights
         return {source: share / whole for source, share in shares.items()}
 
 
 def count_macs(
     compute: Callable[[], object], weights: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> tuple[list[int], int]:
-    """Count the multiply-accumulate operations of a computation by the formulas of torch.utils.flop_counter.
+    """Count MACs per weight, and those without a weight, by the formulas of torch.utils.flop_counter.
 
-    Args:
-        compute: Does it, without gradients.
-        weights: Parameters, of any shapes.
-        inputs: Tensors that the computed example consists of.
-
-    Returns:
-        The operations in which each weight takes part, and all others. An operation with a tensor that several
-        weights were joined to is divided in proportion to their entries.
+    An operation on several joined weights is divided in proportion to their entries.
     """
-    with _plainly(), _Count(weights, inputs) as counter:
+    with _in_counted_operations(), _Count(weights, inputs) as counter:
         compute()
     return counter.macs, counter.other
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
-    """Let attention and recurrent modules compute by operations that have a formula, and not by one for all."""
+def _in_counted_operations() -> Iterator[None]:
+    """Make attention and recurrent modules run in operations that have a formula, not in fused ones."""
     onednn: Any = torch.backends.mkldnn
     fast, enabled = torch.backends.mha.get_fastpath_enabled(), onednn.enabled
     torch.backends.mha.set_fastpath_enabled(False)

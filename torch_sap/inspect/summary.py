@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from torch_sap.decide.sums import power_sums
-
-measure = lambda e, s, p, q: power_sums(e, p, q).index(s)
+from torch_sap.decide.measures import power_sums
 from torch_sap.distributed.replicas import unwrap
-from torch_sap.distributed.sharded import is_dtensor
+from torch_sap.inspect.example import arguments_of, as_it_was, tensors_of, whole_weights
 from torch_sap.inspect.macs import count_macs
-from torch_sap.inspect.verify import arguments_of, as_it_was
-from torch_sap.masks.parameters import Prunable, entries_of, resolve
-from torch_sap.records.codec import to_plain
+from torch_sap.masks.parameters import Prunable, entries_of
 
-if TYPE_CHECKING:
-    import pandas as pd
+
+class _Counts:
+    weights: int
+    remaining: int
+
+    @property
+    def density(self) -> float:
+        """remaining / weights; NaN without entries."""
+        return self.remaining / self.weights if self.weights else float("nan")
+
+    @property
+    def sparsity(self) -> float:
+        """1 - density."""
+        return 1 - self.density
 
 
 @dataclass(frozen=True)
-class LayerSummary:
+class LayerSummary(_Counts):
     """One weight tensor.
 
     Attributes:
-        name: Dotted path of the parameter before it was pruned.
+        name: Dotted path of the parameter before pruning.
         module: Class of the module that has it.
         shape: Its shape.
         weights: Entries.
-        remaining: Unpruned ones; of a tensor without a mask, as :func:`remove` leaves it, those that are not zero.
-        pqi: PQ Index as a pruning step would measure it, of the entries that no mask prunes; NaN if undefined.
-        empty_rows: Output channels of which nothing remains, by number.
-        macs: Multiply-accumulate operations that the example does with it; None without an example.
+        remaining: Unpruned entries; without a mask (after :func:`remove`) the nonzero ones.
+        pqi: PQ Index of the entries that no mask prunes, as a pruning step measures it; NaN if undefined.
+        empty_rows: Indices of the output channels without remaining entries.
+        macs: Multiply-accumulate operations of the example with this tensor; None without an example.
     """
 
     name: str
@@ -50,38 +58,21 @@ class LayerSummary:
     macs: int | None
 
     @property
-    def density(self) -> float:
-        """remaining / weights; NaN if there is no entry."""
-        return self.remaining / self.weights if self.weights else float("nan")
-
-    @property
-    def sparsity(self) -> float:
-        """1 - density."""
-        return 1 - self.density
-
-    @property
     def sparse_macs(self) -> int | None:
-        """``macs * density``, rounded: what a computation would do that skips every pruned entry."""
+        """``macs * density``, rounded: the cost of a computation that skips every pruned entry."""
         return None if self.macs is None else round(self.macs * self.remaining / max(self.weights, 1))
-
-    def row(self) -> dict[str, Any]:
-        """The record as a line of a table."""
-        columns = {"name": self.name, "module": self.module, "shape": self.shape, "weights": self.weights}
-        columns |= {"remaining": self.remaining, "sparsity": self.sparsity, "pqi": self.pqi}
-        columns |= {"empty_rows": len(self.empty_rows)}
-        return columns if self.macs is None else columns | {"macs": self.macs, "sparse_macs": self.sparse_macs}
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What :func:`summary` found, a record for each weight tensor in the model's order.
+class Summary(_Counts):
+    """What :func:`summary` found.
 
     Attributes:
-        layers: The records.
+        layers: One record per weight tensor, in the model's order.
         pqi: PQ Index of all weights together; NaN if undefined.
-        parameters: All parameters of the model, biases and norms too.
-        other_macs: Multiply-accumulate operations of the example in which no weight takes part, as in attention; None
-            without an example.
+        parameters: Entries of all parameters of the model, including biases and norms.
+        other_macs: Multiply-accumulate operations of the example without a weight, as in attention; None without an
+            example.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -90,114 +81,61 @@ class Summary:
     other_macs: int | None
 
     @property
-    def weights(self) -> int:
+    def weights(self) -> int:  # type: ignore[override]
         """Entries of all weight tensors."""
         return sum(layer.weights for layer in self.layers)
 
     @property
-    def remaining(self) -> int:
+    def remaining(self) -> int:  # type: ignore[override]
         """Unpruned entries of all weight tensors."""
         return sum(layer.remaining for layer in self.layers)
 
     @property
-    def density(self) -> float:
-        """remaining / weights; NaN if there is no entry."""
-        return self.remaining / self.weights if self.weights else float("nan")
-
-    @property
-    def sparsity(self) -> float:
-        """1 - density."""
-        return 1 - self.density
-
-    @property
     def macs(self) -> int | None:
-        """Multiply-accumulate operations of the example, dense, other_macs included."""
+        """Multiply-accumulate operations of the example on dense weights, including other_macs."""
         return None if self.other_macs is None else self.other_macs + sum(layer.macs or 0 for layer in self.layers)
 
     @property
     def sparse_macs(self) -> int | None:
-        """The same with every tensor's operations times its density."""
-        if self.other_macs is None:
-            return None
-        return self.other_macs + sum(layer.sparse_macs or 0 for layer in self.layers)
+        """The same, with the operations of each tensor multiplied by its density."""
+        known = self.other_macs is not None
+        return (self.other_macs or 0) + sum(layer.sparse_macs or 0 for layer in self.layers) if known else None
 
     @property
     def empty_rows(self) -> dict[str, tuple[int, ...]]:
-        """The output channels of which nothing remains, of those tensors that have some."""
+        """Indices of the output channels without remaining entries, by tensor."""
         return {layer.name: layer.empty_rows for layer in self.layers if layer.empty_rows}
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One :meth:`LayerSummary.row` a tensor."""
-        return [layer.row() for layer in self.layers]
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; None for an index that is not defined."""
+        """Plain values for JSON; None for an undefined index."""
+        totals = ("weights", "remaining", "sparsity", "pqi", "parameters", "other_macs", "macs", "sparse_macs")
         layers = [
-            asdict(layer) | {"pqi": to_plain(layer.pqi), "sparse_macs": layer.sparse_macs} for layer in self.layers
+            asdict(layer) | {"sparsity": layer.sparsity, "sparse_macs": layer.sparse_macs} for layer in self.layers
         ]
-        for layer in layers:
-            layer |= {"shape": list(layer["shape"]), "empty_rows": list(layer["empty_rows"])}
-        total = {"weights": self.weights, "remaining": self.remaining, "pqi": to_plain(self.pqi)}
-        total |= {"parameters": self.parameters, "other_macs": self.other_macs}
-        return {**total, "macs": self.macs, "sparse_macs": self.sparse_macs, "layers": layers}
-
-    def to_frame(self) -> pd.DataFrame:
-        """The tensors as a pandas DataFrame, a row each.
-
-        Raises:
-            ImportError: if pandas is not installed (extra "frame").
-        """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError("Summary.to_frame needs pandas: pip install 'torch_sap[frame]'") from error
-        return pd.DataFrame(self.rows())
+        values: dict[str, Any] = _plain({name: getattr(self, name) for name in totals} | {"layers": layers})
+        return values
 
     def __str__(self) -> str:
-        """A table with a line a tensor and one in total."""
-        cells = self._cells()
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 3 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in cells
-        ]
-        rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._notes()])
-
-    def _repr_html_(self) -> str:
-        """The same table for a notebook."""
-        head, *body = (
-            "<tr>"
-            + "".join(
-                f'<{tag} style="text-align:{"left" if i < 3 else "right"}">{html.escape(cell)}</{tag}>'
-                for i, cell in enumerate(line)
-            )
-            + "</tr>"
-            for tag, line in zip(["th"] + ["td"] * len(self.layers) + ["th"], self._cells(), strict=True)
-        )
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>{notes}"
-
-    def _cells(self) -> list[list[str]]:
-        """Texts of the table: head, a line a tensor, total."""
+        """A table with one line per tensor, and one in total."""
         head = ["weight", "module", "shape", "weights", "remaining", "sparsity", "PQI", "empty rows"]
-        lines = [
+        cells = [head if self.other_macs is None else [*head, "MACs", "sparse MACs"]]
+        cells += [
             [layer.name, layer.module, str(layer.shape), *_texts(layer, len(layer.empty_rows))] for layer in self.layers
         ]
-        lines.append(["total", "", "", *_texts(self, sum(map(len, self.empty_rows.values())))])
-        return [head if self.other_macs is None else [*head, "MACs", "sparse MACs"], *lines]
+        cells += [["total", "", "", *_texts(self, sum(map(len, self.empty_rows.values())))]]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        texts = [[*map(str.ljust, line[:3], widths), *map(str.rjust, line[3:], widths[3:])] for line in cells]
+        first, *lines, last = ("  ".join(line).rstrip() for line in texts)
+        rule = "-" * max(map(len, (first, *lines, last)))
+        note = f"{_short(self.other_macs or 0)} of the MACs are without a weight (as in attention)"
+        return "\n".join([first, rule, *lines, rule, last, *([note] if self.other_macs else [])])
 
-    def _notes(self) -> list[str]:
-        if not self.other_macs:
-            return []
-        return [f"total MACs with {_short(self.other_macs)} in which no weight takes part (attention, for one)"]
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def _texts(record: LayerSummary | Summary, empty_rows: int) -> list[str]:
-    pqi = "undefined" if record.pqi != record.pqi else f"{record.pqi:.3f}"
+    pqi = "undefined" if math.isnan(record.pqi) else f"{record.pqi:.3f}"
     texts = [f"{record.weights:,}", f"{record.remaining:,}", f"{record.sparsity:.1%}", pqi, f"{empty_rows:,}"]
     if record.macs is None or record.sparse_macs is None:
         return texts
@@ -213,74 +151,70 @@ def _short(number: float) -> str:
     return f"{number:.4g}T"
 
 
-def summary(model: nn.Module, example_input: Any = None) -> Summary:
-    """A table of a model's weights: shape, remaining, sparsity, PQ Index, empty rows, and dense and sparse MACs.
+def _plain(value: Any) -> Any:
+    """Lists for tuples and None for NaN, as JSON has them."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return None if value != value else value
 
-    The model is left exactly as it was: modes, buffers, attributes of modules, gradients, random numbers. It computes
-    the example in eval mode, without gradients, eagerly. MACs are counted by the formulas of torch.utils.flop_counter
-    and given to the tensors that take part in each operation, also where a weight is read without calling its module.
+
+def summary(model: nn.Module, example_input: Any = None) -> Summary:
+    """Tabulate a model's weights: shape, remaining, sparsity, PQ Index, empty rows, and dense and sparse MACs.
+
+    The model runs the example in eval mode, without gradients, eagerly, and is exactly as before afterwards. MACs are
+    counted by the formulas of torch.utils.flop_counter and assigned to the tensors that take part in each operation,
+    even where a weight is read without calling its module.
 
     Args:
         model: Any module, pruned or not, with a parameter that :func:`prunable_parameters` names.
-        example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments for the model. None
+        example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments for the model. None
             leaves MACs out.
 
     Returns:
-        A record for each weight tensor, shared ones once. Print it, or show it in a notebook; ``to_frame`` and
-        ``to_dict`` have it as values.
+        One record per weight tensor, with shared tensors once. Print it, show it in a notebook, or take ``to_dict``.
 
     Raises:
-        TypeError: if the model is no module, or a weight is not of a real floating-point type.
-        ValueError: if it has no such weight, or a weight is NaN or infinite; it is named.
+        TypeError: if the model is not a module, or a weight does not have a real floating-point type.
+        ValueError: if the model has no such weight, or a weight is NaN or infinite; the message names it.
         NotImplementedError: if a weight is sharded.
-        Exception: whatever the model raises for the example.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
         >>> print(summary(model, torch.ones(1, 64)).macs)
         2368
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrap(model)
-    prunables = resolve(model)
-    for prunable in prunables:
-        if is_dtensor(prunable.weight):
-            raise NotImplementedError(
-                f"{prunable.name} is sharded (a DTensor), which summary cannot count; load the full state_dict into a "
-                "model on one process and summarise that"
-            )
+    prunables = whole_weights(model, "summary")
     with torch.no_grad():
-        entries = entries_of(prunables, None)
-        pqi = measure(entries, "layer", 0.5, 1.0)
-        counted = None if example_input is None else _macs(model, prunables, example_input)
-        layers = [
-            _layer(prunable, float(pqi[prunable.name][0]), None if counted is None else counted[0][i])
-            for i, prunable in enumerate(prunables)
-        ]
-        whole = float(measure(entries, "global", 0.5, 1.0)["global"][0])
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Summary(tuple(layers), whole, parameters, None if counted is None else counted[1])
+        sums = power_sums(entries_of(prunables, None), 0.5, 1.0)
+        pqi, whole = sums.index("layer"), float(sums.index("global")["global"][0])
+        macs, other = _macs(model, prunables, example_input)
+        layers = [_layer(p, float(pqi[p.name][0]), count) for p, count in zip(prunables, macs, strict=True)]
+    return Summary(tuple(layers), whole, sum(parameter.numel() for parameter in model.parameters()), other)
 
 
 def _layer(prunable: Prunable, pqi: float, macs: int | None) -> LayerSummary:
-    weight, mask = prunable.weight, prunable.mask
-    kept = weight.detach() != 0 if mask is None else mask
-    rows = torch.cat([part.flatten(1).any(1) for part in prunable.entry().rows(kept)])
+    weight, entry = prunable.weight, prunable.entry()
+    kept = entry.scores if entry.mask is None else entry.mask
+    rows = [part.movedim(entry.channel_dim, 0).flatten(1) for part in kept.chunk(entry.channel_groups)]
+    counts = torch.cat([row.count_nonzero(1) for row in rows])
     return LayerSummary(
         name=prunable.name,
         module=type(prunable.holders[0][0]).__name__,
         shape=tuple(weight.shape),
         weights=weight.numel(),
-        remaining=int(kept.sum()),
+        remaining=int(counts.sum()),
         pqi=pqi,
-        empty_rows=tuple((~rows).nonzero().flatten().tolist()),
+        empty_rows=tuple((counts == 0).nonzero().flatten().tolist()),
         macs=macs,
     )
 
 
-def _macs(model: nn.Module, prunables: Sequence[Prunable], example: Any) -> tuple[list[int], int]:
+def _macs(model: nn.Module, prunables: Sequence[Prunable], example: Any) -> tuple[Sequence[int | None], int | None]:
+    if example is None:
+        return [None] * len(prunables), None
     args, kwargs = arguments_of(example)
-    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
     with as_it_was(model):
-        return count_macs(lambda: model(*args, **kwargs), [p.weight for p in prunables], tensors)
+        return count_macs(lambda: model(*args, **kwargs), [p.weight for p in prunables], tensors_of(example))

@@ -1,35 +1,46 @@
-"""Neurons that pruning has emptied are taken out of a model, where its outputs are known to stay the same.
+"""Remove empty neurons from a model where its outputs provably stay the same.
 
 An output channel of a Linear or a convolution can go
 
-- if nobody reads it: the weights of all modules that take it as an input are zero for it; or
-- if it is empty: its own weights are all zero. It then puts out its bias, whatever the input, and so do the
-  normalisations, activations and poolings behind it that work channel by channel. The constant that arrives at the next
-  modules is moved into their biases. That is exact for linear layers and for convolutions without padding; with zero
-  padding only if the constant is 0, because at the border it is added less often.
+- if it is not read: the weights of all modules that take it as an input are zero for it; or
+- if it is empty: its own weights are all zero. It then outputs its bias for any input, and the normalizations,
+  activations, and poolings behind it, which work channel by channel, pass on a constant. The biases of the next modules
+  absorb this constant. That is exact for linear layers and for convolutions without padding; with zero padding only if
+  the constant is 0, because border pixels see it less often.
 
-Which tensors are cut together is found by Torch-Pruning's dependency graph (Fang et al., "DepGraph: Towards any
-structural pruning", CVPR 2023). Channels whose way to the next modules is not one of those above (residual sums, gates,
-attention, LayerNorm, concatenation) stay.
+Torch-Pruning's dependency graph finds the tensors that have to be cut together (Fang et al., "DepGraph: Towards any
+structural pruning", CVPR 2023). Channels that take any other path to the next modules (residual sums, gates, attention,
+LayerNorm, concatenation) stay.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
+from torch_sap.arguments import check_model
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.functional import remove
+from torch_sap.inspect.example import arguments_of, as_it_was, tensors_of
 from torch_sap.inspect.summary import summary
-from torch_sap.inspect.verify import arguments_of, as_it_was
-from torch_sap.integrations.channels import PLAIN, Chain, chain_of, observe
 from torch_sap.masks.parameters import resolve
+
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Modules whose output channels can go, if they use the forward of their class."""
+
+PER_CHANNEL = (
+    *("relu", "gelu", "silu", "hardtanh", "clamp", "sigmoid", "tanh", "elu", "leakyrelu", "hardswish", "hardsigmoid"),
+    *("mish", "softplus", "logsigmoid", "maxpool", "avgpool", "adaptive", "mean", "squeeze", "clone", "alias"),
+    *("replicationpad", "reflectionpad"),
+)
+"""Prefixes of autograd's names for operations on one tensor that keep its channels apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +48,11 @@ class Shrunk:
     """What :func:`shrink` made.
 
     Attributes:
-        model: The smaller model, plain modules without masks.
-        removed: How many output channels each weight lost.
-        kept: Why output channels without weights are still there, for each weight that has some.
-        weights_before: Entries of the weights of the model that was given.
-        weights_after: Those of the smaller one.
+        model: The smaller model: plain modules without masks.
+        removed: Number of removed output channels per weight.
+        kept: Why empty output channels are still there, per weight that has some.
+        weights_before: Entries of the weights of the given model.
+        weights_after: Entries of the weights of the smaller model.
     """
 
     model: nn.Module
@@ -51,7 +62,7 @@ class Shrunk:
     weights_after: int
 
     def __str__(self) -> str:
-        """A line in total and a line for each weight that lost channels or kept empty ones."""
+        """One line in total, and one line per weight that lost channels or kept empty ones."""
         head = "nothing could be removed"
         if self.removed:
             head = f"removed {sum(self.removed.values()):,} output channels, "
@@ -61,26 +72,27 @@ class Shrunk:
 
 
 def shrink(model: nn.Module, example_input: Any) -> Shrunk:
-    """Make a smaller model with equal outputs, without the neurons that pruning has emptied or that nobody reads.
+    """Make a smaller model with the same outputs, without neurons that are empty or not read.
 
-    The model that is given is not changed. The new one is dense, in eval mode computes the same but for rounding, and
-    was compared on the example in float64. In train mode the two differ: batch norm and dropout see other channels.
+    The given model is not changed. The smaller one is dense, computes the same in eval mode up to rounding, and is
+    compared on the example in float64. In train mode the two differ: batch norm and dropout see other channels.
 
     Args:
-        model: Any module, pruned or with zeros as :func:`remove` leaves them.
-        example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments for the model.
+        model: Any module, pruned or with the zeros that :func:`remove` leaves.
+        example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments for the model.
 
     Returns:
-        The new model, what it lost, and why empty rows are still there.
+        The smaller model, what it lost, and why empty rows are still there.
 
     Raises:
-        TypeError: if the model is no module.
-        ValueError: if it has no weight that could be pruned.
+        TypeError: if the model is not a module.
+        ValueError: if it has no prunable weight.
         ImportError: if Torch-Pruning is not installed (extra "shrink").
-        RuntimeError: if the outputs are not equal; that would be an error in torch_sap.
-        Exception: whatever the model raises for the example.
+        RuntimeError: if the outputs differ, which would be a bug in torch_sap.
+        Exception: any error of the model on the example.
 
     Example:
+        >>> from torch_sap.integrations.torch_pruning import shrink
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> with torch.no_grad():
         ...     _ = model[0].weight[:6].zero_()
@@ -92,8 +104,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
         import torch_pruning
     except ImportError as error:
         raise ImportError("shrink needs Torch-Pruning: pip install 'torch_sap[shrink]'") from error
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     resolve(model)
     small = remove(copy.deepcopy(unwrap(model)))
     modes = {name: module.training for name, module in small.named_modules()}
@@ -101,12 +112,19 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
     reference = copy.deepcopy(small).double().eval()
     example = tree_map(_double, example_input)
     removed: dict[str, int] = {}
-    small.eval().requires_grad_(True)  # the dependency graph is autograd's
-    while found := _pass(small, example_input, example, torch_pruning):
-        for name, count in found.items():
-            removed[name] = removed.get(name, 0) + count
+    small.eval().requires_grad_(True)  # autograd's graph is the dependency graph
+    while True:
+        chains = _chains(small, example_input, example, torch_pruning)
+        removable = [chain for chain in chains if len(chain.removable)]
+        for chain in removable:
+            chain.cut()
+            removed[chain.weight] = removed.get(chain.weight, 0) + len(chain.removable)
+        if not removable:
+            break  # a cut can make further channels removable
     _check_equal(reference, small, example)
-    kept = _reasons(small, example_input, example, torch_pruning)
+    reasons = {chain.weight: chain.why for chain in chains}
+    empty = [layer for layer in summary(small).layers if layer.empty_rows]
+    kept = {layer.name: reasons.get(layer.name) or f"rows of {layer.module} are not removed" for layer in empty}
     for name, module in small.named_modules():
         module.training = modes[name]
     for name in frozen:
@@ -119,60 +137,194 @@ def _double(leaf: Any) -> Any:
     return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
-def _chains(model: nn.Module, example_input: Any, example: Any, tp: Any) -> list[tuple[Chain, Tensor, str]]:
-    """The output channels of each module: which ones can go now, and why no other empty one."""
+def _check_equal(model: nn.Module, small: nn.Module, example: Any) -> None:
+    args, kwargs = arguments_of(example)
+    with torch.no_grad():
+        one, other = model(*args, **kwargs), copy.deepcopy(small).double()(*args, **kwargs)
+    scale = max((float(leaf.abs().max()) for leaf in tensors_of(one) if leaf.numel()), default=1.0)
+    rounding = max(torch.finfo(p.dtype).eps for p in small.parameters() if p.is_floating_point())
+    try:
+        torch.testing.assert_close(other, one, rtol=0, atol=max(1e-9, 100 * rounding) * max(scale, 1.0))
+    except AssertionError as error:
+        raise RuntimeError(
+            "the smaller model must compute the same outputs, but it does not, so it is not returned; please report "
+            "this model to torch_sap"
+        ) from error
+
+
+@dataclass(eq=False)
+class _Reader:
+    """A module that takes channels as inputs."""
+
+    name: str
+    module: Any
+    positions: Tensor  # its inputs that belong to the channels
+    channels: Tensor  # the channel of each position
+    constants: Tensor = field(default_factory=lambda: torch.zeros(0))  # what arrives at each position; NaN: it varies
+
+    def reads(self) -> Tensor:
+        """Whether an input has any nonzero weight; bool, one value per position."""
+        weight: Tensor = self.module.weight
+        return (weight.transpose(0, 1).flatten(1) != 0).any(1)[self.positions]
+
+    def observe_(self, seen: Tensor) -> None:
+        """Keep the number that arrives at each position, if it is one that the bias can absorb."""
+        values = seen.movedim(-1 if isinstance(self.module, nn.Linear) else 1, 0).flatten(1)[self.positions]
+        low, high = values.aminmax(dim=1)
+        constant = high - low <= 1e-12 * torch.maximum(low.abs(), high.abs())
+        if _pads_with_zeros(self.module):
+            constant &= high == 0
+        self.constants = torch.where(constant, low, torch.nan)
+
+    def absorb_(self, channels: Tensor) -> None:
+        """Add the contribution of constant channels to the bias."""
+        chosen = torch.isin(self.channels, channels)
+        known = torch.nan_to_num(self.constants[chosen], nan=0.0)  # a channel that varies has zero weights here
+        columns = self.module.weight[:, self.positions[chosen]].double()
+        if not isinstance(self.module, nn.Linear):
+            columns = columns.flatten(2).sum(2)
+        shift = columns @ known.to(columns.device)
+        if not shift.any():
+            return
+        if self.module.bias is None:
+            self.module.bias = nn.Parameter(self.module.weight.new_zeros(len(self.module.weight)))
+        self.module.bias.copy_(self.module.bias.double() + shift)
+
+
+def _pads_with_zeros(module: Any) -> bool:
+    if isinstance(module, nn.Linear) or module.padding_mode != "zeros" or module.padding == "valid":
+        return False
+    return module.padding == "same" or any(module.padding)
+
+
+@dataclass(eq=False)
+class _Chain:
+    """The output channels of a module, and their paths to the modules that read them."""
+
+    name: str
+    module: Any
+    graph: Any  # Torch-Pruning's dependency graph of the model
+    readers: list[_Reader] = field(default_factory=list)
+    removable: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    why: str = ""  # why the other empty channels stay
+
+    @property
+    def weight(self) -> str:
+        return f"{self.name}.weight".removeprefix(".")
+
+    def find_removable_(self, seen: Mapping[str, Tensor | None]) -> None:
+        """Decide which channels can go, from the float64 inputs of the readers."""
+        empty = (self.module.weight.flatten(1) == 0).all(1)
+        self.why = self.why or next((f"{r.name} is not called once" for r in self.readers if seen[r.name] is None), "")
+        if self.why:
+            return
+        free, constant = torch.ones_like(empty), torch.ones_like(empty)
+        for reader in self.readers:
+            values = seen[reader.name]
+            assert values is not None
+            reader.observe_(values)
+            free[reader.channels[reader.reads()]] = False
+            constant[reader.channels[reader.constants.isnan()]] = False
+        go = free | (empty & constant)
+        if go.all():
+            go[0] = False
+        names = ", ".join(reader.name for reader in self.readers)
+        one_left = bool((free | constant).all())
+        self.why = "one channel has to stay" if one_left else f"{names} gets no constant, or pads it with zeros"
+        self.removable = go.nonzero().flatten()
+
+    def cut(self) -> None:
+        """Remove the channels from the module, from everything on their path, and from the readers, in place."""
+        with torch.no_grad():
+            for reader in self.readers:
+                reader.absorb_(self.removable)
+        pruner = self.graph.get_pruner_of_module(self.module)
+        self.graph.get_pruning_group(self.module, pruner.prune_out_channels, self.removable.tolist()).prune()
+
+
+def _chains(model: nn.Module, example_input: Any, example: Any, tp: Any) -> list[_Chain]:
+    """Find the output channels of each module that can go now, and the reason why others cannot."""
     args, kwargs = arguments_of(example_input)
     outputs: list[Any] = []
 
     def note(out: Any) -> list[Tensor]:
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        outputs.extend(tensor.grad_fn for tensor in made)
-        return made
+        outputs.extend(tensor.grad_fn for tensor in tensors_of(out))
+        return tensors_of(out)
 
     with as_it_was(model), torch.enable_grad():
         graph = tp.DependencyGraph().build_dependency(
             model, dict(kwargs) or tuple(args), output_transform=note, verbose=False
         )
     shared = [module for prunable in resolve(model) if len(prunable.holders) > 1 for module, _ in prunable.holders]
-    producers = [(name, module) for name, module in model.named_modules() if isinstance(module, PLAIN)]
-    chains = [chain_of(graph, module, name, outputs, shared) for name, module in producers]
-    args, kwargs = arguments_of(example)
-    seen = observe(copy.deepcopy(model).double(), {r.name for chain in chains for r in chain.readers}, args, kwargs)
-    return [(chain, *chain.removable(seen)) for chain in chains]
+    chains = [_Chain(name, module, graph) for name, module in model.named_modules() if isinstance(module, PLAIN)]
+    for chain in chains:
+        chain.why = _follow(chain, outputs, shared)
+    seen = _inputs_of(copy.deepcopy(model).double(), {r.name for chain in chains for r in chain.readers}, example)
+    for chain in chains:
+        chain.find_removable_(seen)
+    return chains
 
 
-def _pass(model: nn.Module, example_input: Any, example: Any, tp: Any) -> dict[str, int]:
-    """Take out what can go now, in place; how many channels of each weight. More may follow from it."""
-    found = {}
-    for chain, channels, _ in _chains(model, example_input, example, tp):
-        if len(channels):
-            chain.cut(channels)
-            found[_weight_of(chain.name)] = len(channels)
-    return found
+def _follow(chain: _Chain, outputs: Sequence[Any], shared: Sequence[Any]) -> str:
+    """Collect the readers of a module's channels; return why no channel can go, or nothing if some may."""
+    module, graph = chain.module, chain.graph
+    if problem := _unfit(module, graph, shared):
+        return f"{chain.name or 'the model'} {problem}"
+    pruner = graph.get_pruner_of_module(module)
+    for item in graph.get_pruning_group(module, pruner.prune_out_channels, list(range(len(module.weight)))):
+        node, path = item.dep.target, graph._module2name.get(item.dep.target.module, str(item.dep.target.module))
+        reads = isinstance(node.module, PLAIN) and not graph.is_out_channel_pruning_fn(item.dep.handler)
+        if not reads and (any(node.grad_fn is output for output in outputs) or node.type.name == "OUTPUT"):
+            return "they are outputs of the model"
+        if (node.module is module and not reads) or node.type.name in ("BN", "RESHAPE", "DEPTHWISE_CONV"):
+            continue
+        if node.type.name == "ELEMENTWISE":
+            operation = str(node.module._grad_fn)
+            if not operation.lower().startswith(PER_CHANNEL) and not _is_inside(node):
+                return f"{operation.partition('Backward')[0]} is on their path"
+        elif not reads:
+            return f"they go together with those of {path} ({node.type.name})"
+        elif problem := _unfit(node.module, graph, shared):
+            return f"{path} {problem}"
+        else:
+            chain.readers.append(_Reader(path, node.module, torch.tensor(item.idxs), torch.tensor(item.root_idxs)))
+    return "" if chain.readers else "they are outputs of the model"
 
 
-def _weight_of(module: str) -> str:
-    return f"{module}.weight".removeprefix(".")
+def _unfit(module: Any, graph: Any, shared: Sequence[Any]) -> str:
+    if module not in graph.module2node:
+        return "is not seen to be called"
+    if any(module is other for other in shared):
+        return "shares a weight with another module"
+    if getattr(module, "groups", 1) != 1:
+        return "is a grouped convolution"
+    kind = next(kind for kind in PLAIN if isinstance(module, kind))
+    if module.forward.__func__ is not kind.forward or "weight" not in module._parameters:
+        return f"does not compute like {kind.__name__}"
+    return ""
 
 
-def _reasons(model: nn.Module, example_input: Any, example: Any, tp: Any) -> dict[str, str]:
-    """Why there are still empty rows, for each weight that has some."""
-    known = {_weight_of(chain.name): why for chain, _, why in _chains(model, example_input, example, tp)}
-    layers = [layer for layer in summary(model).layers if layer.empty_rows]
-    return {layer.name: known.get(layer.name) or f"rows of {layer.module} are not taken out" for layer in layers}
+def _is_inside(node: Any) -> bool:
+    """Whether an operation is part of the module behind it, like a view in Linear or an activation in a norm."""
+    below = [function for function, _ in node.grad_fn.next_functions if function is not None]
+    if all(hasattr(function, "variable") for function in below):  # its operands are parameters
+        return True
+    below += [function for one in below for function, _ in one.next_functions if function is not None]
+    own = [getattr(function, "variable", None) for function in below]
+    return bool(node.outputs) and all(
+        isinstance(other.module, (nn.Linear, _BatchNorm)) and any(other.module.weight is variable for variable in own)
+        for other in node.outputs
+    )
 
 
-def _check_equal(model: nn.Module, small: nn.Module, example: Any) -> None:
+def _inputs_of(model: nn.Module, names: Iterable[str], example: Any) -> dict[str, Tensor | None]:
+    """Record the input of some modules of a model on an example; None for modules not called exactly once."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    for name, found in inputs.items():
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, given, found=found: found.append(given[0].detach().clone())
+        )
     args, kwargs = arguments_of(example)
     with torch.no_grad():
-        one, other = model(*args, **kwargs), copy.deepcopy(small).double()(*args, **kwargs)
-    scale = max(
-        (float(leaf.abs().max()) for leaf in tree_leaves(one) if isinstance(leaf, Tensor) and leaf.numel()), default=1.0
-    )
-    rounding = max(torch.finfo(p.dtype).eps for p in small.parameters() if p.is_floating_point())
-    try:
-        torch.testing.assert_close(other, one, rtol=0, atol=max(1e-9, 100 * rounding) * max(scale, 1.0))
-    except AssertionError as error:
-        raise RuntimeError(
-            "the smaller model computes something else, so it is not given out; please report this model to torch_sap"
-        ) from error
+        model(*args, **kwargs)
+    return {name: found[0] if len(found) == 1 else None for name, found in inputs.items()}

@@ -29,7 +29,7 @@ def copier(
 ) -> Callable[[], None]:
     """Prepare to give a model a state (None: the one that it has then) and masks, with zeros at pruned entries.
 
-    Everything that can fail is done here. The function that is returned only copies: call it by :func:`torch_sap.masks.mask.finish`.
+    Everything that can fail is done here. The function that is returned only copies: pass it to ``mask.finish``.
     """
     with torch.no_grad():
         whole = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]

@@ -1,10 +1,10 @@
-"""Every architecture of timm is pruned: what there is to prune in each, and a real test of at least one of each module.
+"""Prune every architecture of timm: what there is to prune in each, and a real test of at least one of each module.
 
-    python benchmarks/zoo.py structure --jobs 2                 # all architectures, on the meta device
-    python benchmarks/zoo.py real --jobs 2                      # at least one of each module, trained and checked
-    python benchmarks/zoo.py real --models test_resnet --out /tmp/zoo
-    python benchmarks/zoo.py real --part --out /tmp/zoo         # a few families, under 3 minutes
-    python benchmarks/zoo.py page                               # the tables of docs/zoo.md
+    python benchmarks/zoo structure --jobs 2                 # all architectures, on the meta device
+    python benchmarks/zoo real --jobs 2                      # at least one of each module, trained and checked
+    python benchmarks/zoo real --models test_resnet --out /tmp/zoo
+    python benchmarks/zoo real --part --out /tmp/zoo         # a few families, under 3 minutes
+    python benchmarks/zoo page                               # the tables of docs/zoo.md
 
 A result is a line of OUT/zoo_structure.csv or OUT/zoo_real.csv. Architectures that have a line are left out, so that a
 run can be stopped (Ctrl-C, --minutes) and started again; a line that is deleted is made anew.
@@ -25,15 +25,17 @@ from typing import Any
 
 import timm
 import torch
+from pages import DOCS
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from zoo_page import filled, summary
-from zoo_real import real
-from zoo_structure import choose, structure
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
-PAGE = RESULTS.parent / "zoo.md"
+from zoo.page import filled, summary
+from zoo.real import real
+from zoo.structure import choose, structure
+
+RESULTS = DOCS / "results"
+PAGE = DOCS / "zoo.md"
 MULTIHEAD = "test_resnet+multihead"
 PART = [
     "beit_base_patch16_224",
@@ -128,7 +130,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = read(path)
     show(rows)
     return sum(bool(row["failure"]) for row in rows)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main() > 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
+from pages import fill, table
+
 Row = Mapping[str, str]
 
 
@@ -85,11 +87,6 @@ def failure_table(rows: Iterable[Row]) -> str:
     return table(["architecture", "module of timm", "cause"], lines) if lines else "There are no failures."
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
-
-
 def filled(page: str, structure: Sequence[Row], real: Sequence[Row]) -> str:
     """A page with the tables of the zoo made anew."""
     parts = {
@@ -100,14 +97,3 @@ def filled(page: str, structure: Sequence[Row], real: Sequence[Row]) -> str:
         "real": real_table(real),
     }
     return fill(page, parts)
-
-
-def fill(page: str, parts: Mapping[str, str]) -> str:
-    """A page with the parts between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` made anew."""
-    for name, text in parts.items():
-        before, begin, rest = page.partition(f"<!-- begin {name} -->\n")
-        _, end, after = rest.partition(f"<!-- end {name} -->")
-        if not (begin and end):
-            raise ValueError(f"the page must have the comments <!-- begin {name} --> and <!-- end {name} -->")
-        page = before + begin + text + "\n" + end + after
-    return page

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from paper_figures import describe, grouped, index_of, over_seeds, phases, remaining_of
-from paper_results import SHARES, Curve, Histories, curve, joined, mean_and_std
-from paper_runs import Run
-from zoo_page import table
+from pages import table
 
 import torch_sap
+from paper.figures import describe, grouped, index_of, over_seeds, phases, remaining_of
+from paper.results import SHARES, Curve, Histories, curve, joined, mean_and_std
+from paper.runs import Run
 from torch_sap.stopping import Collapse, StoppingRule, TargetDensity, WithinTolerance
 
 # Where the area under the curve ends, in percent: where every method that prunes on has been, and a sparse end.

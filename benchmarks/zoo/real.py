@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from zoo_structure import MADE_WITH, STANDARDISED, module_of
 
 import torch_sap
+from zoo.structure import MADE_WITH, STANDARDISED, module_of
 
 SCOPES = {
     "global": torch_sap.global_unstructured,

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import data
-import paper_authors
-import paper_models
 import torch
 from torch import Tensor, nn
 from training import Recipe, evaluate, fit, seed_everything
 
 import torch_sap
+from paper import authors, models
 from torch_sap.decide.groups import Entry, Scope
 from torch_sap.iterate.pruner import Pruner
 
@@ -35,7 +34,7 @@ class Run:
     """The settings of a run.
 
     Args:
-        model: name of a model, see `paper_models.build`.
+        model: name of a model, see `models.build`.
         data: name of a data set, see `data.load`.
         method: "sap"; "lottery-ticket"; "one-shot" as the paper's authors run it (always ranked by the weights of
             the first training, at a falling density); "random" (as the lottery ticket, with random scores); "plain"
@@ -50,7 +49,7 @@ class Run:
         width: of the model cnn.
         images: of the training images, the first so many; None is all of them.
         test_images: of the test images, likewise.
-        authors: what is done as the authors' code does it, see `paper_authors`: "", "clip", "count" or "clip+count".
+        authors: what is done as the authors' code does it, see `paper.authors`: "", "clip", "count" or "clip+count".
     """
 
     model: str = "mlp"
@@ -108,7 +107,7 @@ def make_pruner(run: Run, model: nn.Module) -> Pruner:
     """The pruner of a run's method on its model."""
     settings: dict[str, Any] = {"scope": run.scope, "p": run.p, "q": run.q, "gini": True}
     if run.method == "sap":
-        sap = paper_authors.AuthorsSAP if "count" in run.authors else torch_sap.SAP
+        sap = authors.AuthorsSAP if "count" in run.authors else torch_sap.SAP
         return sap(model, eta_r=run.eta_r, gamma=run.gamma, beta=run.beta, **settings)
     settings["ratio"] = run.ratio
     if run.method == "one-shot":
@@ -141,7 +140,7 @@ def complete(
     seed_everything(run.seed)
     dataset = _dataset(run.data, data_dir, run.images, run.test_images).to(torch.device(device))
     shape = {"in_chans": dataset.in_chans, "image_size": dataset.image_size, "num_classes": dataset.num_classes}
-    build = functools.partial(paper_models.build, run.model, width=run.width, **shape)
+    build = functools.partial(models.build, run.model, width=run.width, **shape)
     model = build().to(device)
     pruner = make_pruner(run, model)
     recipe = Recipe(run.epochs, run.batch_size, anneal="epoch")
@@ -151,7 +150,7 @@ def complete(
             return fit(model, dataset.train, recipe, on_epoch)
         with torch.random.fork_rng():
             twin = build().to(device)
-        return fit(twin, dataset.train, recipe, on_epoch, paper_authors.dense_twin(model, twin))
+        return fit(twin, dataset.train, recipe, on_epoch, authors.dense_twin(model, twin))
 
     def test(model: nn.Module) -> dict[str, float]:
         return {**evaluate(model, dataset.test), "pqi_half_1": pq_index_of(model)}

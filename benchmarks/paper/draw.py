@@ -1,17 +1,16 @@
-"""What `paper.py NAME draw` makes of saved histories: figures in docs/images, tables in docs/does-it-work.md."""
+"""What `paper NAME draw` makes of saved histories: figures in docs/images, tables in docs/does-it-work.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import paper_anchors
-import paper_experiments as experiments
-import paper_figures as figures
-import paper_tables as tables
 from matplotlib.figure import Figure
-from paper_results import Histories, mean_and_std
-from paper_runs import Run
+
+from paper import experiments, figures, tables
+from paper.anchors import comparison_table, draw_comparison, read_authors
+from paper.results import Histories, mean_and_std
+from paper.runs import Run
 
 AUTHORS = "authors_mlp_fmnist.csv"
 Drawing = tuple[Mapping[str, str], Mapping[str, Callable[[Path], None]]]
@@ -19,19 +18,19 @@ Drawing = tuple[Mapping[str, str], Mapping[str, Callable[[Path], None]]]
 
 def anchors(histories: Histories, base: Run, results: Path) -> Drawing:
     """Our curves over those of the authors' code."""
-    authors = paper_anchors.read_authors(results / AUTHORS)
+    authors = read_authors(results / AUTHORS)
     own = _grouped_by_method(tables.selected(histories, experiments.anchors(base)))
     return (
-        {"anchors": paper_anchors.comparison_table(own, authors)},
-        {"paper_anchors.png": lambda path: paper_anchors.draw(own, authors, path)},
+        {"anchors": comparison_table(own, authors)},
+        {"paper_anchors.png": lambda path: draw_comparison(own, authors, path)},
     )
 
 
 def differences(histories: Histories, base: Run, results: Path) -> Drawing:
     """The same with what the authors' code does in another way."""
-    authors = paper_anchors.read_authors(results / AUTHORS)
+    authors = read_authors(results / AUTHORS)
     own = tables.selected(histories, experiments.differences(base))
-    return {"differences": paper_anchors.comparison_table(own, authors)}, {}
+    return {"differences": comparison_table(own, authors)}, {}
 
 
 def figure2(histories: Histories, base: Run, results: Path) -> Drawing:

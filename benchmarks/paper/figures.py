@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from paper_results import Histories
-from paper_runs import Run
 
+from paper.results import Histories
+from paper.runs import Run
 from torch_sap.records.phases import label_phases
 from torch_sap.records.plots import PHASE_COLORS, shade_phases
 from torch_sap.records.round import Round

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import paper_runs
 import torch
-from paper_runs import Run
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from paper import runs
+from paper.runs import Run
 
 
 @dataclass(frozen=True)
@@ -110,5 +111,5 @@ def _complete(run: Run) -> int:
         done += 1
         _finished.put(epoch)
 
-    paper_runs.complete(run, _machine.out, _machine.device, _machine.data_dir, on_epoch)
+    runs.complete(run, _machine.out, _machine.device, _machine.data_dir, on_epoch)
     return done

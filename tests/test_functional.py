@@ -8,7 +8,6 @@ from helpers import FUNCTIONS, SCOPES, assert_held, clone, masks_of, mlp, snapsh
 from torch import nn
 from torch.nn.utils import prune
 
-import torch_sap
 from torch_sap import layer_unstructured, prunable_parameters, remove
 
 each_scope = pytest.mark.parametrize("scope", SCOPES)
@@ -180,12 +179,3 @@ def test_a_step_from_the_same_weights_is_the_same(scope):
         FUNCTIONS[scope](model, eta_r=0.3)
     for name, mask in masks_of(first).items():
         assert torch.equal(mask, masks_of(second)[name])
-
-
-def test_public_names():
-    names = (
-        "pq_index gini_index retention_bound prune_count PQIGlobal PQILayer PQINeuron global_unstructured "
-        "layer_unstructured neuron_unstructured remove prunable_parameters SAP iterative_sap History LotteryTicket "
-        "OneShot verify summary save_sparse load_sparse"
-    )
-    assert set(names.split()) == set(torch_sap.__all__)

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from paper_runs import Run, write_whole
-
 import torch_sap
+from paper.runs import Run, write_whole
 
 SHARES = (50.0, 20.0, 10.0, 5.0, 2.0, 1.0)
 DIGITS = 6

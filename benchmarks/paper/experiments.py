@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from paper_runs import Run
+from paper.runs import Run
 
 # The paper trains 200 epochs a round, 30 rounds, ResNets 15. What a CPU can do is less, and the page says so.
 REDUCED = {

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from paper_figures import describe, grouped, over_seeds
-from paper_results import Histories
-from paper_runs import Run
-from zoo_page import table
+from pages import table
+
+from paper.figures import describe, grouped, over_seeds
+from paper.results import Histories
+from paper.runs import Run
 
 MODES = {"lottery-ticket": "lt-0.2", "one-shot": "os-0.2"}
 COLUMNS = (
@@ -98,7 +99,7 @@ def comparison_table(histories: Histories, authors: Curves) -> str:
     return table(head, lines)
 
 
-def draw(histories: Histories, authors: Curves, path: Path) -> None:
+def draw_comparison(histories: Histories, authors: Curves, path: Path) -> None:
     """A column a configuration: remaining weights, accuracy and PQ Index, each seed a line."""
     groups = grouped(histories)
     figure = Figure(figsize=(3.2 * len(groups), 8), layout="constrained")

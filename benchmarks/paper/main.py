@@ -1,13 +1,13 @@
 """The paper's figures anew, an audit of its methods at equal compute, and a comparison with its authors' own code.
 
-    python benchmarks/paper.py audit run --jobs 2
-    python benchmarks/paper.py audit draw
+    python benchmarks/paper audit run --jobs 2
+    python benchmarks/paper audit draw
 
 `run` does what is left of an experiment's runs (a killed one goes on where it was), shares them with the other
 experiments, and packs their histories into docs/results/paper. `draw` makes the figures and the tables of
 docs/does-it-work.md from there. Without further arguments both do what that page shows; with them the paper's own:
 
-    python benchmarks/paper.py figure2 run --data cifar10 --model cnn --width 64 --rounds 30 --epochs 200 --device cuda
+    python benchmarks/paper figure2 run --data cifar10 --model cnn --width 64 --rounds 30 --epochs 200 --device cuda
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import data
-import paper_experiments as experiments
-from paper_runs import Run
+from pages import DOCS
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results" / "paper"
-IMAGES = ROOT / "docs" / "images"
-PAGE = ROOT / "docs" / "does-it-work.md"
+from paper import experiments
+from paper.runs import Run
+
+RESULTS = DOCS / "results" / "paper"
+IMAGES = DOCS / "images"
+PAGE = DOCS / "does-it-work.md"
 NAMES = ("anchors", "differences", "figure2", "figure3", "figure4", "figure5", "audit")
 
 
@@ -42,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what is left of an experiment's runs, and pack their histories."""
-    from paper_jobs import Machine, complete_all
-    from paper_results import pack
+    from paper.jobs import Machine, complete_all
+    from paper.results import pack
 
     runs = runs_of(arguments)
     machine = Machine(arguments.out, arguments.jobs, arguments.threads, arguments.device, arguments.data_dir)
@@ -55,11 +56,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def draw(experiment: str, base: Run, results: Path, images: Path, page: Path) -> None:
     """Make the figures and the tables of an experiment from packed histories."""
-    import paper_draw
-    from paper_results import read
-    from zoo_page import fill
+    from pages import fill
 
-    tables, figures = getattr(paper_draw, experiment)(read(results), base, results)
+    from paper import draw as drawings
+    from paper.results import read
+
+    tables, figures = getattr(drawings, experiment)(read(results), base, results)
     images.mkdir(parents=True, exist_ok=True)
     for name, save in figures.items():
         save(images / name)
@@ -111,7 +113,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--images-dir", type=Path, default=IMAGES, help="folder of the figures")
     add("--page", type=Path, default=PAGE, help="the page whose tables are filled")
     return parser
-
-
-if __name__ == "__main__":
-    main()

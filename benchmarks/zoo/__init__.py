@@ -1,0 +1,1 @@
+"""Prune every architecture of timm."""

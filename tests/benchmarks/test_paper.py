@@ -1,0 +1,288 @@
+"""benchmarks/paper: the paper's models, runs that resume, and a page that shows the committed histories."""
+
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import torch_sap
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+pytest.importorskip("timm")
+
+from pages import fill
+from paper import authors, draw, experiments, figures, models, results
+from paper import runs as paper_runs
+from paper.main import IMAGES, NAMES, PAGE, RESULTS, main
+from paper.runs import Run, complete
+
+PAPER = str(Path(__file__).parents[2] / "benchmarks" / "paper")
+FASHION = {"in_chans": 1, "image_size": 28, "num_classes": 10}
+CIFAR = {"in_chans": 3, "image_size": 32, "num_classes": 10}
+TINY = Run(data="digits", rounds=2, epochs=1)
+CURVE = results.Curve(((1.0, 0.9, 10), (0.1, 0.7, 20), (0.01, 0.5, 30)))
+SHOWN = [
+    ("anchors", experiments.ANCHORS),
+    ("differences", experiments.ANCHORS),
+    ("figure2", experiments.REDUCED["mlp"]),
+    ("figure3", experiments.REDUCED["mlp"]),
+    ("figure3", experiments.REDUCED["cnn"]),
+    ("figure4", experiments.ABLATION),
+    ("figure5", experiments.ABLATION),
+    ("audit", experiments.REDUCED["mlp"]),
+    ("audit", experiments.REDUCED["cnn"]),
+    ("audit", experiments.REDUCED["test_resnet"]),
+]
+
+
+def shapes_of(model):
+    return [tuple(getattr(module, name).shape) for module, name in torch_sap.prunable_parameters(model)]
+
+
+def size_of(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_linear_and_mlp():
+    assert shapes_of(models.build("linear", **FASHION)) == [(10, 784)]
+    model = models.build("mlp", **FASHION)
+    assert shapes_of(model) == [(128, 784), (256, 128), (10, 256)]
+    assert sum(rows * columns for rows, columns in shapes_of(model)) == 135_680  # as the authors' runs count
+
+
+@pytest.mark.parametrize(("width", "channels"), [(None, (64, 128, 256, 512)), (16, (16, 32, 64, 128))])
+def test_cnn(width, channels):
+    model = models.build("cnn", width=width, **CIFAR)
+    convolutions = [(b, a, 3, 3) for a, b in zip((3, *channels[:-1]), channels, strict=True)]
+    assert shapes_of(model) == [*convolutions, (10, channels[-1])]
+    assert [type(module) for module in model][:16] == 4 * [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+    assert all(not module.bias.any() for module in model if isinstance(module, nn.Conv2d | nn.Linear))
+    deviation = (2 / (9 * channels[2])) ** 0.5  # He's, with fan_out
+    assert float(model[8].weight.detach().std()) == pytest.approx(deviation, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "parameters"),
+    [
+        # 11.17 million is what others count for the pre-activation ResNet18 of CIFAR-10.
+        ("resnet18", 1 + 2 * 8 + 3 + 1, 11_172_170),
+        # Zagoruyko and Komodakis count 23.4 million for WRN-28-8: 28 layers with three shortcuts and the head.
+        ("wresnet28x8", 1 + 2 * 12 + 3 + 1, 23_354_842),
+    ],
+)
+def test_residual_networks(name, layers, parameters):
+    model, seen = models.build(name, **CIFAR), []
+    assert (len(shapes_of(model)), size_of(model)) == (layers, parameters)
+    model.norm.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[2:])))
+    for path, module in model.blocks[1].named_children():
+        module.register_forward_hook(lambda *_, path=path: seen.append(path))
+    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    size = 32 // 2 ** (3 if name == "resnet18" else 2)
+    assert seen == ["norm1", "conv1", "norm2", "conv2", (size, size)]  # norm and ReLU before each convolution
+
+
+def test_models_of_timm():
+    assert models.build("test_resnet", **FASHION).eval()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    with torch.device("meta"):
+        resnet50 = models.build("resnet50", in_chans=3, image_size=64, num_classes=200)
+    assert size_of(resnet50) == 25_557_032 - (1000 - 200) * 2049  # 25.6 million with the 1000 classes of ImageNet
+    with pytest.raises(ValueError, match=r"model must be one of linear, .* or a model of timm, got 'mlq'"):
+        models.build("mlq", **FASHION)
+    with pytest.raises(ValueError, match="width must be left out but for the model cnn, got width=8 for mlp"):
+        models.build("mlp", width=8, **FASHION)
+
+
+def histories_are_equal(first, second):
+    def timeless(history):
+        return [{**item, "seconds": 0} for item in history.to_dict()["rounds"]]
+
+    return timeless(first) == timeless(second)
+
+
+@pytest.mark.parametrize("method", ["lottery-ticket", "one-shot", "random", "plain"])
+def test_the_baselines_prune_their_share_per_round(method, tmp_path):
+    history = complete(replace(TINY, method=method), tmp_path)
+    assert [found.density for found in history] == pytest.approx([1, 0.8, 0.64], abs=1e-4)
+
+
+def test_sap_prunes_what_its_settings_say_and_a_finished_run_is_not_repeated(tmp_path):
+    run = replace(TINY, scope="neuron", p=1.0, q=2.0, gamma=0.5, eta_r=0.1)
+    history = complete(run, tmp_path)
+    assert history[0].hyperparameters == {"p": 1.0, "q": 2.0, "eta_r": 0.1, "gamma": 0.5, "beta": 0.9}
+    assert history[0].scope == "neuron"
+    assert history[2].density < history[1].density < 1
+    assert all(found.metrics["pqi_half_1"] != found.pqi for found in history)
+    again = complete(run, tmp_path, on_epoch=lambda *_: pytest.fail("trained again"))
+    assert histories_are_equal(history, again)
+
+
+def test_the_name_of_a_run_holds_all_its_settings():
+    changes = {"model": "cnn", "data": "cifar10", "seed": 5, "rounds": 3, "epochs": 4, "scope": "layer", "p": 0.1}
+    changes |= {"q": 3.0, "eta_r": 0.3, "gamma": 2.0, "beta": 0.8, "width": 8, "images": 50, "test_images": 60}
+    changes |= {"batch_size": 10, "authors": "clip", "method": "random"}
+    names = {replace(TINY, **{key: value}).name for key, value in changes.items()} | {TINY.name}
+    assert len(names) == len(changes) + 1
+    assert replace(TINY, method="random", ratio=0.1).name != replace(TINY, method="random").name
+
+
+@pytest.mark.parametrize("settings", [{"method": "one-shot"}, {"method": "random"}, {"authors": "clip+count"}, {}])
+def test_every_method_resumes_where_it_was_interrupted(settings, tmp_path):
+    run = replace(TINY, rounds=3, **settings)
+    whole = complete(run, tmp_path / "whole")
+    trained, left = [], []
+
+    def interrupt(epoch, loss):
+        trained.append(epoch)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        complete(run, tmp_path, on_epoch=interrupt)
+    torch.manual_seed(99)
+    resumed = complete(run, tmp_path, on_epoch=lambda epoch, loss: left.append(epoch))
+    assert len(left) == 2  # of four
+    assert histories_are_equal(resumed, whole)
+
+
+def test_the_clipping_of_the_authors_counts_the_gradient_of_pruned_weights(monkeypatch, tmp_path):
+    plain, twin = complete(TINY, tmp_path), complete(replace(TINY, authors="clip"), tmp_path)
+    assert twin[0].metrics == plain[0].metrics
+    assert twin[2].metrics != plain[2].metrics
+    recipe = paper_runs.Recipe
+    monkeypatch.setattr(paper_runs, "Recipe", lambda *a, **k: recipe(*a, **k, clip=1e9))
+    found = [complete(replace(TINY, authors=authors), tmp_path / "unclipped") for authors in ("", "clip")]
+    assert histories_are_equal(*found)
+
+
+def test_the_count_of_the_authors_is_at_most_one_lower():
+    d, index = np.arange(2, 5000), np.linspace(0.01, 0.5, 4998)
+    lost = torch_sap.decide.bounds.Hyperparameters().count(index, d) - authors.AuthorsCount().count(index, d)
+    assert set(lost) == {0, 1}
+    assert 0.05 < lost.mean() < 0.5
+
+
+@pytest.mark.slow
+def test_a_killed_command_ends_its_processes_and_resumes(tmp_path):
+    run = replace(TINY, rounds=30, epochs=2)
+    budget = ["--data", "digits", "--rounds", "30", "--epochs", "2", "--seeds", "0"]
+    folders = ["--out", str(tmp_path), "--results", str(tmp_path / "packed")]
+    command = [sys.executable, PAPER, "figure2", "run", *budget, *folders]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    state, saved = tmp_path / run.name / "state.pt", set()
+    while len(saved) < 3:  # some trainings are done
+        saved |= {state.stat().st_mtime_ns} if state.exists() else set()
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(2)
+    written = state.stat().st_mtime_ns
+    time.sleep(2)
+    assert state.stat().st_mtime_ns == written
+    left = []
+    resumed = complete(run, tmp_path, on_epoch=lambda epoch, loss: left.append(epoch))
+    assert 0 < len(left) < 62
+    whole = complete(run, tmp_path / "whole")
+    kept = [[(found.remaining, found.metrics["accuracy"]) for found in history] for history in (resumed, whole)]
+    assert kept[0] == kept[1]  # sums may differ in the last bit: numpy's order depends on where an array lies
+
+
+def test_a_curve_is_linear_over_the_logarithm_of_the_density():
+    reached = {1.0: 0.9, 0.1: 0.7, 10**-0.5: 0.8, 10**-1.75: 0.55, 0.01: 0.5, 0.009: math.nan}
+    assert {density: CURVE.accuracy_at(density) for density in reached} == pytest.approx(reached, nan_ok=True)
+    areas = {0.1: 0.8, 0.01: 0.7, 10**-0.5: 0.85, 10**-1.5: (0.8 * 1 + 0.65 * 0.5) / 1.5, 0.001: math.nan}
+    assert {density: CURVE.mean_accuracy(density) for density in areas} == pytest.approx(areas, nan_ok=True)
+    assert [CURVE.epochs_to(density) for density in (1.0, 0.5, 0.1, 0.05, 0.001)] == [10, 20, 20, 30, math.inf]
+    missed_by_a_hair = results.Curve(((1.0, 0.9, 10), (0.010001, 0.5, 20)))
+    assert missed_by_a_hair.accuracy_at(0.01) == pytest.approx(0.5)
+    assert missed_by_a_hair.epochs_to(0.01) == 20
+    assert results.mean_and_std([1.0, 2.0, 3.0]) == (2.0, 1.0)
+
+
+def test_packed_histories_keep_what_the_page_needs(tmp_path):
+    run = replace(TINY, scope="neuron")
+    history = complete(run, tmp_path)
+    results.pack([run, replace(run, seed=9)], tmp_path, tmp_path / "packed")
+    (path,) = (tmp_path / "packed").iterdir()
+    ((found_run, found),) = results.read(tmp_path / "packed").items()
+    assert (path.name, found_run) == ("mlp-digits.json.gz", run)
+    for small, whole in zip(found, history, strict=True):
+        assert (small.density, small.pruned_count, small.scope) == (whole.density, whole.pruned_count, "neuron")
+        assert small.metrics == pytest.approx(whole.metrics, rel=1e-5)
+        for kind, scope in (("pqi", "layer"), ("gini", "global")):
+            kept, measured = (getattr(found.retrained, kind)[scope] for found in (small, whole))
+            for name, values in measured.items():
+                assert kept[name] == pytest.approx(values, rel=1e-5)
+    before = path.read_bytes()
+    results.pack([run], tmp_path, tmp_path / "packed")
+    assert path.read_bytes() == before
+    assert before[4:8] == bytes(4)  # gzip's time of writing, which would differ from one second to the next
+    other = replace(run, seed=1)
+    complete(other, tmp_path)
+    results.pack([other], tmp_path, tmp_path / "packed")
+    assert set(results.read(tmp_path / "packed")) == {run, other}
+    groups = figures.grouped({run: history, other: history, replace(run, p=0.3): history})
+    assert [len(members) for members in groups.values()] == [2, 1]
+    with pytest.raises(ValueError, match="runs must differ by their seeds only to be averaged"):
+        figures.grouped({run: history, replace(run, epochs=99): history})
+
+
+def test_every_experiment_needs_each_run_once_and_shares_them():
+    for name in NAMES:
+        chosen = getattr(experiments, name)(Run())
+        assert len(set(chosen)) == len(chosen) > 0
+    assert {*experiments.figure2(Run()), *experiments.figure3(Run())} <= {*experiments.audit(Run())}
+    assert [experiments.paper_budget(name).rounds for name in ("resnet18", "mlp")] == [15, 30]
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return results.read(RESULTS)
+
+
+@pytest.mark.parametrize(("name", "base"), SHOWN, ids=lambda value: getattr(value, "model", value))
+def test_the_page_shows_the_committed_histories(name, base, committed):
+    of_page, images = getattr(draw, name)(committed, base, RESULTS)
+    page = PAGE.read_text("utf-8")
+    assert fill(page, of_page) == page
+    for image in images:
+        assert f"](images/{image})" in page
+        assert (IMAGES / image).stat().st_size > 10_000
+
+
+def test_every_number_in_the_text_is_in_a_table():
+    page = PAGE.read_text("utf-8")
+    shown = "".join(re.findall(r"<!-- begin .*?<!-- end ", page, re.DOTALL))
+    text = re.sub(r"<!-- begin .*?<!-- end .*?-->|```.*?```|`[^`]*`|\(p=[^)]*\)", "", page, flags=re.DOTALL)
+    numbers = set(re.findall(r"\d+\.\d\d+", text))
+    assert {"89.13", "1.22"} <= numbers
+    assert numbers <= set(re.findall(r"\d+\.\d\d+", shown))
+
+
+def test_drawing_writes_figures_and_fills_a_page(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin anchors -->\nold\n<!-- end anchors -->\n")
+    main(["anchors", "draw", "--images-dir", str(tmp_path), "--page", str(page)])
+    assert (tmp_path / "paper_anchors.png").stat().st_size > 10_000
+    assert "old" not in page.read_text()
+    assert "Lottery Ticket" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"18 of 18 runs have no saved history: mlp-fashion-mnist-20000-12x3-sap"):
+        main(["figure4", "draw", "--results", str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "base"), SHOWN[2:], ids=lambda value: getattr(value, "model", value))
+def test_all_figures_are_drawn(name, base, committed, tmp_path):
+    for image, save in getattr(draw, name)(committed, base, RESULTS)[1].items():
+        save(tmp_path / image)
+        assert (tmp_path / image).stat().st_size > 10_000
