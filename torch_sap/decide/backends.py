@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import starmap
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,78 +30,6 @@ LONG_ROW = 2**10
 """Entries of a row from which on a partition is faster than a sort, if few go."""
 
 
-class Backend(Protocol):
-    """The arithmetic that a step needs. ``Any`` is an array on the CPU, and a tensor elsewhere."""
-
-    chunk: int
-    """Entries per piece."""
-    bin_bits: int
-    """Bits of a key that one pass of the search finds."""
-
-    def view(self, tensor: Tensor) -> Any:
-        """A tensor as this backend works on it."""
-
-    def map(self, work: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Results of ``work(*piece)``, in order."""
-
-    def keys(self, scores: Any, mask: Any, dtype: torch.dtype) -> Any:
-        """Keys of scores in a type, flat, 0 where the mask is False; the next call may overwrite them."""
-
-    def row_counts(self, mask: Any, shape: tuple[int, int, int]) -> Any:
-        """Unpruned entries of each row, by a mask of shape (A, C, K) with rows in dimension 1; shape (C,)."""
-
-    def block_sums(
-        self, keys: Any, dtype: torch.dtype, shape: tuple[int, int, int], exponents: Sequence[float], shift: Any
-    ) -> Any:
-        """Sums of ``(|w| * 2 ** -shift) ** exponent`` of blocks of each row.
-
-        Args:
-            keys: Of shape (A, C, K), flat.
-            dtype: Type that they are keys of; the arithmetic is float64.
-            shape: (A, C, K).
-            exponents: Positive exponents.
-            shift: int64 of shape (C,), or None for 0.
-
-        Returns:
-            float64 of shape (exponents, blocks, C).
-        """
-
-    def largest(self, keys: Any, dtype: torch.dtype, shape: tuple[int, int, int]) -> Any:
-        """The largest magnitude of each row, float64 of shape (C,); NaN if one is NaN."""
-
-    def kth(self, keys: Any, rank: Any) -> tuple[Any, Any]:
-        """For each row of keys (R, L) the rank-th smallest (from 1) and how many are smaller; -1 and 0 for rank 0."""
-
-    def keep(self, keys: Any, key: Any, left: Any, mask: Any, out: Any) -> Any:
-        """Write which entries stay: those above a key, and those equal to it but for the first ``left`` unpruned ones.
-
-        Args:
-            keys: Shape (R, L).
-            key: One for all rows, or one per row, shape (R, 1).
-            left: Unpruned entries with just this key that go, likewise.
-            mask: Bool of shape (R, L), or None.
-            out: Bool with as many entries, of any shape and strides.
-
-        Returns:
-            How many entries stay.
-        """
-
-    def ties(self, keys: Any, mask: Any, key: Any) -> Any:
-        """How many unpruned entries of a piece equal a key."""
-
-    def join(self, keys: Iterable[Any]) -> Any:
-        """Keys of several pieces, one after the other, in new memory."""
-
-    def numbers(self, values: Any, like: Any) -> Any:
-        """Integers on the CPU as int64 where some keys are."""
-
-    def histogram(self, keys: Any, mask: Any, low: Any, shift: int) -> Tensor:
-        """How many keys ``k`` of unpruned entries have ``(k - low) >> shift`` equal to 0, 1, ..."""
-
-    def read(self, tables: Sequence[Any]) -> list[NDArray[Any]]:
-        """Values on the CPU, with one wait per device."""
-
-
 class NumPy:
     """Works on arrays of CPU tensors, in several threads."""
 
@@ -114,7 +42,7 @@ class NumPy:
     map = staticmethod(map_pieces)
 
     def keys(self, scores: Any, mask: Any, dtype: torch.dtype) -> NDArray[Any]:
-        """See :class:`Backend`."""
+        """Keys of scores in a type, flat, 0 where the mask is False; the next call may overwrite them."""
         source = self._bits(scores, dtype)
         out = scratch("keys", source.shape, source.dtype)
         np.bitwise_and(source, 2 ** key_bits(dtype) - 1, out=out)
@@ -146,7 +74,7 @@ class NumPy:
         return out
 
     def row_counts(self, mask: Any, shape: tuple[int, int, int]) -> NDArray[np.int64]:
-        """See :class:`Backend`."""
+        """Unpruned entries of each row, by a mask of shape (A, C, K) with rows in dimension 1; shape (C,)."""
         if mask is None:
             return np.full(shape[1], shape[0] * shape[2])
         entries = mask.reshape(shape).view(np.uint8)
@@ -156,7 +84,18 @@ class NumPy:
     def block_sums(
         self, keys: Any, dtype: torch.dtype, shape: tuple[int, int, int], exponents: Sequence[float], shift: Any
     ) -> NDArray[np.float64]:
-        """See :class:`Backend`."""
+        """Sums of ``(|w| * 2 ** -shift) ** exponent`` of blocks of each row.
+
+        Args:
+            keys: Of shape (A, C, K), flat.
+            dtype: Type that they are keys of; the arithmetic is float64.
+            shape: (A, C, K).
+            exponents: Positive exponents.
+            shift: int64 of shape (C,), or None for 0.
+
+        Returns:
+            float64 of shape (exponents, blocks, C).
+        """
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             values = self.magnitudes(keys, dtype).reshape(shape)
             if shift is not None:
@@ -170,12 +109,12 @@ class NumPy:
             return np.stack(sums)
 
     def largest(self, keys: Any, dtype: torch.dtype, shape: tuple[int, int, int]) -> NDArray[np.float64]:
-        """See :class:`Backend`."""
+        """The largest magnitude of each row, float64 of shape (C,); NaN if one is NaN."""
         values = self.magnitudes(keys, dtype).reshape(shape)
         return values.max(axis=(0, 2), initial=0.0)
 
     def kth(self, keys: Any, rank: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """See :class:`Backend`."""
+        """For each row of keys (R, L) the rank-th smallest (from 1) and how many are smaller; -1 and 0 for rank 0."""
         ordered = scratch("ordered", keys.shape, keys.dtype)
         ordered[...] = keys
         end = int(rank.max(initial=1))
@@ -188,7 +127,18 @@ class NumPy:
         return key, np.where(rank > 0, (ordered == key).argmax(axis=1, keepdims=True), 0)
 
     def keep(self, keys: Any, key: Any, left: Any, mask: Any, out: Any) -> int:
-        """See :class:`Backend`."""
+        """Write which entries stay: those above a key, and those equal to it but for the first ``left`` unpruned ones.
+
+        Args:
+            keys: Shape (R, L).
+            key: One for all rows, or one per row, shape (R, 1).
+            left: Unpruned entries with just this key that go, likewise.
+            mask: Bool of shape (R, L), or None.
+            out: Bool with as many entries, of any shape and strides.
+
+        Returns:
+            How many entries stay.
+        """
         key, in_place = np.asarray(key, keys.dtype), out.flags.c_contiguous
         keep = out.reshape(keys.shape) if in_place else scratch("keep", keys.shape, np.bool_)
         np.greater(keys, key, out=keep)
@@ -206,22 +156,22 @@ class NumPy:
         return int(np.count_nonzero(keep))
 
     def ties(self, keys: Any, mask: Any, key: Any) -> int:
-        """See :class:`Backend`."""
+        """How many unpruned entries of a piece equal a key."""
         equal = np.equal(keys, np.asarray(key, keys.dtype), out=scratch("equal", keys.shape, np.bool_))
         if mask is not None and not key:
             np.logical_and(equal, mask.reshape(-1), out=equal)
         return int(np.count_nonzero(equal))
 
     def join(self, keys: Iterable[Any]) -> NDArray[Any]:
-        """See :class:`Backend`."""
+        """Keys of several pieces, one after the other, in new memory."""
         return np.concatenate([of_piece.copy() for of_piece in keys])
 
     def numbers(self, values: Any, like: Any) -> NDArray[np.int64]:
-        """See :class:`Backend`."""
+        """Integers on the CPU as int64 where some keys are."""
         return np.asarray(values, np.int64)
 
     def histogram(self, keys: Any, mask: Any, low: Any, shift: int) -> Tensor:
-        """See :class:`Backend`."""
+        """How many keys ``k`` of unpruned entries have ``(k - low) >> shift`` equal to 0, 1, ..."""
         if mask is not None and int(low) == 0:
             keys = keys[mask.reshape(-1)]
         places = (keys[keys >= int(low)].astype(np.int64) - int(low)) >> shift
@@ -229,7 +179,7 @@ class NumPy:
         return torch.from_numpy(counts)
 
     def read(self, tables: Sequence[Any]) -> list[NDArray[Any]]:
-        """See :class:`Backend`."""
+        """Values on the CPU, with one wait per device."""
         return list(tables)
 
 
@@ -243,27 +193,22 @@ class Torch:
 
     @staticmethod
     def view(tensor: Tensor) -> Tensor:
-        """See :class:`Backend`."""
         return tensor
 
     @staticmethod
     def map(work: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """See :class:`Backend`."""
         return list(starmap(work, pieces))
 
     def keys(self, scores: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """See :class:`Backend`."""
         keys = scores.reshape(-1).to(dtype).view(INTEGER_OF[dtype]) & (2 ** key_bits(dtype) - 1)
         return keys if mask is None else keys.mul_(mask.reshape(-1))
 
     def row_counts(self, mask: Tensor | None, shape: tuple[int, int, int]) -> Any:
-        """See :class:`Backend`."""
         return np.full(shape[1], shape[0] * shape[2]) if mask is None else mask.reshape(shape).sum((0, 2))
 
     def block_sums(
         self, keys: Tensor, dtype: torch.dtype, shape: tuple[int, int, int], exponents: Sequence[float], shift: Any
     ) -> Tensor:
-        """See :class:`Backend`."""
         values = keys.view(dtype).double().view(shape)
         if shift is not None:
             for half in (shift // 2, shift - shift // 2):
@@ -271,18 +216,15 @@ class Torch:
         return torch.stack([_power(values, exponent, None).sum(2).sum(0, keepdim=True) for exponent in exponents])
 
     def largest(self, keys: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor:
-        """See :class:`Backend`."""
         values = keys.view(dtype).double().view(shape)
         return values.amax((0, 2)) if values.numel() else values.new_zeros(shape[1])
 
     def kth(self, keys: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`Backend`."""
         ordered, rank = keys.sort(dim=1).values, rank[:, None]
         key = torch.where(rank > 0, ordered.gather(1, (rank - 1).clamp_min(0)), -1).to(keys.dtype)
         return key, (keys < key).sum(1, keepdim=True)
 
     def keep(self, keys: Tensor, key: Any, left: Any, mask: Tensor | None, out: Tensor) -> Tensor:
-        """See :class:`Backend`."""
         key, left = (torch.as_tensor(number, device=keys.device) for number in (key, left))
         equal = keys == key
         if mask is not None:
@@ -292,20 +234,16 @@ class Torch:
         return keep.sum()
 
     def ties(self, keys: Tensor, mask: Tensor | None, key: Tensor) -> Tensor:
-        """See :class:`Backend`."""
         equal = keys == key.to(keys.device)
         return (equal if mask is None else equal & mask.reshape(-1)).sum()
 
     def join(self, keys: Iterable[Tensor]) -> Tensor:
-        """See :class:`Backend`."""
         return torch.cat(list(keys))
 
     def numbers(self, values: Any, like: Tensor) -> Tensor:
-        """See :class:`Backend`."""
         return torch.as_tensor(values, dtype=torch.int64).to(like.device, non_blocking=True)
 
     def histogram(self, keys: Tensor, mask: Tensor | None, low: Any, shift: int) -> Tensor:
-        """See :class:`Backend`."""
         bins = 2**self.bin_bits
         places = (keys - low.to(keys.device, keys.dtype)) >> shift
         if mask is not None:
@@ -317,7 +255,6 @@ class Torch:
         return counts.scatter_add_(0, places, torch.ones_like(places))[:-1]
 
     def read(self, tables: Sequence[Any]) -> list[NDArray[Any]]:
-        """See :class:`Backend`."""
         found: dict[int, NDArray[Any]] = {}
         for device in {t.device for t in tables if isinstance(t, Tensor)}:
             here = [t for t in tables if isinstance(t, Tensor) and t.device == device]
@@ -327,6 +264,7 @@ class Torch:
         return [found[id(t)] if isinstance(t, Tensor) else t for t in tables]
 
 
+Backend = NumPy | Torch
 NUMPY, TORCH = NumPy(), Torch()
 
 
