@@ -5,8 +5,7 @@ Source: Diao et al., "Pruning Deep Neural Networks from a Sparsity Perspective",
 
 from torch_sap.decide.bounds import prune_count, retention_bound
 from torch_sap.decide.measures import gini_index, pq_index
-from torch_sap.files.sparse_loading import load_masks, load_sparse
-from torch_sap.files.sparse_saving import save_masks, save_sparse
+from torch_sap.files.sparse import load_sparse, save_sparse
 from torch_sap.functional import global_unstructured, layer_unstructured, neuron_unstructured, remove
 from torch_sap.inspect.summary import LayerSummary, Summary, summary
 from torch_sap.inspect.verify import Verification, VerifiedWeight, verify
@@ -46,7 +45,6 @@ __all__ = [
     "global_unstructured",
     "iterative_sap",
     "layer_unstructured",
-    "load_masks",
     "load_sparse",
     "neuron_unstructured",
     "pq_index",
@@ -55,7 +53,6 @@ __all__ = [
     "remove",
     "retention_bound",
     "sap_rounds",
-    "save_masks",
     "save_sparse",
     "shrink",
     "summary",

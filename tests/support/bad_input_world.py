@@ -10,7 +10,6 @@ from torch.nn.utils import prune
 
 import torch_sap
 from torch_sap.decide.bounds import Hyperparameters
-from torch_sap.decide.streaming import prune_stream
 
 try:
     from torch_sap.integrations.lightning import SAPCallback
@@ -37,7 +36,7 @@ def make_world(folder):
         "nan": math.nan,
         "inf": math.inf,
     }
-    world |= {"prune_stream": prune_stream, "Hyperparameters": Hyperparameters, "SAPCallback": SAPCallback}
+    world |= {"Hyperparameters": Hyperparameters, "SAPCallback": SAPCallback}
     model, pruned, with_nan, integers = mlp(), mlp(), mlp(), nn.Module()
     torch_sap.layer_unstructured(pruned)
     fit(pruned, torch.optim.SGD(pruned.parameters(), lr=0.1), (5, 6), steps=1)
