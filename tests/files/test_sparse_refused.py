@@ -130,6 +130,7 @@ CHANGES = {
     r"0.weight: the bits must be uint8 of shape \(9, 1\)": set_item("0.bitmask", lambda t: t[1:].clone()),
     r"0.weight: the bits after the end of a row must be 0": set_item("0.bitmask", lambda t: t | 0x80),
     r"0.weight: \d+ entries must remain by its description": set_item("0.bitmask", lambda t: t & 0x3E),
+    r"0.weight: its values must be a real floating-point tensor .*int32": set_item("0.compressed", lambda t: t.int()),
     r"0.bitmask is missing": lambda tensors, about: tensors.pop("0.bitmask"),
     r"must be of format 1, got 2": lambda tensors, about: about.update(format=2),
     r"1.running_mean has a mask in .*, but is no parameter": lambda tensors, about: (

@@ -23,8 +23,8 @@ from torch_sap.decide.measures import power_sums
 from torch_sap.files.weights import open_checkpoint
 from torch_sap.masks.parameters import resolve
 
-CHUNK = 2**20
-"""Entries that are counted at once: some MB, so that a mapped file larger than memory is never copied as a whole."""
+CHUNK = 2**19
+"""Entries that are counted at once: some MB, which stay in the cache; a mapped tensor is never copied as a whole."""
 
 DIGITS = 8
 """Binary digits of a magnitude, behind the leading one, that tell the bins of the histogram apart. A bin of float16 or

@@ -41,8 +41,7 @@ def replacing(*paths: str | os.PathLike[str]) -> Iterator[list[str]]:
                 pass
         yield temporary
         for new in temporary:
-            with open(new, "rb+") as file:
-                os.fsync(file.fileno())
+            _sync(new, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
         for target, new in zip(targets, temporary, strict=True):
             os.replace(new, target)
         for folder in {os.path.dirname(target) for target in targets}:
@@ -61,13 +60,17 @@ def _delete_leftovers(target: str) -> None:
 
 def _sync_folder(folder: str) -> None:
     """Make the new names survive a loss of power, where the file system can sync folders."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    if os.name == "posix":
+        try:
+            _sync(folder, os.O_RDONLY)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+
+
+def _sync(path: str, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
     finally:
         os.close(descriptor)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
@@ -122,8 +121,8 @@ def load_sparse(model: Model, path: PathLike, *, what: What = "model") -> Model:
     for held, there in pairs:
         _check_fit(held, there, path)
         if there.mask is not None:
-            masks[held] = there.mask.reshape(held.tensor.shape).to(held.tensor.device)
-    changed = [(held.prunable, masks.get(held)) for held in everything if held.prunable is not None]
+            masks[held.name] = there.mask.reshape(held.tensor.shape).to(held.tensor.device)
+    changed = [(held.prunable, masks.get(held.name)) for held in everything if held.prunable is not None]
     changed = [(one, mask) for one, mask in changed if mask is not None or one.mask is not None]
     values = [(held.tensor, there.value) for held, there in pairs if there.value is not None and what == "model"]
 
@@ -147,19 +146,11 @@ def _finish(change: Callable[[], None]) -> None:
         raise
 
 
-@dataclass(frozen=True, eq=False)
-class _Held:
-    """One parameter or buffer of a model.
-
-    Attributes:
-        name: Its key in the state_dict of the model before pruning, the first one if it is shared.
-        aliases: The other keys.
-        tensor: The parameter or buffer itself.
-        prunable: The parameter with its mask; None for a buffer.
-    """
+class _Held(NamedTuple):
+    """One parameter (with its mask) or buffer of a model, and its keys in the state_dict of the dense model."""
 
     name: str
-    aliases: tuple[str, ...]
+    aliases: list[str]
     tensor: Tensor
     prunable: Prunable | None
 
@@ -171,58 +162,54 @@ def _held_tensors(model: nn.Module, function: str) -> list[_Held]:
     masks, pruned = set(), set()
     for module in model.modules():
         for now, parameter in module._parameters.items():
-            if parameter is not None:
-                name = now.removesuffix("_orig")
-                if (mask := module._buffers.get(name + "_mask")) is not None and name != now:
-                    masks.add(id(mask))
-                    pruned.add(id(parameter))
-                else:
-                    name = now
-                holders.setdefault(id(parameter), []).append((module, name))
+            if parameter is None:
+                continue
+            name = now.removesuffix("_orig")
+            if name != now and (mask := module._buffers.get(f"{name}_mask")) is not None:
+                masks.add(id(mask))
+                pruned.add(id(parameter))
+            else:
+                name = now
+            holders.setdefault(id(parameter), []).append((module, name))
     buffers = {id(buffer) for buffer in model.buffers()}
-    keys: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
-    for key, value in model.state_dict(keep_vars=True).items():
-        if id(value) in masks:
+    found: dict[int, _Held] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in masks:
             continue
-        if id(value) not in holders and id(value) not in buffers:
+        if id(tensor) not in holders and id(tensor) not in buffers:
             raise TypeError(
-                f"{function} needs a state_dict of parameters and buffers, but {key} is a {type(value).__name__} that "
+                f"{function} needs a state_dict of parameters and buffers, but {key} is a {type(tensor).__name__} that "
                 "is neither; keep it apart"
             )
-        keys.setdefault(id(value), []).append(key.removesuffix("_orig") if id(value) in pruned else key)
-        tensors[id(value)] = value
-    found = []
-    for identity, (name, *aliases) in keys.items():
-        _check_values(tensors[identity], name, function)
-        prunable = Prunable(name, tuple(holders[identity])) if identity in holders else None
-        found.append(_Held(name, tuple(aliases), tensors[identity], prunable))
-    return found
-
-
-def _check_values(tensor: Tensor, name: str, function: str) -> None:
-    if is_dtensor(tensor):
-        raise NotImplementedError(
-            f"{name} is sharded (a DTensor), which {function} cannot handle; use a model on one process with the full "
-            "state_dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
-        )
-    if is_lazy(tensor) or tensor.is_meta:
-        raise ValueError(f"{name} must have values, but it is on the meta device or not initialized yet")
+        key = key.removesuffix("_orig") if id(tensor) in pruned else key
+        if is_dtensor(tensor):
+            raise NotImplementedError(
+                f"{key} is sharded (a DTensor), which {function} cannot handle; use a model on one process with the "
+                "full state_dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "full_state_dict=True)"
+            )
+        if is_lazy(tensor) or tensor.is_meta:
+            raise ValueError(f"{key} must have values, but it is on the meta device or not initialized yet")
+        if id(tensor) in found:
+            found[id(tensor)].aliases.append(key)
+        else:
+            places = holders.get(id(tensor))
+            found[id(tensor)] = _Held(key, [], tensor, None if places is None else Prunable(key, tuple(places)))
+    return list(found.values())
 
 
 def _kept(held: _Held) -> tuple[bool, Tensor | None]:
-    """Whether a tensor has a mask, and the mask of what is stored of it on the host; None stores it as it is."""
-    if held.prunable is None:
-        return False, None
-    if (mask := held.prunable.mask) is not None:
-        check_dtype(held.tensor, held.name)
+    """Whether a tensor has a mask, and which of its entries are stored, on the CPU; None stores it as it is."""
+    tensor = held.tensor.detach()
+    if held.prunable is not None and (mask := held.prunable.mask) is not None:
+        check_dtype(tensor, held.name)
         return True, mask.cpu()
-    if held.tensor.dtype not in INTEGER_OF or held.tensor.dim() < 2:
+    if held.prunable is None or tensor.dtype not in INTEGER_OF or tensor.dim() < 2:
         return False, None
-    kept = not_zero(held.tensor.cpu())
+    kept = not_zero(tensor.cpu())
     rows, columns = matrix_shape(kept.shape)
-    packed = int(count_true(kept)) * held.tensor.itemsize + rows * (-(-columns // 8) + 8) + 16
-    return False, kept if packed < held.tensor.nbytes else None
+    packed = int(count_true(kept)) * tensor.itemsize + rows * (-(-columns // 8) + 8) + 16
+    return False, kept if packed < tensor.nbytes else None
 
 
 def _write(path: PathLike, pieces: list[tuple[str, Tensor]], metadata: dict[str, str]) -> None:
@@ -284,7 +271,7 @@ def _read(path: PathLike, what: What) -> dict[str, _Stored]:
             parts = {part: tensors.pop(key) for part in PARTS if (key := f"{one['prefix']}.{part}") in tensors}
             try:
                 found[name] = _unpack(name, parts, one, values=what == "model")
-            except (ValueError, IndexError, RuntimeError) as error:
+            except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
                 raise _damaged(path, f"{name}: {error}") from error
         for name, tensor in tensors.items():
             found[name] = _Stored(name, tensor, None, tuple(tensor.shape))
@@ -316,6 +303,7 @@ def _unpack(name: str, parts: Mapping[str, Tensor], about: Mapping[str, Any], *,
     value = None
     if values:
         compressed = parts["compressed"]
+        check_dtype(compressed, "its values")
         if compressed.shape != (remaining,):
             raise ValueError(f"it must have {remaining} values by its bits, got shape {tuple(compressed.shape)}")
         if len(rows) == 2 and not torch.equal(parts["row_offsets"], row_offsets(mask)):

@@ -31,21 +31,16 @@ from torch_sap.masks.parameters import excluded_by
 from torch_sap.records.report import PruningReport, TensorRecord
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Those that can be pruned, by their names in a file."""
+"""The types that can be pruned, by their names in a file."""
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 
 class Stored(NamedTuple):
-    """A tensor in a file.
+    """A tensor in a file: its key, shape and type in words, and the tensor itself, mapped into memory.
 
-    Attributes:
-        name: Its key.
-        shape: Its shape.
-        kind: Its type in words.
-        tensor: The tensor, mapped into memory; None if safetensors has it in a type that cannot be pruned.
-        path: The file.
+    The tensor is None if safetensors has it in a type that cannot be pruned.
     """
 
     name: str
@@ -53,11 +48,6 @@ class Stored(NamedTuple):
     kind: str
     tensor: Tensor | None
     path: Path
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether it is a tensor that SAP prunes, by its name and its dimensions."""
-        return "weight" in self.name.rpartition(".")[2] and len(self.shape) > 1
 
 
 @dataclass(frozen=True)
@@ -79,6 +69,11 @@ class Checkpoint:
     tensors: tuple[Stored, ...]
     contents: Mapping[Path, Any]
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether what is written for it is a folder."""
+        return self.index is not None or self.path.is_dir()
+
     def weights(self, exclude: str | Iterable[str] = ()) -> list[Stored]:
         """Choose the tensors that SAP prunes, shared ones once, by the rule of ``prunable_parameters``.
 
@@ -86,13 +81,14 @@ class Checkpoint:
             TypeError: if one is not of a real floating-point type.
             ValueError: if there is none, or one cannot be pruned in place.
         """
-        first: dict[Any, Stored] = {}
+        first: dict[str, Stored] = {}
         paths: dict[int, list[str]] = {}
-        for stored in filter(lambda stored: stored.is_weight, self.tensors):
-            tensor = stored.tensor
-            empty = tensor is None or not tensor.numel()  # empty tensors may share an address
-            place = stored.name if empty else (tensor.data_ptr(), stored.shape, tensor.stride())  # type: ignore[union-attr]
-            paths.setdefault(id(first.setdefault(place, stored)), []).append(stored.name)
+        for stored in self.tensors:
+            if _is_weight(stored.name, stored.shape):
+                tensor, place = stored.tensor, stored.name  # empty tensors may share an address
+                if tensor is not None and tensor.numel():
+                    place = f"{tensor.data_ptr()} {stored.shape} {tensor.stride()}"
+                paths.setdefault(id(first.setdefault(place, stored)), []).append(stored.name)
         excluded = excluded_by(paths, exclude)
         found = [stored for stored in first.values() if id(stored) not in excluded]
         if not found:
@@ -102,6 +98,10 @@ class Checkpoint:
             )
         _check(found, {stored.name for stored in self.tensors})
         return found
+
+
+def _is_weight(name: str, shape: Sequence[int]) -> bool:
+    return "weight" in name.rpartition(".")[2] and len(shape) > 1
 
 
 def _check(weights: Sequence[Stored], names: set[str]) -> None:
@@ -147,13 +147,13 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     tensors: list[Stored] = []
     contents: dict[Path, Any] = {}
     for file in files:
-        if file.suffix not in SUFFIXES:
-            raise ValueError(f"{file} must end in one of {', '.join(SUFFIXES)} or .index.json")
         if file.suffix in TORCH_SUFFIXES:
             contents[file] = _load(file)
-            for name, value in _choose(contents[file], file, key):
-                kind = str(value.dtype).removeprefix("torch.")
-                tensors.append(Stored(name, tuple(value.shape), kind, value, file))
+            for name, tensor in _choose(contents[file], file, key).items():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                tensors.append(Stored(name, tuple(tensor.shape), kind, tensor, file))
+        elif file.suffix != ".safetensors":
+            raise ValueError(f"{file} must end in one of {', '.join(SUFFIXES)} or .index.json")
         elif key is not None:
             raise ValueError(f"key chooses in PyTorch's files, but {file.name} is a safetensors file; leave it out")
         else:
@@ -264,7 +264,7 @@ def _load(path: Path) -> Any:
     return content
 
 
-def _choose(content: Any, path: Path, key: str | None) -> list[tuple[str, Tensor]]:
+def _choose(content: Any, path: Path, key: str | None) -> dict[str, Tensor]:
     """The tensors of the state_dict in a file: the content itself, or the value of one of its keys."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dictionary of tensors, got {type(content).__name__}")
@@ -282,16 +282,13 @@ def _choose(content: Any, path: Path, key: str | None) -> list[tuple[str, Tensor
     return next(iter(known.values()))
 
 
-def _tensors(values: Mapping[Any, Any]) -> list[tuple[str, Tensor]]:
-    return [
-        (name, value.detach())
-        for name, value in values.items()
-        if isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
-    ]
+def _tensors(values: Mapping[Any, Any]) -> dict[str, Tensor]:
+    tensors = {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    return {name: tensor.detach() for name, tensor in tensors.items() if tensor.layout is torch.strided}
 
 
-def _has_weights(tensors: Iterable[tuple[str, Tensor]]) -> bool:
-    return any(Stored(name, tuple(tensor.shape), "", tensor, Path()).is_weight for name, tensor in tensors)
+def _has_weights(tensors: Mapping[str, Tensor]) -> bool:
+    return any(_is_weight(name, tensor.shape) for name, tensor in tensors.items())
 
 
 def prune_checkpoint(
@@ -319,16 +316,26 @@ def prune_checkpoint(
         key: Name of the state_dict to take from a PyTorch file that holds several.
         overwrite: Whether files that exist are replaced, the input included.
 
+    Returns:
+        The report, as the whole-model functions give it.
+
     Raises:
         OSError: if a file cannot be read or written.
         ValueError: if a weight is NaN or infinite, there is none, or a file is damaged.
         TypeError: if a weight is not of a real floating-point type.
-        If anything is raised, nothing new is left and existing files are unchanged.
+            Existing files are unchanged if anything is raised, and nothing new is left.
+
+    Example:
+        >>> from torch_sap.decide.bounds import Hyperparameters
+        >>> from torch_sap.files.weights import prune_checkpoint
+        >>> torch.save(nn.Linear(64, 64).state_dict(), "model.pt")
+        >>> prune_checkpoint("model.pt", "pruned.pt", "global", Hyperparameters()).remaining < 64 * 64
+        True
     """
     checkpoint = open_checkpoint(path, key)
     weights = checkpoint.weights(exclude)
     targets = _targets(checkpoint, Path(out), overwrite)
-    with _folder(Path(out), is_needed=targets != {checkpoint.path: Path(out)}), replacing(*targets.values()) as copies:
+    with _folder(Path(out), is_needed=checkpoint.is_folder), replacing(*targets.values()) as copies:
         maps: dict[Path, MappedFile] = {}
         for source, copy in zip(targets, copies, strict=True):
             if source not in checkpoint.contents:
@@ -355,9 +362,8 @@ def prune_checkpoint(
 def _targets(checkpoint: Checkpoint, out: Path, overwrite: bool) -> dict[Path, Path]:
     """The file to write for each file of a checkpoint, its index included."""
     sources = [*checkpoint.files, *([] if checkpoint.index is None else [checkpoint.index])]
-    in_folder = checkpoint.index is not None or checkpoint.path.is_dir()
-    targets = {source: out / source.name if in_folder else out for source in sources}
-    if not in_folder and out.suffix != checkpoint.path.suffix:
+    targets = {source: out / source.name if checkpoint.is_folder else out for source in sources}
+    if not checkpoint.is_folder and out.suffix != checkpoint.path.suffix:
         raise ValueError(f"out must end in {checkpoint.path.suffix}, as the input does, got {out}")
     for target in targets.values():
         if target.is_dir():
