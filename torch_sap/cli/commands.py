@@ -6,6 +6,7 @@ import difflib
 import os
 from argparse import Namespace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch_sap.cli.plots import plot_runs, plot_scan
 from torch_sap.cli.runs import compare_runs, load_run
 from torch_sap.cli.scan import scan_checkpoint, scan_model
 from torch_sap.cli.tables import give, shape_text
+from torch_sap.decide.groups import Scope
 from torch_sap.files.weights import SUFFIXES, prune_checkpoint
 from torch_sap.records.metrics import choose_metric
 
@@ -29,17 +31,8 @@ def scan(arguments: Namespace) -> None:
         scan = scan_model(model, arguments.rule, source=arguments.model, exclude=arguments.exclude)
     if arguments.plot is not None:
         plot_scan(scan, arguments.plot)
-    titles = {
-        "name": "layer",
-        "shape": "shape",
-        "weights": "weights",
-        "pqi": "PQI",
-        "gini": "Gini",
-        "pruned_global": "global %",
-        "pruned_layer": "layer %",
-        "pruned_neuron": "neuron %",
-        "dead_rows": "dead",
-    }
+    titles = {"name": "layer", "shape": "shape", "weights": "weights", "pqi": "PQI", "gini": "Gini"}
+    titles |= {f"pruned_{scope}": f"{scope} %" for scope in get_args(Scope)} | {"dead_rows": "dead"}
     rows = [{**vars(layer), "shape": shape_text(layer.shape)} for layer in (*scan.layers, scan.overall)]
     give(arguments, scan, rows, titles, total=True)
 

@@ -75,10 +75,7 @@ examples:
   torch-sap prune checkpoint.pt -o checkpoint.pt --overwrite --eta-r 0.1
 """
 
-REPORT = """\
-Show the rounds of a run. RUN is a folder with history.json, as the benchmarks write it, or such a file
-(History.to_json).
-"""
+REPORT = "Show the rounds of a run. RUN is a folder with history.json, as the benchmarks write it, or such a file."
 
 REPORT_EXAMPLES = """\
 examples:
@@ -86,10 +83,7 @@ examples:
   torch-sap report runs/a --plot a.png --csv a.csv
 """
 
-COMPARE = """\
-Compare runs by a metric and the share of remaining weights. Settings in config.json that differ between the runs are
-shown.
-"""
+COMPARE = "Compare runs by a metric and the share of remaining weights. Settings in config.json that differ are shown."
 
 COMPARE_EXAMPLES = """\
 examples:
@@ -102,7 +96,7 @@ Parser = argparse.ArgumentParser
 
 
 def run() -> None:
-    """The console script."""
+    """Run the command line as a console script."""
     sys.exit(main())
 
 
@@ -202,19 +196,8 @@ def _pruning_arguments(parser: Parser) -> None:
         "beta": "largest share of a group that is pruned",
     }
     for name, text in words.items():
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(
-            option,
-            type=float,
-            default=getattr(rule, name),
-            metavar="X",
-            help=f"{text} (default: {getattr(rule, name)})",
-        )
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave out the weights that match; may be repeated",
-    )
+        option, default = "--" + name.replace("_", "-"), getattr(rule, name)
+        parser.add_argument(option, type=float, default=default, metavar="X", help=f"{text} (default: {default})")
+    text = "leave out the weights that match; may be repeated"
+    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=text)
     parser.add_argument("--key", help="state_dict to take from a PyTorch file that holds several")

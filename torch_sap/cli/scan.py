@@ -1,7 +1,7 @@
 """Measure what SAP would prune of a model or a checkpoint, layer by layer.
 
-The weights are read twice: once for their power sums, and once for a histogram per tensor. It gives the Gini index,
-which takes a sort otherwise, and the share of each layer in the global scope.
+The weights are read twice: once for their power sums, and once for a histogram per tensor. The histogram gives the
+Gini index without a sort, and the share of each layer in the global scope.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -116,22 +116,25 @@ def scan_checkpoint(
 
 def _scan(entries: Sequence[Entry], rule: Hyperparameters, source: str) -> Scan:
     sums = power_sums(entries, rule.p, rule.q)
-
-    def count(scope: Scope) -> dict[str, int]:
-        return {name: int(rule.count(index, sums.d(scope)[name]).sum()) for name, index in sums.index(scope).items()}
-
-    c, in_layer, in_neuron = count("global")["global"], count("layer"), count("neuron")
-    histograms = [Histogram.of(entry.scores.detach()) for entry in entries]
+    scopes: tuple[Scope, ...] = get_args(Scope)
+    index, d = ({scope: read(scope) for scope in scopes} for read in (sums.index, sums.d))
+    counts = {
+        scope: {name: int(rule.count(index[scope][name], d[scope][name]).sum()) for name in index[scope]}
+        for scope in scopes
+    }
+    # backwards: the last tensors that were read are still in the page cache if a file is larger than memory
+    histograms = [Histogram.of(entry.scores.detach()) for entry in reversed(entries)][::-1]
     together = Histogram.together(histograms)
+    c = counts["global"]["global"]
     threshold = together.smallest(c)
     layers = []
     for entry, histogram in zip(entries, histograms, strict=True):
         name = entry.name
-        pruned = histogram.below(*threshold), in_layer[name], in_neuron[name]
-        dead = int((np.isnan(sums.index("neuron")[name]) & (sums.d("neuron")[name] > 0)).sum())
-        layers.append(_layer(name, entry.shape, float(sums.index("layer")[name][0]), histogram, pruned, dead))
-    pruned, dead = (c, sum(in_layer.values()), sum(in_neuron.values())), sum(layer.dead_rows for layer in layers)
-    overall = _layer("overall", (), float(sums.index("global")["global"][0]), together, pruned, dead)
+        pruned = histogram.below(*threshold), counts["layer"][name], counts["neuron"][name]
+        dead = int((np.isnan(index["neuron"][name]) & (d["neuron"][name] > 0)).sum())
+        layers.append(_layer(name, entry.shape, float(index["layer"][name][0]), histogram, pruned, dead))
+    pruned, dead = (c, *(sum(counts[scope].values()) for scope in scopes[1:])), sum(layer.dead_rows for layer in layers)
+    overall = _layer("overall", (), float(index["global"]["global"][0]), together, pruned, dead)
     return Scan(source, rule.to_dict(), overall, tuple(layers))
 
 
