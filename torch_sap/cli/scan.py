@@ -117,7 +117,8 @@ def scan_checkpoint(
 def _scan(entries: Sequence[Entry], rule: Hyperparameters, source: str) -> Scan:
     sums = power_sums(entries, rule.p, rule.q)
     scopes: tuple[Scope, ...] = get_args(Scope)
-    index, d = ({scope: read(scope) for scope in scopes} for read in (sums.index, sums.d))
+    index = {scope: sums.index(scope) for scope in scopes}
+    d = {scope: sums.d(scope) for scope in scopes}
     counts = {
         scope: {name: int(rule.count(index[scope][name], d[scope][name]).sum()) for name in index[scope]}
         for scope in scopes
@@ -133,8 +134,9 @@ def _scan(entries: Sequence[Entry], rule: Hyperparameters, source: str) -> Scan:
         pruned = histogram.below(*threshold), counts["layer"][name], counts["neuron"][name]
         dead = int((np.isnan(index["neuron"][name]) & (d["neuron"][name] > 0)).sum())
         layers.append(_layer(name, entry.shape, float(index["layer"][name][0]), histogram, pruned, dead))
-    pruned, dead = (c, *(sum(counts[scope].values()) for scope in scopes[1:])), sum(layer.dead_rows for layer in layers)
-    overall = _layer("overall", (), float(index["global"]["global"][0]), together, pruned, dead)
+    everywhere = c, sum(counts["layer"].values()), sum(counts["neuron"].values())
+    dead = sum(layer.dead_rows for layer in layers)
+    overall = _layer("overall", (), float(index["global"]["global"][0]), together, everywhere, dead)
     return Scan(source, rule.to_dict(), overall, tuple(layers))
 
 
