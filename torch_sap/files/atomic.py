@@ -27,9 +27,11 @@ def replacing(*paths: str | os.PathLike[str]) -> Iterator[list[str]]:
         OSError: if a file cannot be written. The old ones are still there.
 
     Example:
+        >>> from pathlib import Path
+        >>> from torch_sap.files.atomic import replacing
         >>> with replacing("run.txt") as (temporary,):
-        ...     _ = open(temporary, "w").write("done")
-        >>> open("run.txt").read()
+        ...     _ = Path(temporary).write_text("done")
+        >>> Path("run.txt").read_text()
         'done'
     """
     targets = [os.path.realpath(path) for path in paths]  # a link stays a link
