@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from torch_sap.decide.bounds import Hyperparameters
-from torch_sap.decide.groups import Scope
-from torch_sap.iterate.pruner import Stepper
+from torch_sap.iterate.pruner import Pruner
 
 
 class AuthorsCount(Hyperparameters):
@@ -30,14 +29,13 @@ class AuthorsCount(Hyperparameters):
         return np.where(np.isnan(index), 0, np.floor(size * share)).astype(np.int64)
 
 
-class AuthorsSAP(Stepper):
+class AuthorsSAP(Pruner):
     """SAP with :class:`AuthorsCount`."""
 
     def __init__(
-        self, model: nn.Module, *, scope: Scope, p: float, q: float, eta_r: float, gamma: float, beta: float, gini: bool
+        self, model: nn.Module, *, p: float, q: float, eta_r: float, gamma: float, beta: float, **settings: Any
     ) -> None:
-        rule = AuthorsCount(p, q, eta_r, gamma, beta)
-        super().__init__(model, rule, scope=scope, rewind="init", exclude=(), optimizer=None, gini=gini)
+        super().__init__(model, AuthorsCount(p, q, eta_r, gamma, beta), **settings)
 
 
 @torch.no_grad()

@@ -13,12 +13,12 @@ from matplotlib.patches import Patch
 from paper_results import Histories
 from paper_runs import Run
 
-import torch_sap
 from torch_sap.records.phases import label_phases
-from torch_sap.records.plots import PHASE_COLOURS, shade_phases
+from torch_sap.records.plots import PHASE_COLORS, shade_phases
+from torch_sap.records.round import Round
 
 Groups = Mapping[str, Histories]
-Value = Callable[[torch_sap.Round], float]
+Value = Callable[[Round], float]
 Column = tuple[str, Value]
 
 LABELS = {"lottery-ticket": "Lottery Ticket", "one-shot": "One Shot", "random": "random", "plain": "plain"}
@@ -95,9 +95,9 @@ def draw_phases(groups: Groups, path: Path) -> None:
             shade_phases(axes[row, column], phases(histories))
         axes[0, column].set_title(f"{name}\n{RETRAINED[0][0]}", fontsize="small")
     figure.legend(
-        handles=[Patch(color=colour, alpha=0.3, label=name) for name, colour in PHASE_COLOURS.items()],
+        handles=[Patch(color=colour, alpha=0.3, label=name) for name, colour in PHASE_COLORS.items()],
         loc="outside lower center",
-        ncols=len(PHASE_COLOURS),
+        ncols=len(PHASE_COLORS),
         fontsize="small",
     )
     figure.savefig(path, dpi=90)
@@ -186,7 +186,7 @@ def phases(histories: Histories) -> list[Any]:
     return list(label_phases(over_seeds(histories, lambda found: found.pqi).mean(0), accuracy))
 
 
-def _pruned(found: torch_sap.Round, metric: str) -> float:
+def _pruned(found: Round, metric: str) -> float:
     return found.pruned_metrics.get(metric, np.nan)
 
 
@@ -201,7 +201,7 @@ def _position(count: int, place: str) -> int:
 def remaining_of(place: str) -> Value:
     """Remaining weights of the "first", "middle" or "last" tensor, in percent."""
 
-    def value(found: torch_sap.Round) -> float:
+    def value(found: Round) -> float:
         tensor = found.tensors[_position(len(found.tensors), place)]
         return 100 * tensor.remaining / tensor.total
 
@@ -211,7 +211,7 @@ def remaining_of(place: str) -> Value:
 def index_of(place: str) -> Value:
     """PQ Index of the "first", "middle" or "last" tensor, with the p and q that the run prunes by."""
 
-    def value(found: torch_sap.Round) -> float:
+    def value(found: Round) -> float:
         tensors = found.retrained.pqi["layer"]
         return float(tensors[found.tensors[_position(len(found.tensors), place)].name][0])
 

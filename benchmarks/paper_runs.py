@@ -23,7 +23,7 @@ from training import Recipe, evaluate, fit, seed_everything
 
 import torch_sap
 from torch_sap.decide.groups import Entry, Scope
-from torch_sap.iterate.pruner import Stepper
+from torch_sap.iterate.pruner import Pruner
 
 Method = Literal["sap", "lottery-ticket", "one-shot", "random", "plain"]
 OnEpoch = Callable[[int, float], None]
@@ -97,14 +97,15 @@ class RandomPruning(torch_sap.LotteryTicket):
         super().__init__(model, **settings)
         self.seed = seed
 
-    def _entries(self) -> list[Entry]:
+    def rank(self, entries: list[Entry]) -> list[Entry]:
+        """Random scores."""
         # Seeded by the round, so that neither the training's random numbers nor a resumed run differ.
         generator = torch.Generator().manual_seed(1000 * (self.seed + 1) + len(self.history))
-        return [replace(entry, scores=_random_like(entry.scores, generator)) for entry in super()._entries()]
+        return [replace(entry, scores=_random_like(entry.scores, generator)) for entry in entries]
 
 
-def make_stepper(run: Run, model: nn.Module) -> Stepper:
-    """The stepper of a run's method on its model."""
+def make_pruner(run: Run, model: nn.Module) -> Pruner:
+    """The pruner of a run's method on its model."""
     settings: dict[str, Any] = {"scope": run.scope, "p": run.p, "q": run.q, "gini": True}
     if run.method == "sap":
         sap = paper_authors.AuthorsSAP if "count" in run.authors else torch_sap.SAP
@@ -142,7 +143,7 @@ def complete(
     shape = {"in_chans": dataset.in_chans, "image_size": dataset.image_size, "num_classes": dataset.num_classes}
     build = functools.partial(paper_models.build, run.model, width=run.width, **shape)
     model = build().to(device)
-    stepper = make_stepper(run, model)
+    pruner = make_pruner(run, model)
     recipe = Recipe(run.epochs, run.batch_size, anneal="epoch")
 
     def train(model: nn.Module) -> dict[str, float]:
@@ -157,11 +158,10 @@ def complete(
 
     # The checkpoint holds the random state too: a killed run goes on bit for bit.
     state = folder / "state.pt"
-    for _ in torch_sap.sap_rounds(stepper, train, iterations=run.rounds, eval_fn=test, checkpoint=state):
-        pass
-    write_whole(folder / "history.json", stepper.history.to_json)
+    history = torch_sap.iterative_sap(pruner, train, iterations=run.rounds, eval_fn=test, checkpoint=state)
+    write_whole(folder / "history.json", history.to_json)
     state.unlink(missing_ok=True)
-    return stepper.history
+    return history
 
 
 @torch.no_grad()

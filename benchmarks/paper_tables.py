@@ -11,18 +11,19 @@ from paper_runs import Run
 from zoo_page import table
 
 import torch_sap
+from torch_sap.stopping import Collapse, StoppingRule, TargetDensity, WithinTolerance
 
 # Where the area under the curve ends, in percent: where every method that prunes on has been, and a sparse end.
 AREA_ENDS = (20.0, 2.0)
 EPOCHS_TO = (10.0, 2.0)
 NOT_REACHED = "-"
-PHASES = ("regularisation", "compression", "collapse")
+PHASES = ("regularization", "compression", "collapse")
 PLACES = ("first", "middle", "last")
 TOLERANCE = "WithinTolerance(0.01)"
 RULES = {
-    "TargetDensity(0.1)": torch_sap.TargetDensity(0.1),
-    TOLERANCE: torch_sap.WithinTolerance(0.01, metric="accuracy"),
-    "Collapse()": torch_sap.Collapse(metric="accuracy"),
+    "TargetDensity(0.1)": TargetDensity(0.1),
+    TOLERANCE: WithinTolerance(0.01, metric="accuracy"),
+    "Collapse()": Collapse(metric="accuracy"),
 }
 
 
@@ -81,7 +82,7 @@ def ablation_table(histories: Histories) -> str:
 
 def phase_table(histories: Histories) -> str:
     """How many rounds of each method are in which phase of the hypothesis, and the rounds in order."""
-    head = ["method", "regularisation", "compression", "collapse", "none of them", "in order"]
+    head = ["method", "regularization", "compression", "collapse", "none of them", "in order"]
     lines = []
     for name, members in grouped(histories).items():
         labels = phases(members)[1:]
@@ -118,7 +119,7 @@ def stopping_table(histories: Histories) -> str:
     return table(head, lines)
 
 
-def stop(history: torch_sap.History, rule: torch_sap.StoppingRule) -> tuple[int, int]:
+def stop(history: torch_sap.History, rule: StoppingRule) -> tuple[int, int]:
     """Trainings until a rule ends a run (all, if it never does), and the last round that it accepts."""
     accepted = 0
     for number in range(len(history)):
@@ -131,7 +132,7 @@ def stop(history: torch_sap.History, rule: torch_sap.StoppingRule) -> tuple[int,
 
 def phase_line(labels: Sequence[str | None]) -> str:
     """Phases as a word: R, C, X for the three, a dot for none, without round 0."""
-    letters = {"regularisation": "R", "compression": "C", "collapse": "X", None: "."}
+    letters = {"regularization": "R", "compression": "C", "collapse": "X", None: "."}
     return f"`{''.join(letters[label] for label in labels[1:])}`"
 
 

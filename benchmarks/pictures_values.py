@@ -21,6 +21,7 @@ from pretrained import SAP
 from torch import Tensor, nn
 
 import torch_sap
+from torch_sap.records.round import Round
 
 Values = dict[str, Any]
 
@@ -140,6 +141,6 @@ def digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rounded(values)).encode()).hexdigest()[:16]
 
 
-def _pruned_share(found: torch_sap.Round) -> float:
+def _pruned_share(found: Round) -> float:
     """NaN in the last round, which is a training only."""
     return 100 * found.pruned_count / found.remaining if found.pruned_count else np.nan

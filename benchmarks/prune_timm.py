@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 import torch_sap
+from torch_sap.records.round import Round
 
 try:
     import timm
@@ -211,7 +212,7 @@ class Display:
         if not self.console.is_terminal and time.monotonic() - self._spoke > QUIET_SECONDS:
             self.line(f"       epoch {epoch} of {self.progress.tasks[self.epochs].total:.0f}, loss {loss:.3f}")
 
-    def round(self, found: torch_sap.Round) -> None:
+    def round(self, found: Round) -> None:
         """Print the line of a round in the table, and move the bar of the rounds."""
         if found.number == 0:
             self.line("round  remaining %  PQ Index  trained, accuracy %  pruned, before rewinding %  seconds")
@@ -225,7 +226,7 @@ class Display:
         self.progress.update(self.epochs, completed=0)
 
 
-def _describe(found: torch_sap.Round) -> str:
+def _describe(found: Round) -> str:
     accuracy, density = found.metrics["accuracy"], found.density
     return f"round {found.number}, {100 * accuracy:.2f} % at {100 * density:.1f} % remaining weights"
 

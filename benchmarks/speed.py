@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import torch_sap
+from torch_sap.records.report import PruningReport
 
 FUNCTIONS = {
     "global": torch_sap.global_unstructured,
@@ -69,7 +70,7 @@ def in_place(model: nn.Module) -> nn.Module:
     return model
 
 
-def contestants(scope: str, report: torch_sap.PruningReport) -> dict[str, Contestant]:
+def contestants(scope: str, report: PruningReport) -> dict[str, Contestant]:
     """What is timed in a scope, by name; torch_sap first."""
     counts = {name: group.c for name, group in report.groups.items()}
     ours: dict[str, Contestant] = {"torch_sap": FUNCTIONS[scope]}

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import torch_sap
+from torch_sap.records.round import Round
 
 try:
     from timm import utils
@@ -155,7 +156,7 @@ class Training:
         return meter.avg
 
 
-def print_round(found: torch_sap.Round) -> None:
+def print_round(found: Round) -> None:
     """Print a line."""
     print(f"round {found.number}: {found.density:.1%} of the weights, PQ Index {found.pqi:.4f}", flush=True)
 

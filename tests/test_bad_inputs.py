@@ -18,11 +18,11 @@ HEAD = """# Bad inputs
 
 What a wrong call raises, and what it leaves behind: nothing. `tests/test_bad_inputs.py` makes each call, compares
 error and message to the letter, and then compares with how it was before: the state_dict of every model (bits), its
-Parameter objects, gradients, hooks and train modes, the rounds and the rewind point of every stepper, and the files.
+Parameter objects, gradients, hooks and train modes, the rounds and the rewind point of every pruner, and the files.
 `python tests/test_bad_inputs.py` writes this page from the same rows.
 
 In the calls, `model` is a small network, `pruned` one that was pruned and trained for a step, `with_nan` one with a NaN
-among its weights, `integers` a module with an integer weight, `layer` an `nn.Linear(6, 9)`, `sap` an `SAP` stepper
+among its weights, `integers` a module with an integer weight, `layer` an `nn.Linear(6, 9)`, `sap` an `SAP` pruner
 after one round, `unrewound` one with `rewind="none"`, `history` the history of one round, `raising` a training that
 changes weights and then raises.
 """

@@ -46,15 +46,13 @@ SHOWN = [
 def pruned_history(scope="neuron", seed=0):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 5))
-    stepper = torch_sap.SAP(model, scope=scope, gini=True)
+    sap = torch_sap.SAP(model, scope=scope, gini=True)
     scores = iter((0.8, 0.7, 0.3))
 
     def train(model):
         return {"accuracy": next(scores), "pqi_half_1": paper_runs.pq_index_of(model)}
 
-    for _ in torch_sap.sap_rounds(stepper, train, iterations=2, eval_fn=lambda model: {"loss": math.pi}):
-        pass
-    return stepper.history
+    return torch_sap.iterative_sap(sap, train, iterations=2, eval_fn=lambda model: {"loss": math.pi})
 
 
 def test_accuracy_between_rounds_lies_on_a_line_over_the_logarithm():

@@ -59,9 +59,9 @@ def test_random_pruning_does_not_look_at_the_weights_and_repeats_itself():
     for seed, scale in ((0, 1.0), (0, 5.0), (1, 1.0)):
         torch.manual_seed(int(scale))
         model = torch.nn.Linear(40, 40)
-        stepper = paper_runs.RandomPruning(model, seed=seed, ratio=0.5)
+        pruner = paper_runs.RandomPruning(model, seed=seed, ratio=0.5)
         torch.rand(3)
-        stepper.step()
+        pruner.step()
         masks.append(model.weight_mask.clone())
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
@@ -70,10 +70,10 @@ def test_random_pruning_does_not_look_at_the_weights_and_repeats_itself():
 def test_a_plain_pruning_trains_on_from_the_trained_weights(tmp_path):
     run = replace(TINY, method="plain", rounds=1, ratio=0.9)
     model = paper_models.build("mlp", in_chans=1, image_size=24, num_classes=10)
-    stepper = paper_runs.make_stepper(run, model)
+    pruner = paper_runs.make_pruner(run, model)
     torch.nn.init.normal_(model[1].weight)
     trained = model[1].weight.detach().clone()
-    stepper.step()
+    pruner.step()
     kept = model[1].weight_mask
     assert 0 < kept.sum() < kept.numel()
     assert torch.equal(model[1].weight[kept], trained[kept])

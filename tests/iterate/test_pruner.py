@@ -1,86 +1,243 @@
+"""A round: what is measured, pruned, rewound and recorded; SAP, Lottery Ticket and One Shot."""
+
+import copy
+import dataclasses
+
+import numpy as np
 import pytest
+import reference
 import torch
-from helpers import assert_unchanged, fit, masks_of, mlp, snapshot
+from helpers import (
+    SCOPES,
+    arrays,
+    assert_held,
+    assert_unchanged,
+    convnet,
+    fit,
+    mask_of,
+    masks_of,
+    mlp,
+    snapshot,
+)
+from iterating import ARGUMENTS, assert_rewound, assert_same_record, saved, state_without_masks, trainer
 from torch import nn
 
-import torch_sap
+from torch_sap import SAP, LotteryTicket, OneShot, iterative_sap
+
+SHAPE = (6, 6)
+each_scope = pytest.mark.parametrize("scope", SCOPES)
 
 
-def train(model):
-    fit(model, torch.optim.SGD(model.parameters(), lr=0.1), (5, 6))
-    return 0.5
-
-
-def test_a_first_training_that_fails_leaves_no_trace():
-    model = mlp()
-    before = snapshot(model)
-
-    def train_and_fail(model):
+@each_scope
+def test_counts_and_masks_of_each_round_are_the_reference(scope):
+    model = convnet()
+    sap, train = SAP(model, scope=scope, **ARGUMENTS), trainer((6, 2, 6, 6))
+    for number in range(4):
         train(model)
-        raise RuntimeError("out of data")
-
-    with pytest.raises(RuntimeError, match="out of data"):
-        torch_sap.iterative_sap(model, train_and_fail)
-    after = {**before, "hooks": before["hooks"], "training": before["training"]}
-    assert_unchanged(model, after)
-
-
-def test_callback_gets_every_round_and_its_error_passes():
-    seen = []
-    history = torch_sap.iterative_sap(mlp(), train, iterations=2, callback=seen.append)
-    assert seen == list(history)
-
-    def stop(sap_round):
-        raise StopIteration
-
-    with pytest.raises(StopIteration):
-        torch_sap.iterative_sap(mlp(), train, iterations=2, callback=stop)
+        weights, masks = arrays(model)
+        expected, records = reference.prune(weights, masks, scope, **ARGUMENTS)
+        record = sap.step()
+        assert (record.number, record.scope, record.hyperparameters) == (number, scope, ARGUMENTS)
+        assert list(record.groups) == list(records)
+        for name, group in record.groups.items():
+            assert group.c.tolist() == [wanted.c for wanted in records[name]]
+            assert group.d.tolist() == [wanted.d for wanted in records[name]]
+            np.testing.assert_allclose(group.index, [wanted.index for wanted in records[name]], rtol=0, atol=1e-12)
+        for name, mask in masks_of(model).items():
+            np.testing.assert_array_equal(mask.numpy(), expected[name])
+        for tensors, kept in ((record.tensors, masks), (record.tensors_after, expected)):
+            assert {tensor.name: tensor.remaining for tensor in tensors} == {name: kept[name].sum() for name in kept}
+        assert record.pruned_count == sum(int(group.c.sum()) for group in record.groups.values()) > 0
+        assert record.remaining == sum(int(mask.sum()) for mask in masks.values())
+        assert record.density == pytest.approx(record.remaining / record.total)
 
 
-@pytest.mark.parametrize("stepper", [torch_sap.SAP, torch_sap.LotteryTicket, torch_sap.OneShot])
-def test_resuming_from_state_dicts_gives_the_same_masks(stepper):
-    whole = mlp()
-    sap = stepper(whole)
-    list(torch_sap.sap_rounds(sap, train, iterations=4))
+@each_scope
+def test_a_round_measures_the_retrained_and_the_pruned_model_at_all_scopes(scope):
+    model = convnet()
+    sap, train = SAP(model, scope=scope, gini=True, **ARGUMENTS), trainer((6, 2, 6, 6))
+    train(model)
+    weights, masks = arrays(model)
+    expected, _ = reference.prune(weights, masks, scope, **ARGUMENTS)
+    record = sap.step()
+    for measured, kept in ((record.retrained, masks), (record.pruned, expected)):
+        assert_measures(measured.pqi, weights, kept, lambda values: reference.pq_index(values, 0.5, 1.0))
+        assert_measures(measured.gini, weights, kept, reference.gini_index)
+    assert record.pqi == pytest.approx(record.retrained.pqi["global"]["global"][0])
+    assert SAP(convnet()).record().retrained.gini is None
 
-    first = mlp()
-    early = stepper(first)
-    next(torch_sap.sap_rounds(early, train, iterations=4))
-    model_state, sap_state = first.state_dict(), early.state_dict()
 
-    second = mlp()
-    late = stepper(second)
-    second.load_state_dict(model_state)
-    late.load_state_dict(sap_state)
-    list(torch_sap.sap_rounds(late, train, iterations=4))
-    assert len(late.history) == len(sap.history) == 5
-    for name, mask in masks_of(whole).items():
-        torch.testing.assert_close(masks_of(second)[name], mask)
-    assert [r.remaining for r in late.history][:2] == [r.remaining for r in sap.history][:2]
+def assert_measures(measures, weights, masks, plain):
+    alive = {name: weight[masks[name]] for name, weight in weights.items()}
+    assert measures["global"]["global"].tolist() == pytest.approx(
+        [plain(np.concatenate(list(alive.values())))], abs=1e-12
+    )
+    assert list(measures["layer"]) == list(measures["neuron"]) == list(weights)
+    for name, weight in weights.items():
+        assert measures["layer"][name].tolist() == pytest.approx([plain(alive[name])], abs=1e-12)
+        rows = [plain(row[mask]) for row, mask in zip(weight, masks[name], strict=True)]
+        np.testing.assert_allclose(measures["neuron"][name], rows, rtol=0, atol=1e-12)
+
+
+def test_rewinding_is_by_copy_and_the_kept_state_does_not_drift():
+    model, start = mlp(), state_without_masks(mlp())
+    sap, train = SAP(model, **ARGUMENTS), trainer(SHAPE)
+    for _ in range(4):
+        train(model)
+        assert not torch.equal(model[1].running_mean, start["1.running_mean"])
+        sap.step()
+        assert_rewound(model, start, masks_of(model))
+        assert int(model[1].num_batches_tracked) == 0
+
+
+def test_rewind_none_goes_on_from_the_trained_weights():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sap = SAP(model, rewind="none", optimizer=optimizer, **ARGUMENTS)
+    for seed in range(3):
+        fit(model, optimizer, (6, 6), seed=seed)
+        trained, momentum = state_without_masks(model), len(optimizer.state)
+        sap.step()
+        assert_rewound(model, trained, masks_of(model))
+        assert len(optimizer.state) == momentum > 0
+    assert_held(model)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["copied", "live tensors"])
+def test_rewinding_to_a_state_dict(live):
+    model = mlp()
+    train = trainer(SHAPE)
+    train(model)
+    state = model.state_dict() if live else copy.deepcopy(model.state_dict())
+    start = copy.deepcopy(state)
+    sap = SAP(model, rewind=state, **ARGUMENTS)
+    for _ in range(3):
+        train(model)
+        sap.step()
+        assert_rewound(model, start, masks_of(model))
+    assert live or all(torch.equal(value, start[key]) for key, value in state.items())
+
+
+def test_late_rewinding_inside_training():
+    model, points = mlp(), []
+    sap, train = SAP(model, **ARGUMENTS), trainer(SHAPE)
+    for number in range(3):
+        train(model)
+        if number == 0:
+            sap.set_rewind_point()
+            points.append(state_without_masks(model))
+            train(model)
+        sap.step()
+        assert_rewound(model, points[0], masks_of(model))
+    train(model)
+    sap.set_rewind_point()
+    points.append(state_without_masks(model))
+    train(model)
+    sap.step()
+    assert_rewound(model, points[1], masks_of(model))
+
+
+@pytest.mark.parametrize("make", [lambda values: torch.optim.SGD(values, lr=0.1, momentum=0.9), torch.optim.AdamW])
+def test_optimizer_state_is_cleared_on_rewinding(make):
+    model = mlp()
+    optimizer = make(model.parameters())
+    sap = SAP(model, optimizer=optimizer, **ARGUMENTS)
+    groups = [[id(value) for value in group["params"]] for group in optimizer.param_groups]
+    for seed in range(3):
+        fit(model, optimizer, (6, 6), seed=seed)
+        assert optimizer.state
+        sap.step()
+        assert not optimizer.state
+        assert [[id(value) for value in group["params"]] for group in optimizer.param_groups] == groups
+        assert_held(model)
+
+
+def test_optimizers_that_fill_their_state_when_they_are_made_get_it_back():
+    """Adagrad starts with sums, as timm's adahessian does with step counts; neither can step without them."""
+    model = mlp()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.05, initial_accumulator_value=0.25)
+    sap = SAP(model, optimizer=optimizer, **ARGUMENTS)
+    for seed in range(2):
+        fit(model, optimizer, (6, 6), seed=seed)
+        sap.step()
+        sums = [state["sum"] for state in optimizer.state.values()]
+        assert len(sums) == len(list(model.parameters()))
+        assert all((value == 0.25).all() for value in sums)
+
+
+def test_one_optimizer_for_all_rounds_trains_like_a_fresh_one():
+    model, other = mlp(), mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    saps = SAP(model, optimizer=optimizer, **ARGUMENTS), SAP(other, **ARGUMENTS)
+    for seed in range(3):
+        losses = fit(model, optimizer, (6, 6), seed=seed)
+        assert losses == fit(other, torch.optim.AdamW(other.parameters(), lr=0.05), (6, 6), seed=seed)
+        assert saps[0].step().pruned_count == saps[1].step().pruned_count
+
+
+def test_making_a_pruner_prunes_nothing():
+    model, inputs = mlp(), torch.randn(6, 6)
+    expected = mlp()(inputs)
+    SAP(model)
+    assert torch.equal(model(inputs), expected)
+    assert all(mask.all() for mask in masks_of(model).values())
+
+
+def test_a_model_pruned_before_keeps_its_zeros_and_counts_the_rest():
+    model = mlp()
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    before = mask_of(model, "0.weight").clone()
+    history = iterative_sap(model, trainer(SHAPE), iterations=2, **ARGUMENTS)
+    assert history[0].groups["0.weight"].d.tolist() == [int(before.sum())]
+    assert not (mask_of(model, "0.weight") & ~before).any()
+
+
+def test_exclude_leaves_tensors_dense_and_they_are_rewound_too():
+    model, start = mlp(), state_without_masks(mlp())
+    sap, train = SAP(model, exclude="3", **ARGUMENTS), trainer(SHAPE)
+    for _ in range(2):
+        train(model)
+        record = sap.step()
+    assert [tensor.name for tensor in record.tensors] == ["0.weight"]
+    assert "3.weight" in model.state_dict()
+    assert_rewound(model, start, masks_of(model))
+
+
+def test_sap_leaves_everything_as_it_was_when_refused():
+    model = mlp()
+    sap = SAP(model, **ARGUMENTS)
+    trainer(SHAPE)(model)
+    sap.step()
+    before = snapshot(model)
+    for arguments in ({"metrics": "high"}, {"eval_fn": 3}):
+        with pytest.raises((TypeError, ValueError), match=next(iter(arguments))):
+            sap.step(**arguments)
+        assert_unchanged(model, before)
+        assert len(sap.history) == 1
 
 
 def test_what_a_state_dict_must_fit():
     model = mlp()
-    state = torch_sap.SAP(model).state_dict()
+    state = SAP(model).state_dict()
     with pytest.raises(ValueError, match=r"p: 0\.2 here, 0\.5 in the state"):
-        torch_sap.SAP(mlp(), p=0.2).load_state_dict(state)
+        SAP(mlp(), p=0.2).load_state_dict(state)
     with pytest.raises(ValueError, match="format"):
-        torch_sap.SAP(mlp()).load_state_dict({})
+        SAP(mlp()).load_state_dict({})
     with pytest.raises(ValueError, match="tensors"):
-        torch_sap.SAP(nn.Sequential(nn.Linear(3, 3))).load_state_dict(state)
+        SAP(nn.Sequential(nn.Linear(3, 3))).load_state_dict(state)
     torch.testing.assert_close(mlp()[0].weight, state["rewind_point"]["0.weight"])
 
 
 def test_rewind_point_needs_rewinding():
     with pytest.raises(ValueError, match="rewind"):
-        torch_sap.SAP(mlp(), rewind="none").set_rewind_point()
+        SAP(mlp(), rewind="none").set_rewind_point()
 
 
 def test_an_evaluation_that_fails_after_pruning_completes_the_round():
     model = mlp()
-    sap = torch_sap.SAP(model)
+    sap = SAP(model)
     start = {name: value.clone() for name, value in model.named_parameters()}
-    train(model)
+    trainer(SHAPE)(model)
 
     def fail(model):
         raise RuntimeError("no data")
@@ -94,35 +251,48 @@ def test_an_evaluation_that_fails_after_pruning_completes_the_round():
     assert 0 < mask.sum() < mask.numel()
 
 
-@pytest.mark.parametrize(("metric", "expected"), [(None, None), ("loss", None), ("speed", "metric must be one of")])
-def test_figures(tmp_path, metric, expected):
-    history = torch_sap.iterative_sap(mlp(), lambda model: {"loss": 1.0, "other": 2.0}, iterations=1)
-    if expected:
-        with pytest.raises(ValueError, match=expected):
-            history.plot(tmp_path / "figure.png", metric=metric)
-        assert not (tmp_path / "figure.png").exists()
-    else:
-        history.plot(tmp_path / "figure.png", metric=metric)
-        assert (tmp_path / "figure.png").stat().st_size > 1000
-    with pytest.raises(ValueError, match="empty"):
-        torch_sap.History().plot(tmp_path / "none.png")
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one(scope, late):
+    def rounds(model, sap, numbers):
+        for number in numbers:
+            fit(model, torch.optim.AdamW(model.parameters(), lr=0.03), SHAPE, seed=number)
+            if late and number == 1:
+                sap.set_rewind_point()
+            sap.step({"number": number})
 
-
-def test_a_parameter_that_the_user_assigns_is_pruned_in_its_place():
     model = mlp()
-    torch_sap.layer_unstructured(model, eta_r=0.3)
-    mask = model[0].weight_mask.clone()
-    model[0].weight = nn.Parameter(torch.ones(9, 6))
-    model(torch.randn(4, 6))
-    assert list(dict(model[0].named_parameters())) == ["weight_orig", "bias"]
-    assert model[0].weight is model[0].weight_orig
-    torch.testing.assert_close(model[0].weight.detach(), mask.float())
+    sap = SAP(model, scope=scope, **ARGUMENTS)
+    rounds(model, sap, range(2))
+    states = saved(model.state_dict()), saved(sap.state_dict())
+    rounds(model, sap, range(2, 5))
+    torch.manual_seed(99)
+    resumed = mlp()
+    for parameter in resumed.parameters():
+        torch.nn.init.normal_(parameter)
+    again = SAP(resumed, scope=scope, **ARGUMENTS)
+    resumed.load_state_dict(states[0])
+    again.load_state_dict(states[1])
+    assert len(again.history) == 2
+    rounds(resumed, again, range(2, 5))
+    for (key, value), other in zip(model.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(value, other), key
+    for record, other in zip(sap.history, again.history, strict=True):
+        assert_same_record(*(dataclasses.replace(each, seconds=0.0) for each in (record, other)))
 
 
-def test_sparse_gradients_are_masked():
-    model = nn.Sequential(nn.Embedding(20, 8, sparse=True))
-    torch_sap.layer_unstructured(model)
-    model(torch.arange(10)).sum().backward()
-    gradient = model[0].weight_orig.grad
-    assert gradient.is_sparse
-    torch.testing.assert_close(gradient.to_dense()[:10], model[0].weight_mask[:10].float())
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.25, 0.5])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("baseline", [LotteryTicket, OneShot])
+def test_baselines_prune_a_fixed_ratio(baseline, scope, ratio):
+    model = convnet()
+    pruner = baseline(model, ratio=ratio, scope=scope)
+    trainer((6, 2, 6, 6))(model)
+    weights, masks = arrays(model)
+    record = pruner.step()
+    for name, group in record.groups.items():
+        assert group.c.tolist() == [round(ratio * d) for d in group.d.tolist()], name
+    if scope == "layer":
+        for name, mask in masks_of(model).items():
+            order = np.argsort(np.abs(weights[name]).reshape(-1), kind="stable")[: round(ratio * masks[name].size)]
+            assert set(np.flatnonzero(~mask.numpy().reshape(-1))) == set(order)

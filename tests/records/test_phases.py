@@ -11,7 +11,7 @@ from torch import nn
 from torch_sap import History, iterative_sap
 from torch_sap.records.phases import label_phases
 
-REGULARISATION, COMPRESSION, COLLAPSE = "regularisation", "compression", "collapse"
+REGULARIZATION, COMPRESSION, COLLAPSE = "regularization", "compression", "collapse"
 
 # PQ Index and accuracy of the retrained models, recorded: One Shot of an MLP on FashionMNIST by the code of the paper's
 # authors, seed 0 (remaining weights 100, 80, 64, ... %).
@@ -24,8 +24,8 @@ def test_the_table_of_the_rule():
     accuracy = [0.90, 0.92, 0.916, 0.91, 0.92, 0.86, 0.86, 0.90]
     assert label_phases(pqi, accuracy) == [
         None,  # nothing to compare with
-        REGULARISATION,  # falls, better
-        REGULARISATION,  # equal, within noise of the best
+        REGULARIZATION,  # falls, better
+        REGULARIZATION,  # equal, within noise of the best
         COMPRESSION,  # rises, a little is lost
         COMPRESSION,  # rises, nothing is lost
         COLLAPSE,  # falls, 0.06 is lost
@@ -34,7 +34,7 @@ def test_the_table_of_the_rule():
     ]
 
 
-@pytest.mark.parametrize(("noise", "label"), [(0.0, None), (0.02, REGULARISATION)])
+@pytest.mark.parametrize(("noise", "label"), [(0.0, None), (0.02, REGULARIZATION)])
 def test_noise_is_no_loss(noise, label):
     assert label_phases([0.5, 0.4], [0.90, 0.89], noise=noise)[1] == label
 
@@ -45,8 +45,8 @@ def test_what_is_significant(significant, label):
 
 
 def test_a_loss_is_better_small():
-    assert label_phases([0.5, 0.4, 0.3], [1.0, 0.9, 1.5], mode="min") == [None, REGULARISATION, COLLAPSE]
-    assert label_phases([0.5, 0.4, 0.3], [1.0, 0.9, 1.5], mode="max") == [None, COLLAPSE, REGULARISATION]
+    assert label_phases([0.5, 0.4, 0.3], [1.0, 0.9, 1.5], mode="min") == [None, REGULARIZATION, COLLAPSE]
+    assert label_phases([0.5, 0.4, 0.3], [1.0, 0.9, 1.5], mode="max") == [None, COLLAPSE, REGULARIZATION]
 
 
 def test_loss_counts_from_the_best_round_not_from_the_dense_one():
@@ -59,18 +59,18 @@ def test_what_is_not_defined_has_no_label_and_does_no_harm(nan_at):
     (pqi if nan_at == "pqi" else accuracy)[1] = float("nan")
     labels = label_phases(pqi, accuracy)
     assert labels[1] is None
-    assert labels[3] == REGULARISATION
+    assert labels[3] == REGULARIZATION
 
 
-def test_one_shot_of_the_authors_regularises_and_then_compresses():
+def test_one_shot_of_the_authors_regularizes_and_then_compresses():
     labels = label_phases(ONE_SHOT_PQI, ONE_SHOT_ACCURACY, noise=0.0061)
-    assert labels == [None, *[REGULARISATION] * 6, *[COMPRESSION] * 4]
+    assert labels == [None, *[REGULARIZATION] * 6, *[COMPRESSION] * 4]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "up"}, 'mode must be "max" or "min", got mode=\'up\''),
+        ({"mode": "up"}, "mode must be one of 'max', 'min', got mode='up'"),
         ({"noise": -0.1}, "noise and significant must be 0 <= noise <= significant, got -0.1 and 0.05"),
         ({"noise": 0.2}, "noise and significant must be 0 <= noise <= significant, got 0.2 and 0.05"),
     ],
@@ -91,8 +91,8 @@ def history():
 def test_a_history_labels_its_rounds(history):
     falling = [history[1].pqi < history[0].pqi, history[2].pqi < history[1].pqi]
     assert falling == [True, True]
-    assert history.phases() == [None, REGULARISATION, COLLAPSE]
-    assert history.phases(metric="loss", mode="min") == [None, REGULARISATION, REGULARISATION]
+    assert history.phases() == [None, REGULARIZATION, COLLAPSE]
+    assert history.phases(metric="loss", mode="min") == [None, REGULARIZATION, REGULARIZATION]
     assert History.from_dict(json.loads(json.dumps(history.to_dict()))).phases() == history.phases()
 
 
@@ -119,13 +119,13 @@ def test_bands_in_the_plot(history, tmp_path):
     assert not (tmp_path / "no.svg").exists()
 
 
-def test_each_phase_has_a_colour_and_a_band_at_its_round(history):
+def test_each_phase_has_a_color_and_a_band_at_its_round(history):
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
 
-    from torch_sap.records.plots import PHASE_COLOURS, shade_phases
+    from torch_sap.records.plots import PHASE_COLORS, shade_phases
 
     axes = Figure().subplots()
     shade_phases(axes, history.phases())
     found = [(band.get_x(), to_rgb(band.get_facecolor())) for band in axes.patches]
-    assert found == [(0.5, to_rgb(PHASE_COLOURS[REGULARISATION])), (1.5, to_rgb(PHASE_COLOURS[COLLAPSE]))]
+    assert found == [(0.5, to_rgb(PHASE_COLORS[REGULARIZATION])), (1.5, to_rgb(PHASE_COLORS[COLLAPSE]))]

@@ -1,4 +1,4 @@
-"""What the calls of the table of bad inputs are about: models, a stepper, a history and files, and how they are."""
+"""What the calls of the table of bad inputs are about: models, a pruner, a history and files, and how they are."""
 
 import json
 import math
@@ -9,12 +9,18 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torch_sap
+import torch_sap.stopping
 from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.integrations.torch_pruning import shrink
+from torch_sap.records.round import Round
 
 try:
     from torch_sap.integrations.lightning import SAPCallback
 except ImportError:
     SAPCallback = None
+
+
+STOPPING = ("StoppingRule", "TargetDensity", "WithinTolerance", "Collapse", "NothingLeft")
 
 
 def raising(model):
@@ -27,6 +33,7 @@ def raising(model):
 def make_world(folder):
     """Names that the calls use, each call with new ones."""
     world = {name: getattr(torch_sap, name) for name in torch_sap.__all__}
+    world |= {name: getattr(torch_sap.stopping, name) for name in STOPPING} | {"Round": Round, "shrink": shrink}
     world |= {
         "nn": nn,
         "torch": torch,
@@ -62,19 +69,19 @@ def make_world(folder):
 
 
 def state_of(world, folder):
-    """All that a refused call must leave as it is: models with gradients, histories, steppers, files."""
+    """All that a refused call must leave as it is: models with gradients, histories, pruners, files."""
     found = {}
     for name, value in world.items():
-        stepper = value if isinstance(value, torch_sap.SAP) else None
-        model = stepper.model if stepper else value
+        pruner = value if isinstance(value, torch_sap.SAP) else None
+        model = pruner.model if pruner else value
         if isinstance(model, nn.Module):
             found[name] = snapshot(model)
             found[name]["values"] = {key: bits.tolist() for key, bits in found[name]["values"].items()}
             found[name]["grads"] = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
-        history = stepper.history if stepper else value
+        history = pruner.history if pruner else value
         if isinstance(history, torch_sap.History):
             found[name + " rounds"] = history.to_dict()
-        if stepper:
-            point = stepper.state_dict()["rewind_point"] or {}
+        if pruner:
+            point = pruner.state_dict()["rewind_point"] or {}
             found[name + " rewind point"] = {key: value.tolist() for key, value in point.items()}
     return found | {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

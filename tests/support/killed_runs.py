@@ -22,6 +22,7 @@ from torch import nn
 
 import torch_sap
 from torch_sap.files import atomic, checkpoint
+from torch_sap.stopping import WithinTolerance
 
 ITERATIONS = 3
 DIGITS = load_digits()
@@ -66,7 +67,7 @@ def run(path, epochs):
         train_fn,
         iterations=ITERATIONS,
         eval_fn=eval_fn,
-        stop=torch_sap.WithinTolerance(0.2, patience=9),
+        stop=WithinTolerance(0.2, patience=9),
         checkpoint=path,
         optimizer=optimizer,
     )
@@ -127,7 +128,7 @@ def place_of(path):
         return "no file"
     state = checkpoint.read(path)
     done = "finished" if state["finished"] else "pruning" if state["trained"] is not None else "training"
-    return f"{done} {len(state['sap']['history']['rounds'])}"
+    return f"{done} {len(state['pruner']['history']['rounds'])}"
 
 
 def resume(work, path):

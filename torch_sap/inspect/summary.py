@@ -17,7 +17,7 @@ from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.inspect.macs import count_macs
 from torch_sap.inspect.verify import arguments_of, as_it_was
 from torch_sap.masks.parameters import Prunable, entries_of, resolve
-from torch_sap.records.report import numbers
+from torch_sap.records.codec import to_plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,11 +131,11 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; None for an index that is not defined."""
         layers = [
-            asdict(layer) | {"pqi": numbers([layer.pqi])[0], "sparse_macs": layer.sparse_macs} for layer in self.layers
+            asdict(layer) | {"pqi": to_plain(layer.pqi), "sparse_macs": layer.sparse_macs} for layer in self.layers
         ]
         for layer in layers:
             layer |= {"shape": list(layer["shape"]), "empty_rows": list(layer["empty_rows"])}
-        total = {"weights": self.weights, "remaining": self.remaining, "pqi": numbers([self.pqi])[0]}
+        total = {"weights": self.weights, "remaining": self.remaining, "pqi": to_plain(self.pqi)}
         total |= {"parameters": self.parameters, "other_macs": self.other_macs}
         return {**total, "macs": self.macs, "sparse_macs": self.sparse_macs, "layers": layers}
 

@@ -1,7 +1,7 @@
 """Iterative SAP inside Lightning's Trainer: a callback.
 
-A round is a fixed number of epochs. The pruning that ends it happens at the start of the epoch after it, not at the end
-of its last epoch: every checkpoint then holds a trained model, and the metric that it was chosen by is that model's.
+A round is a fixed number of epochs. It is pruned at the start of the next epoch, not at the end of its last one: every
+checkpoint then holds a trained model, and the metric that it was chosen by belongs to that model.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.prune import is_pruned
 from torch.utils.hooks import RemovableHandle
 
+from torch_sap.arguments import check_int
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Scope, check_scope
 from torch_sap.functional import global_unstructured, remove
-from torch_sap.iterative import SAP
+from torch_sap.iterate.pruner import SAP
 from torch_sap.masks.parameters import prunable_parameters
 from torch_sap.records.history import History
 
@@ -33,30 +34,25 @@ _logger = logging.getLogger(__name__)
 class SAPCallback(Callback):
     """Sparsity-informed Adaptive Pruning in a Trainer: train, measure, prune, rewind, again.
 
-    Of ``max_epochs`` epochs, each ``epochs_per_round`` are a round; the last round is trained and not pruned. So
-    ``max_epochs=(iterations + 1) * epochs_per_round`` makes that many iterations of pruning. Rewinding puts back the
-    surviving weights, all other parameters, the buffers, the optimizers, and the learning-rate schedulers, which
-    therefore should be made for one round. The history's metrics are ``trainer.callback_metrics``.
+    Each ``epochs_per_round`` epochs are a round; the last round is trained and not pruned. So
+    ``max_epochs=(iterations + 1) * epochs_per_round`` makes that many prunings. Rewinding puts back the surviving
+    weights, all other parameters, the buffers, the optimizers, and the learning-rate schedulers, which therefore
+    should be made for one round. The history's metrics are ``trainer.callback_metrics``.
 
-    The callback's state is in the Trainer's checkpoints, and ``fit(ckpt_path=...)`` goes on from it, at the end of a
-    round or inside one. A second ``fit`` of the same module goes on from where the first one ended. With another
-    module the callback starts anew.
+    The callback's state is in the Trainer's checkpoints, and ``fit(ckpt_path=...)`` continues from it, at the end of a
+    round or inside one. A second ``fit`` of the same module continues where the first one ended. With another module
+    the callback starts again.
 
     Args:
-        epochs_per_round: Epochs that each training takes; 1 or more.
-        scope: What one I, r and c are computed over: "global", "layer" or "neuron".
-        p: The smaller norm, ``0 < p < q``.
-        q: The larger norm.
-        eta_r: Share of the p-th power mass that may be lost; 0 or more.
-        gamma: Factor on the prunable number ``d - r``; 0 or more.
-        beta: The largest share of a group that one round prunes, in [0, 1].
+        epochs_per_round: Epochs of each training; 1 or more.
+        scope, p, q, eta_r, gamma, beta: As of :class:`SAP`.
         rewind: "init": to the state at the start of the first ``fit``. A number of epochs, less than
             ``epochs_per_round``: to the weights after that many epochs of the first round (late rewinding); optimizers
-            and schedulers start anew all the same. "none": nothing is set back, schedulers go on.
+            and schedulers start again all the same. "none": nothing is set back, schedulers continue.
         exclude: Patterns of what not to prune, see :func:`prunable_parameters`; paths are those in the LightningModule.
 
     Attributes:
-        sap: The :class:`SAP` stepper; None before the first ``fit``.
+        sap: The :class:`SAP` pruner; None before the first ``fit``.
 
     Raises:
         ValueError: if an argument is out of its range; in ``fit`` if the weights are NaN or infinite, if there is
@@ -85,16 +81,20 @@ class SAPCallback(Callback):
         exclude: str | Iterable[str] = (),
     ) -> None:
         Hyperparameters(p, q, eta_r, gamma, beta)  # raises here if one is out of its range
-        _check_epochs(epochs_per_round, rewind)
+        check_int("epochs_per_round", epochs_per_round, low=1)
         check_scope(scope)
+        late = isinstance(rewind, int) and not isinstance(rewind, bool) and 0 < rewind < epochs_per_round
+        if not late and rewind not in ("init", "none"):
+            raise ValueError(
+                'rewind must be "init", "none" or a number of epochs from 1 to epochs_per_round - 1 = '
+                f"{epochs_per_round - 1}, got rewind={rewind!r}"
+            )
         if not isinstance(exclude, Iterable):
             raise TypeError(f"exclude must be a pattern or an iterable of patterns, got {exclude!r}")
         self.epochs_per_round, self.rewind = epochs_per_round, rewind
         self.sap: SAP | None = None
         self._exclude = exclude if isinstance(exclude, str) else tuple(exclude)
-        self._settings: dict[str, Any] = {
-            "scope": scope, "p": p, "q": q, "eta_r": eta_r, "gamma": gamma, "beta": beta
-        }  # fmt: skip
+        self._settings: Any = dict(scope=scope, p=p, q=q, eta_r=eta_r, gamma=gamma, beta=beta)
         self._loaded: Mapping[str, Any] = {}
         self._metrics: dict[str, float] = {}
         self._epochs_before = 0  # epochs of the running round that earlier calls of fit have trained
@@ -111,21 +111,21 @@ class SAPCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module masks of ones before other callbacks copy it, and let it load any checkpoint.
 
-        The Trainer loads the module's state before it calls any other hook that could do it. What is made in
-        ``configure_model`` does not exist yet; it gets its masks when they are loaded, or in ``on_fit_start``.
+        The Trainer loads the module's state before it calls any later hook. Layers that ``configure_model`` creates
+        do not exist yet; they get their masks when masks are loaded, or in ``on_fit_start``.
         """
         if stage == "fit" and prunable_parameters(pl_module) and not is_pruned(pl_module):
-            self._give_masks(pl_module)
+            global_unstructured(pl_module, gamma=0, exclude=self._exclude)  # gamma=0 prunes nothing
             self._gave_masks = True
         register: Any = pl_module.register_load_state_dict_pre_hook
         self._load_handle = register(self._match_masks)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave nothing on the module but its masks."""
+        """Remove the loading hook from the module; its masks stay."""
         self._release()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the stepper. The module is on its device, and has the weights of the checkpoint if there is one."""
+        """Create the pruner. The module is on its device, and has the weights of the checkpoint if there is one."""
         self._release()
         if self.sap is None or self.sap.model is not pl_module:
             rewind: Literal["init", "none"] = "none" if self.rewind == "none" else "init"
@@ -147,28 +147,29 @@ class SAPCallback(Callback):
         if epochs >= self.epochs_per_round:
             self._prune()
             self._round_start = trainer.current_epoch
-        elif epochs == self.rewind and not self._pruned_rounds():
+        elif epochs == self.rewind and not any(found.pruned for found in self.history):
             self.sap.set_rewind_point()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metrics: those of the validation and of the training are there now."""
-        self._metrics = _numbers(trainer.callback_metrics)
+        values = trainer.callback_metrics.items()
+        self._metrics = {name: float(value) for name, value in values if value.numel() == 1}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the last training. Should another fit follow, the round is taken up again."""
+        """Measure the last training. If another fit follows, the round continues."""
         self._end(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure it also if the Trainer had nothing left to train: a resume from the very last checkpoint."""
+        """Measure it even if the Trainer had nothing left to train: a resume from the very last checkpoint."""
         if self._round_start is not None and trainer.current_epoch > self._round_start:
             self._end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let another fit go on after an interruption."""
+        """Let another fit continue after an interruption."""
         self._pause(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The stepper's state (settings, rewind point, history) and the place in the round, as plain values."""
+        """Collect the pruner's state and the place in the round, as plain values."""
         if self.sap is None:
             return {}
         return {
@@ -179,18 +180,15 @@ class SAPCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`; the Trainer calls it before or after ``on_fit_start``."""
+        """Continue from a :meth:`state_dict`; the Trainer calls it before or after ``on_fit_start``."""
         self._loaded = state_dict
         if self.sap is not None:
             self._resume()
 
-    def _give_masks(self, module: nn.Module) -> None:
-        global_unstructured(module, gamma=0, exclude=self._exclude)  # gamma=0 prunes nothing
-
     def _match_masks(self, module: nn.Module, state: Mapping[str, Any], *_: Any) -> None:
-        """Load pre-hook: as many masks as the state has."""
+        """Load pre-hook: give the module as many masks as the state has."""
         if any(key.endswith("_mask") and key.removesuffix("_mask") + "_orig" in state for key in state):
-            self._give_masks(module)
+            global_unstructured(module, gamma=0, exclude=self._exclude)
         elif self._gave_masks:
             remove(module)
 
@@ -213,8 +211,8 @@ class SAPCallback(Callback):
         assert self.sap is not None
         self._drop_unpruned_round()
         found = self.sap.step(self._metrics)
-        remaining = sum(tensor.remaining for tensor in found.tensors_after)
-        _logger.info("round %d: pruned %d weights, %d remain", found.number, found.pruned_count, remaining)
+        pruned, remaining = found.pruned_count, found.remaining - found.pruned_count
+        _logger.info("round %d: pruned %d weights, %d remain", found.number, pruned, remaining)
         if self.rewind != "none":
             for each, state in self._fresh:
                 each.load_state_dict(copy.deepcopy(state))
@@ -225,33 +223,12 @@ class SAPCallback(Callback):
         self.sap.record(self._metrics)
         self._pause(trainer)
 
-    def _pruned_rounds(self) -> int:
-        return sum(found.pruned is not None for found in self.history)
-
     def _drop_unpruned_round(self) -> None:
-        """Take back the record of a training that was the last one, and is not any more."""
-        if self.sap is not None and len(self.sap.history) > self._pruned_rounds():
-            self.sap.history = self.sap.history[:-1]
+        """Take back the record of a training that is no longer the last one."""
+        if self.sap is not None:
+            self.sap.history = History(found for found in self.sap.history if found.pruned is not None)
 
     def _pause(self, trainer: Trainer) -> None:
         if self._round_start is not None:
             self._epochs_before = trainer.current_epoch - self._round_start
             self._round_start = None
-
-
-def _check_epochs(epochs_per_round: object, rewind: object) -> None:
-    if not isinstance(epochs_per_round, int) or isinstance(epochs_per_round, bool):
-        raise TypeError(f"epochs_per_round must be an int, got {epochs_per_round!r}")
-    if epochs_per_round < 1:
-        raise ValueError(f"epochs_per_round must be 1 or more, got epochs_per_round={epochs_per_round}")
-    late = isinstance(rewind, int) and not isinstance(rewind, bool) and 0 < rewind < epochs_per_round
-    if not late and rewind not in ("init", "none"):
-        raise ValueError(
-            'rewind must be "init", "none" or a number of epochs from 1 to epochs_per_round - 1 = '
-            f"{epochs_per_round - 1}, got rewind={rewind!r}"
-        )
-
-
-def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """The metrics that are one number."""
-    return {name: float(value) for name, value in metrics.items() if value.numel() == 1}

@@ -1,4 +1,4 @@
-"""Rounds of an iterative pruning in TensorBoard, while they are made or afterwards."""
+"""Rounds of an iterative pruning in TensorBoard, during the run or afterwards."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ except ImportError as error:
 
 
 class TensorBoardCallback:
-    """Writes each round that it is called with as event data, with the round's number as the step.
+    """Write each round that it is called with as event data, with the round's number as the step.
 
-    The tags, of the retrained model and, with the prefix ``pruned_``, of the pruned model before rewinding:
+    Tags of the retrained model and, with the prefix ``pruned_``, of the pruned model before rewinding:
 
     - ``sap/density``, ``sap/remaining``, ``sap/pruned``, ``sap/seconds``;
     - ``pqi/global``, ``pqi/layer_mean``, ``pqi/neuron_mean``, and ``gini/...`` where it was measured;
@@ -29,14 +29,14 @@ class TensorBoardCallback:
     Args:
         writer: A SummaryWriter of yours, which stays open, or the folder for a new one, which :meth:`close` and the
             end of a with-block close.
-        layers: Whether each tensor gets tags of its own.
+        layers: Whether each tensor gets its own tags.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> with TensorBoardCallback("runs/sap") as tensorboard:
         ...     history = iterative_sap(model, train_fn=lambda model: None, iterations=2, callback=tensorboard)
 
-        Afterwards, of a history that was saved: ``for found in history: tensorboard(found)``.
+        Afterwards, with a history that was saved: ``for found in history: tensorboard(found)``.
     """
 
     def __init__(self, writer: SummaryWriter | str | os.PathLike[str], *, layers: bool = True) -> None:
@@ -46,8 +46,8 @@ class TensorBoardCallback:
 
     def __call__(self, round: Round) -> None:
         """Write a round."""
-        self._scalars("sap/", {"density": round.density, "remaining": round.remaining, "seconds": round.seconds}, round)
-        self._scalars("sap/", {"pruned": round.pruned_count}, round)
+        counts = {"density": round.density, "remaining": round.remaining, "pruned": round.pruned_count}
+        self._scalars("sap/", {**counts, "seconds": round.seconds}, round)
         self._scalars("metrics/", round.metrics, round)
         self._scalars("pruned_metrics/", round.pruned_metrics, round)
         self._sparsity("", round.retrained, round)
@@ -71,9 +71,8 @@ class TensorBoardCallback:
 
     def _layers(self, round: Round) -> None:
         for tensor in round.tensors:
-            self.writer.add_scalar(
-                f"layer_density/{tensor.name}", tensor.remaining / max(tensor.total, 1), round.number
-            )
+            if tensor.total:
+                self.writer.add_scalar(f"layer_density/{tensor.name}", tensor.density, round.number)
         for name, index in round.retrained.pqi["layer"].items():
             if len(defined := _defined(index)):
                 self.writer.add_scalar(f"layer_pqi/{name}", float(defined[0]), round.number)

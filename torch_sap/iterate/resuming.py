@@ -1,4 +1,4 @@
-"""A run of Algorithm 1 that goes on from a file after its process was killed, as if nothing had happened.
+"""Keep a run of Algorithm 1 in a file, and continue from it after its process was killed, as if nothing had happened.
 
 The file is written at the start, after every training (so that a kill while the model is evaluated or pruned does not
 repeat it) and after every pruning and rewinding.
@@ -7,7 +7,6 @@ repeat it) and after every pruning and rewinding.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,203 +15,179 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_sap.arguments import check_path
-from torch_sap.decide.measures import measure
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.files.checkpoint import as_plain, differences, read, unreadable, write
-from torch_sap.iterate.metrics import Metrics, as_metrics, modes_of
-from torch_sap.iterate.pruner import Stepper
+from torch_sap.iterate.pruner import Pruner
 from torch_sap.iterate.randomness import random_state, set_random_state
-from torch_sap.iterate.rewinding import tensors_of
-from torch_sap.masks.parameters import entries_of
+from torch_sap.iterate.rewinding import copier, finish, masks_of, modes_of, set_modes, tensors_of
+from torch_sap.records.metrics import Metrics, as_metrics
 from torch_sap.stopping import StoppingRule
 
 KEYS = {
-    "format", "settings", "iterations", "trained", "finished", "seconds",
-    "sap", "model", "masks", "modes", "extra", "optimizer", "optimizer_start", "random",
+    "format", "settings", "iterations", "trained", "finished",
+    "pruner", "model", "masks", "modes", "extra", "optimizer", "random",
 }  # fmt: skip
 
 
 class Run:
-    """The rounds of a stepper, with the file that they are written to; without one it keeps nothing.
+    """The rounds of a pruner and the file that holds them; without a file it keeps nothing.
 
     Args:
-        sap: The stepper. If the file exists, it and its model, its optimizer and the random state are set to what the
-            file holds.
+        pruner: If the file exists, the pruner, its model and optimizer, and the random state are set to what the file
+            holds.
         path: The file, or None.
         iterations: Prunings altogether.
         rules: The stopping rules.
 
     Attributes:
-        finished: Whether the file holds the end of the run.
+        finished: Whether the run is over.
 
     Raises:
-        ValueError: if the file is damaged, or of a run with other settings or of another model, and all differences
+        ValueError: if the file is damaged, or from a run with other settings or another model, and all differences
             are listed; if parameters are sharded, or copied by something else than DistributedDataParallel. Nothing
             is changed.
         OSError: if the file can neither be read nor written.
     """
 
     def __init__(
-        self, sap: Stepper, path: str | os.PathLike[str] | None, iterations: int, rules: Sequence[StoppingRule]
+        self, pruner: Pruner, path: str | os.PathLike[str] | None, iterations: int, rules: Sequence[StoppingRule]
     ) -> None:
         self.finished = False
-        self._sap, self._path, self._iterations, self._rules = sap, path, iterations, rules
-        self._metrics: dict[str, float] | None = None  # of a training that is not pruned yet
+        self._pruner, self._path, self._iterations, self._rules = pruner, path, iterations, rules
+        self._trained: dict[str, float] | None = None  # metrics of a training that has not been pruned yet
         self._random: list[Any] = []  # of each process, after that training
         if path is None:
             return
         check_path("checkpoint", path)
-        self._group = _group_of(sap.model)
+        self._group = _group_of(pruner.model)
         if any(_gathered(os.path.exists(path), self._group)):
-            self._resume()
+            self._load(path)
         else:
             self._save()
 
     def train(self, train_fn: Callable[[nn.Module], Metrics]) -> dict[str, float]:
-        """Train the model, unless the file holds the trained one already.
-
-        Returns:
-            What train_fn said of it.
-        """
-        if self._metrics is not None:
-            return dict(self._metrics)
-        metrics = as_metrics(train_fn(self._sap.model), "train_fn")
-        if self._path is not None:
-            measure(entries_of(self._sap._prunables, None), "global", self._sap.rule.p, self._sap.rule.q)  # finite?
-            self._metrics, self._random = dict(metrics), _gathered(random_state(), self._group)
+        """Train the model, unless the file already holds the trained one, and return its metrics."""
+        if self._trained is None:
+            metrics = as_metrics(train_fn(self._pruner.model), "train_fn")
+            if self._path is None:
+                return metrics
+            self._pruner.check_finite()  # a file with NaN would fail for ever
+            self._trained, self._random = metrics, _gathered(random_state(), self._group)
             self._save()
-        return metrics
+        return dict(self._trained)
 
-    def end_round(self, *, finished: bool = False) -> None:
+    def end_round(self, *, finished: bool) -> None:
         """Note that the round is complete and, perhaps, the last."""
+        self.finished = finished
+        if not finished:  # else it stays, in case more iterations are asked for later
+            self._trained = None
         if self._path is not None:
-            self.finished = finished
-            if not finished:  # else it stays, should somebody want more iterations
-                self._metrics = None
             self._save()
-
-    def _settings(self) -> dict[str, Any]:
-        """All that must be the same when a run is resumed."""
-        sap = self._sap
-        settings = sap._settings()
-        return {
-            **settings,
-            "tensors": dict.fromkeys(settings["tensors"], "pruned"),
-            "gini": sap.gini,
-            "model": _table(tensors_of(sap.model)),
-            "optimizer": _about_optimizer(sap),
-            "stop": {str(number): _about_rule(rule) for number, rule in enumerate(self._rules)},
-            "processes": len(_gathered(None, self._group)),
-        }
 
     def _save(self) -> None:
-        sap, model = self._sap, unwrap(self._sap.model)
-        extra = {
-            name: module.get_extra_state()
-            for name, module in model.named_modules()
-            if type(module).get_extra_state is not nn.Module.get_extra_state
-        }
-        state = {
-            "settings": self._settings(),
-            "iterations": self._iterations,
-            "trained": self._metrics,
-            "finished": self.finished,
-            "seconds": time.perf_counter() - sap._ended,
-            "sap": sap.state_dict(),
-            "model": tensors_of(model),
-            "masks": [prunable.mask for prunable in sap._prunables],
-            "modes": list(modes_of(model).values()),
-            "extra": extra,
-            "optimizer": None if sap.optimizer is None else sap.optimizer.state_dict(),
-            "optimizer_start": sap._optimizer_start,
-            "random": self._random if self._metrics is not None else _gathered(random_state(), self._group),
-        }
-        path, first = self._path, self._group is None or torch.distributed.get_rank(self._group) == 0
+        pruner, model, path = self._pruner, unwrap(self._pruner.model), self._path
         assert path is not None
+        of_pruner = pruner.state_dict()
+        state = {
+            "settings": self._settings(of_pruner),
+            "iterations": self._iterations,
+            "trained": self._trained,
+            "finished": self.finished,
+            "pruner": of_pruner,
+            "model": tensors_of(model),
+            "masks": masks_of(pruner.prunables),
+            "modes": list(modes_of(model).values()),
+            "extra": {name: module.get_extra_state() for name, module in _with_extra_state(model).items()},
+            "optimizer": None if pruner.optimizer is None else pruner.optimizer.state_dict(),
+            "random": self._random if self._trained is not None else _gathered(random_state(), self._group),
+        }
+        first = self._group is None or torch.distributed.get_rank(self._group) == 0
         _together(lambda: write(path, state) if first else None, self._group)
 
-    def _resume(self) -> None:
-        path = self._path
-        assert path is not None
+    def _load(self, path: str | os.PathLike[str]) -> None:
+        pruner, random, optimizer = self._pruner, random_state(), self._pruner.optimizer
         state = _together(lambda: read(path), self._group)
-        if missing := sorted(KEYS - state.keys()):
-            raise unreadable(path, f"it lacks {', '.join(missing)}")
-        try:
-            different, rounds = self._differences(state), len(state["sap"]["history"]["rounds"])
-        except Exception as error:  # whatever rubbish leads to
-            raise unreadable(path, f"its settings cannot be read ({error!r})") from None
-        if different:
-            raise ValueError(
-                f"checkpoint must be of the same run, but {os.fspath(path)!r} is of another: {different}. Nothing was "
-                "loaded. Pass the arguments of that run, or another path to begin a new one"
-            )
-        extended = state["finished"] and self._iterations > state["iterations"] == rounds - 1
-        self._load(state, path, extended=extended)
-
-    def _differences(self, state: Mapping[str, Any]) -> str:
-        found = differences(self._settings(), state["settings"], "in the file")
-        rounds, ended = state["sap"]["history"]["rounds"], state["finished"]
-        done = len(rounds) - bool(ended)
-        if self._iterations < done:
-            found += f"{'; ' * bool(found)}iterations: {self._iterations} here, {done} prunings done in the file"
-        returned = state["sap"]["history"]["returned"]
-        if ended and self._iterations > state["iterations"] == done and returned not in (None, done):
-            found += f"{'; ' * bool(found)}iterations: {self._iterations} here, but in the file the run has ended with "
-            found += f"{done} and given back round {returned}"
-        return found
-
-    def _load(self, state: Mapping[str, Any], path: str | os.PathLike[str], *, extended: bool) -> None:
-        sap, random, optimizer = self._sap, random_state(), self._sap.optimizer
+        extended = self._check(state, path)
         own = None if optimizer is None else optimizer.state_dict()
         rank = 0 if self._group is None else torch.distributed.get_rank(self._group)
+        model = unwrap(pruner.model)
         try:
-            masks = [
-                mask.reshape(prunable.weight.shape).to(prunable.weight.device, torch.bool)
-                for prunable, mask in zip(sap._prunables, state["masks"], strict=True)
-            ]
-            modes = dict(zip(modes_of(unwrap(sap.model)), state["modes"], strict=True))
-            modules = {name: unwrap(sap.model).get_submodule(name) for name in state["extra"]}
-            metrics = None if state["trained"] is None else as_metrics(state["trained"], "the file")
-            ended = time.perf_counter() - state["seconds"]
-            if _table(state["model"]) != state["settings"]["model"]:
+            modes = dict(zip(modes_of(model), map(bool, state["modes"]), strict=True))
+            extra = {module: state["extra"][name] for name, module in _with_extra_state(model).items()}
+            trained = None if state["trained"] is None else as_metrics(state["trained"], "the file")
+            weights = [prunable.weight for prunable in pruner.prunables]
+            masks = [m.to(w.device, torch.bool) for w, m in zip(weights, state["masks"], strict=True)]
+            shapes = [mask.shape for mask in masks] == [weight.shape for weight in weights]
+            if _table(state["model"]) != state["settings"]["model"] or not shapes:
                 raise ValueError("its tensors are not those that it should have")
+            restore = copier(model, state["model"], pruner.prunables, masks)
             if not state["finished"] or extended:
                 set_random_state(state["random"][rank])
             if optimizer is not None:
                 optimizer.load_state_dict(state["optimizer"])
-            sap.load_state_dict(state["sap"])
-        except Exception as error:  # whatever rubbish leads to
+            pruner.load_state_dict(state["pruner"])
+        except Exception as error:  # from corrupt input
             set_random_state(random)
             if optimizer is not None and own is not None:
                 optimizer.load_state_dict(own)
             raise unreadable(path, str(error) or repr(error)) from error
-        sap.put(state["model"], masks)
-        for module, training in modes.items():
-            module.training = bool(training)
-        for name, module in modules.items():
-            module.set_extra_state(state["extra"][name])
-        sap._optimizer_start = state["optimizer_start"]
-        sap._ended, self._metrics, self._random = ended, metrics, state["random"]
+        finish(restore)
+        set_modes(modes)
+        for module, value in extra.items():
+            module.set_extra_state(value)
+        self._trained, self._random = trained, state["random"]
         self.finished = state["finished"] and not extended
         if extended:
-            sap.history = sap.history[:-1]  # that round is going to be pruned
+            pruner.history = pruner.history[:-1]  # that round is going to be pruned
+
+    def _check(self, state: Mapping[str, Any], path: str | os.PathLike[str]) -> bool:
+        """Refuse a file of another run; return whether a finished run is to get more iterations."""
+        if missing := sorted(KEYS - state.keys()):
+            raise unreadable(path, f"it lacks {', '.join(missing)}")
+        try:
+            found = [differences(self._settings(self._pruner.state_dict()), state["settings"], "in the file")]
+            history, ended, planned = state["pruner"]["history"], bool(state["finished"]), state["iterations"]
+            done, returned = len(history["rounds"]) - ended, history["returned"]
+            extended = ended and self._iterations > planned == done
+            if self._iterations < done:
+                found.append(f"iterations: {self._iterations} here, {done} prunings done in the file")
+            if extended and returned not in (None, done):
+                found.append(
+                    f"iterations: {self._iterations} here, but in the file the run has ended with {done} and given "
+                    f"back round {returned}"
+                )
+        except Exception as error:  # from corrupt input
+            raise unreadable(path, f"its settings cannot be read ({error!r})") from None
+        if different := "; ".join(filter(None, found)):
+            raise ValueError(
+                f"checkpoint must be of the same run, but {os.fspath(path)!r} is of another: {different}. Nothing was "
+                "loaded. Pass the arguments of that run, or another path to begin a new one"
+            )
+        return extended
+
+    def _settings(self, of_pruner: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything that must be the same when a run is resumed."""
+        optimizer, start = self._pruner.optimizer, of_pruner["optimizer_start"] or {"param_groups": []}
+        groups = {str(number): as_plain(group) for number, group in enumerate(start["param_groups"])}
+        return {
+            **of_pruner["settings"],
+            "tensors": dict.fromkeys(of_pruner["settings"]["tensors"], "pruned"),
+            "model": _table(tensors_of(self._pruner.model)),
+            "optimizer": {} if optimizer is None else {"class": type(optimizer).__name__, "groups": groups},
+            "stop": {str(number): _about_rule(rule) for number, rule in enumerate(self._rules)},
+            "processes": len(_gathered(None, self._group)),
+        }
+
+
+def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
+    own = nn.Module.get_extra_state
+    return {name: module for name, module in model.named_modules() if type(module).get_extra_state is not own}
 
 
 def _table(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Type and shape of each tensor."""
     return {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()}
-
-
-def _about_optimizer(sap: Stepper) -> dict[str, Any]:
-    """The optimizer that lives through the rounds, as it was at the start."""
-    if sap.optimizer is None or sap._optimizer_start is None:
-        return {}
-    groups = sap._optimizer_start["param_groups"]
-    return {
-        "class": type(sap.optimizer).__name__,
-        "groups": {str(i): as_plain(group) for i, group in enumerate(groups)},
-    }
 
 
 def _about_rule(rule: StoppingRule) -> dict[str, Any]:
@@ -222,7 +197,7 @@ def _about_rule(rule: StoppingRule) -> dict[str, Any]:
 
 
 def _group_of(model: nn.Module) -> Any:
-    """The processes that have copies of the model; None if there is one."""
+    """The process group whose members have copies of the model; None for a single process."""
     if any(map(is_dtensor, tensors_of(model).values())):
         raise ValueError(
             "checkpoint must be None for a model with sharded parameters (DTensor): save the model, the optimizer and "
@@ -240,7 +215,7 @@ def _group_of(model: nn.Module) -> Any:
 
 
 def _gathered(value: Any, group: Any) -> list[Any]:
-    """What each process of a group has."""
+    """Collect a value from each process of a group."""
     if group is None:
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size(group)

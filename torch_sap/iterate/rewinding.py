@@ -1,51 +1,76 @@
-"""The state of a model at one moment, and the way back to it: parameters and buffers, by copy."""
+"""The state of a model at one moment, and the way back to it: parameters, buffers and modes, by copy."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import unwrap
-from torch_sap.distributed.sharded import place
+from torch_sap.distributed.sharded import local, place
+from torch_sap.masks.holding import hold_masks
 from torch_sap.masks.parameters import Prunable
-from torch_sap.masks.zeros import restore_all_zeros_
 
 State = dict[str, Tensor]
 Rewind = Literal["init", "none"] | Mapping[str, Tensor]
 
 
 def snapshot(model: nn.Module) -> State:
-    """Copies of all parameters and buffers (batch-norm statistics too) but for masks, by their names before pruning."""
+    """Copy all parameters and buffers (batch-norm statistics too) except masks, by their names before pruning."""
     with torch.no_grad():
         return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
 
 
-def restore(model: nn.Module, state: Mapping[str, Tensor], prunables: Sequence[Prunable]) -> None:
-    """Copy a state into a model, in place; pruned entries become zeros."""
-    with torch.no_grad():
-        for name, tensor in tensors_of(model).items():
-            if name in state:
-                tensor.copy_(state[name])
-        restore_all_zeros_([(p.weight, mask) for p in prunables if (mask := p.mask) is not None])
+def copier(
+    model: nn.Module, state: Mapping[str, Tensor] | None, prunables: Sequence[Prunable], masks: Sequence[Tensor | None]
+) -> Callable[[], None]:
+    """Prepare to give a model a state (None: the one that it has then) and masks, with zeros at pruned entries.
 
-
-def anew(optimizer: Optimizer, start: Mapping[str, Any]) -> dict[str, Any]:
-    """What an optimizer is to load in order to start anew with the learning rate of now.
-
-    Its state is not just cleared: some fill it when they are made. Copied, because the optimizer writes into what it
-    loads.
+    Everything that can fail is done here. The function that is returned only copies: call it by :func:`finish`.
     """
-    return {**optimizer.state_dict(), "state": copy.deepcopy(start["state"])}
+    with torch.no_grad():
+        whole = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]
+    pairs = [(tensor, state[name]) for name, tensor in tensors_of(model).items() if name in state] if state else []
+
+    def copy() -> None:
+        with torch.no_grad():
+            for tensor, value in pairs:
+                tensor.copy_(value)
+            hold_masks(prunables, whole)  # restores the zeros of what was copied, too
+
+    return copy
+
+
+def finish(change: Callable[[], object]) -> None:
+    """Make a change; if it raises, make it once more, so that it is complete, and raise the error."""
+    try:
+        change()
+    except BaseException:
+        change()
+        raise
+
+
+def masks_of(prunables: Sequence[Prunable]) -> list[Tensor | None]:
+    """The mask of each tensor, or this process's part of it; None where there is none yet."""
+    return [None if (mask := prunable.mask) is None else local(mask) for prunable in prunables]
+
+
+def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
+    """Whether each module is in train mode."""
+    return {module: module.training for module in model.modules()}
+
+
+def set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Put modules back into the modes that :func:`modes_of` found."""
+    for module, training in modes.items():
+        module.training = training
 
 
 def rewind_point(model: nn.Module, rewind: Rewind) -> State | None:
-    """What the argument ``rewind`` asks for: a copy of the model as it is, of a state_dict, or nothing.
+    """Copy the state that the argument ``rewind`` asks for: the model's own, a state_dict, or none.
 
     Raises:
         ValueError, TypeError: as :func:`check_state` does, and for another word.
@@ -58,35 +83,30 @@ def rewind_point(model: nn.Module, rewind: Rewind) -> State | None:
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
-    """Copies of a state_dict's tensors by their names before pruning, if they fit a model.
+    """Copy a state_dict's tensors by their names before pruning, if they fit a model.
 
     Args:
         model: The model that the state has to fit.
         state: A state_dict of the model, from before or after it was pruned.
 
     Raises:
-        TypeError: if the state is no mapping to tensors.
+        TypeError: if the state is not a mapping to tensors.
         ValueError: if tensors are missing, unknown or of another shape.
     """
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         found = type(state).__name__ if isinstance(state, Mapping) else repr(state)
         raise TypeError(f'rewind must be "init", "none" or a state_dict of tensors, got {found}')
-    masks = {
-        key.removesuffix("_mask")
-        for key in state
-        if key.endswith("_mask") and key.removesuffix("_mask") + "_orig" in state
-    }
+    masks = {key[:-5] for key in state if key.endswith("_mask") and key[:-5] + "_orig" in state}
     plain = {
-        key.removesuffix("_orig") if key.removesuffix("_orig") in masks else key: value
+        key[:-5] if key.endswith("_orig") and key[:-5] in masks else key: value
         for key, value in state.items()
-        if not (key.endswith("_mask") and key.removesuffix("_mask") in masks)
+        if not (key.endswith("_mask") and key[:-5] in masks)
     }
     if unwrap(model) is not model:  # names are those inside DistributedDataParallel
         plain, model = {key.removeprefix("module."): value for key, value in plain.items()}, unwrap(model)
     own = tensors_of(model)
-    every = {_plain_name(model, key) for key in model.state_dict()} | set(own)
-    persistent = {_plain_name(model, key) for key in model.state_dict()} & set(own)
-    missing, unknown = sorted(persistent - set(plain)), sorted(set(plain) - every)
+    keys = {name for key in model.state_dict() if (name := _plain_name(model, key)) is not None}
+    missing, unknown = sorted((keys & set(own)) - set(plain)), sorted(set(plain) - keys - set(own))
     if missing or unknown:
         raise ValueError(f"rewind must be a state_dict of the model, but lacks {missing} and has unknown {unknown}")
     for key in own.keys() & plain.keys():
@@ -99,31 +119,20 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
 
 
 def tensors_of(model: nn.Module) -> State:
-    """Parameters and buffers by their names before pruning, without masks, each once."""
-    found: State = {}
+    """Collect parameters and buffers by their names before pruning, without masks, each once."""
     model = unwrap(model)
     reshard(model.modules())
     named = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in named:
-        if not _is_mask(model, name):
-            found[_plain_name(model, name)] = tensor
-    return found
+    return {plain: tensor for name, tensor in named if (plain := _plain_name(model, name)) is not None}
 
 
-def _split(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+def _plain_name(model: nn.Module, name: str) -> str | None:
+    """The name before pruning; None for a mask."""
     path, _, last = name.rpartition(".")
     try:
-        return model.get_submodule(path), last
-    except AttributeError:  # an entry of a custom state_dict that is no tensor of a module
-        return None, last
-
-
-def _is_mask(model: nn.Module, name: str) -> bool:
-    module, last = _split(model, name)
-    return module is not None and last.endswith("_mask") and last.removesuffix("_mask") + "_orig" in module._parameters
-
-
-def _plain_name(model: nn.Module, name: str) -> str:
-    module, last = _split(model, name)
-    pruned = module is not None and last.endswith("_orig") and last.removesuffix("_orig") + "_mask" in module._buffers
-    return name.removesuffix("_orig") if pruned else name
+        module = model.get_submodule(path)
+    except AttributeError:  # an entry of a custom state_dict, not a tensor of a module
+        return name
+    if last.endswith("_mask") and last[:-5] + "_orig" in module._parameters:
+        return None
+    return name[:-5] if last.endswith("_orig") and last[:-5] + "_mask" in module._buffers else name

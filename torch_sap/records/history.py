@@ -1,15 +1,16 @@
-"""The record of an iterative pruning: a Round an iteration, a History of them, as JSON, CSV, data frame and figure."""
+"""The rounds of an iterative pruning, in order: as JSON, CSV, data frame and figure."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from torch_sap.arguments import check_path
-from torch_sap.records.phases import Mode, Phase, label_phases, metric_values
+from torch_sap.records.metrics import Mode, metric_values
+from torch_sap.records.phases import Phase, label_phases
 from torch_sap.records.round import Round
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class History(Sequence[Round]):
         TypeError: if something else is among them.
 
     Attributes:
-        returned: Number of the round whose model the user got back, where a stopping rule chose one; else None.
+        returned: Number of the round whose model the user got back, if a stopping rule chose one; else None.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -42,7 +43,7 @@ class History(Sequence[Round]):
 
     def __init__(self, rounds: Iterable[Round] = ()) -> None:
         if not isinstance(rounds, Iterable):
-            raise TypeError(f"rounds must be rounds (torch_sap.Round), got {rounds!r}")
+            raise TypeError(f"rounds must be an iterable of Round, got {rounds!r}")
         self._rounds: list[Round] = []
         for round in rounds:
             self.append(round)
@@ -58,33 +59,22 @@ class History(Sequence[Round]):
     def __len__(self) -> int:
         return len(self._rounds)
 
-    def __iter__(self) -> Iterator[Round]:
-        return iter(self._rounds)
-
     def __repr__(self) -> str:
-        """A line a round."""
+        """One line per round."""
         return "\n".join(map(repr, self)) or "<History without rounds>"
 
     def append(self, round: Round) -> None:
-        """Add a round at the end.
-
-        Raises:
-            TypeError: if it is no round.
-        """
+        """Add a round at the end; anything else is a TypeError."""
         if not isinstance(round, Round):
-            raise TypeError(f"rounds must be rounds (torch_sap.Round), got {round!r}")
+            raise TypeError(f"rounds must hold Round (torch_sap.records.round), got {round!r}")
         self._rounds.append(round)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One :meth:`Round.row` a round."""
+        """Give the rounds as rows of a table, one :meth:`Round.row` per round."""
         return [round.row() for round in self]
 
     def to_frame(self) -> pd.DataFrame:
-        """The rounds as a pandas DataFrame, a row a round.
-
-        Raises:
-            ImportError: if pandas is not installed (extra "frame").
-        """
+        """Give the rounds as a pandas DataFrame (extra "frame"), one row per round."""
         try:
             import pandas as pd
         except ImportError as error:
@@ -92,78 +82,63 @@ class History(Sequence[Round]):
         return pd.DataFrame(self.rows())
 
     def to_csv(self, path: Path) -> None:
-        """Write a line a round."""
+        """Write a CSV file with a header and one line per round."""
         check_path("path", path)
         rows = self.rows()
-        columns = list(dict.fromkeys(column for row in rows for column in row))
         with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
+            writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
             writer.writeheader()
             writer.writerows(rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
+        """Convert to values that JSON can hold."""
         return {"format": FORMAT, "rounds": [round.to_dict() for round in self], "returned": self.returned}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> History:
-        """The history that :meth:`to_dict` wrote.
+        """Read what :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: if the values are of another format or not complete.
+            ValueError: if the values have another format or are incomplete.
         """
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"history must have format {FORMAT} of torch_sap, got {found!r}")
         rounds, returned = values.get("rounds"), values.get("returned")
         if not isinstance(rounds, list):
-            raise ValueError(f"history must hold a list of rounds, got {rounds!r}; it is damaged or of another program")
+            raise ValueError(f"history must hold a list of rounds, got {rounds!r}; it is damaged or not from torch_sap")
         if returned is not None and not isinstance(returned, int):
             raise ValueError(f"history must hold the number of the returned round or None, got {returned!r}")
-        history = cls([Round.from_dict(item) for item in rounds])
+        history = cls(map(Round.from_dict, rounds))
         history.returned = returned
         return history
 
     def to_json(self, path: Path) -> None:
-        """Write all there is, so that :meth:`from_json` gives an equal history."""
+        """Write everything to a JSON file, so that :meth:`from_json` gives an equal history."""
         check_path("path", path)
         with open(path, "w", encoding="utf-8") as file:
             json.dump(self.to_dict(), file, allow_nan=False)
 
     @classmethod
     def from_json(cls, path: Path) -> History:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: if the file is damaged or of another format.
-        """
+        """Read what :meth:`to_json` wrote; a damaged file, or one of another format, is a ValueError."""
         check_path("path", path)
         with open(path, "rb") as file:
             text = file.read()
         try:
             values = json.loads(text)
         except ValueError as error:  # not UTF-8, too
-            raise ValueError(
-                f"path must be a file that History.to_json wrote, but {path} is damaged: {error}"
-            ) from error
+            found = f"path must be a file that History.to_json wrote, but {path} is damaged: {error}"
+            raise ValueError(found) from error
         return cls.from_dict(values)
 
     def phases(
         self, *, metric: str | None = None, mode: Mode = "max", noise: float = 0.005, significant: float = 0.05
     ) -> list[Phase | None]:
-        """Label each round regularisation, compression or collapse, as the paper's hypothesis says; None for neither.
+        """Label each round regularization, compression or collapse, as the paper's hypothesis says; None for neither.
 
-        The rule is written down at :func:`torch_sap.records.phases.label_phases`; it looks at the PQ Index of the
-        retrained models over all weights, and at one metric of theirs.
-
-        Args:
-            metric: Name of the metric. By default "accuracy", or else the first there is.
-            mode: "max" if a larger metric is better, "min" if a smaller one is.
-            noise: Largest loss that is no loss, in the units of the metric.
-            significant: Largest loss that is moderate.
-
-        Raises:
-            ValueError: if a round lacks the metric, or an argument is out of its range.
+        The rule, its other arguments and errors are those of :func:`torch_sap.records.phases.label_phases`. ``metric``
+        is the name of a metric that every round has; by default "accuracy", or else the first one.
         """
         values = metric_values(self, metric)
         return label_phases([round.pqi for round in self], values, mode=mode, noise=noise, significant=significant)
@@ -173,8 +148,8 @@ class History(Sequence[Round]):
 
         Args:
             path: File to write; the suffix decides the format.
-            metric: Name of the metric to draw. By default "accuracy", or else the first there is.
-            phases: Labels to show as bands behind the curves, one a round: what :meth:`phases` returns.
+            metric: Name of the metric to draw. By default "accuracy", or else the first one.
+            phases: Labels to show as bands behind the curves, one per round: the result of :meth:`phases`.
 
         Raises:
             ImportError: if matplotlib is not installed (extra "plot").
@@ -183,4 +158,4 @@ class History(Sequence[Round]):
         from torch_sap.records.plots import plot_rounds
 
         check_path("path", path)
-        plot_rounds(self.rows(), path, metric=metric, phases=phases)
+        plot_rounds(self, path, metric=metric, phases=phases)

@@ -1,97 +1,87 @@
-"""Figures of an iterative pruning, from the rows of its history."""
+"""Figures of an iterative pruning, in the Okabe-Ito colors; each measure has a marker and a line style of its own."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-Rows = Sequence[Mapping[str, Any]]
+from torch_sap.records.metrics import choose_metric, metric_values
+from torch_sap.records.round import Round
 
-
-PHASE_COLOURS = {"regularisation": "tab:green", "compression": "tab:orange", "collapse": "tab:red"}
+PHASE_COLORS = {"regularization": "#009E73", "compression": "#E69F00", "collapse": "#D55E00"}
+OF_METRIC, OF_INDEX = ("#0072B2", "o", "-"), ("#D55E00", "^", "-.")
+OF_REMAINING, OF_GINI = ("#000000", "s", "--"), ("#009E73", "D", ":")
+"""Color, marker and line style."""
 
 
 def plot_rounds(
-    rows: Rows, path: str | os.PathLike[str], *, metric: str | None = None, phases: Sequence[str | None] = ()
+    rounds: Sequence[Round], path: str | os.PathLike[str], *, metric: str | None = None, phases: Sequence[Any] = ()
 ) -> None:
     """Draw rounds as in the paper's Figure 2; arguments and errors are those of ``History.plot``."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("History.plot needs matplotlib: pip install 'torch_sap[plot]'") from error
-    if not rows:
+    if not len(rounds):
         raise ValueError("history must have a round to be drawn, but it is empty")
-    if phases and len(phases) != len(rows):
-        raise ValueError(f"phases must have a label for each of the {len(rows)} rounds, got {len(phases)}")
-    if unknown := [phase for phase in phases if phase is not None and phase not in PHASE_COLOURS]:
-        raise ValueError(f"phases must hold {', '.join(PHASE_COLOURS)} or None, got {unknown[0]!r}")
-    metric = _choose(rows, metric)
+    if len(phases) not in (0, len(rounds)):
+        raise ValueError(f"phases must have a label for each of the {len(rounds)} rounds, got {len(phases)}")
+    if unknown := [phase for phase in phases if phase is not None and phase not in PHASE_COLORS]:
+        raise ValueError(f"phases must hold {', '.join(PHASE_COLORS)} or None, got {unknown[0]!r}")
+    if metric is not None:
+        metric_values(rounds[:1], metric)  # raises here if there is none
+    name = choose_metric(list(rounds[0].metrics), metric) or "metric"
+    retrained = [  # title, column, column to subtract, style
+        (name, name, "", OF_METRIC),
+        ("remaining weights (%)", "remaining_pct", "", OF_REMAINING),
+        ("PQ Index", "pqi", "", OF_INDEX),
+        ("Gini index", "gini", "", OF_GINI),
+    ]
+    pruned = [
+        (name, f"pruned_{name}", "", OF_METRIC),
+        (f"{name}, pruned - retrained", f"pruned_{name}", name, OF_METRIC),
+        ("PQ Index", "pruned_pqi", "", OF_INDEX),
+        ("PQ Index, pruned - retrained", "pruned_pqi", "pqi", OF_INDEX),
+    ]
     figure = Figure(figsize=(14, 6), layout="constrained")
     halves: Any = figure.subfigures(2, 1)
-    above, below = halves
-    above.suptitle("(a) retrained models", fontsize="medium")
-    below.suptitle("(b) pruned models, before rewinding", fontsize="medium")
-    label = metric or "metric"
-    retrained = [
-        (label, metric or ""),
-        ("remaining weights (%)", "remaining_pct"),
-        ("PQ Index", "pqi"),
-        ("Gini index", "gini"),
-    ]
-    for axes, (title, column) in zip(above.subplots(1, 4), retrained, strict=True):
-        _draw(axes, rows, title, [row.get(column) for row in rows])
-    pruned = [(label, f"pruned_{metric}"), ("PQ Index", "pruned_pqi")]
-    columns: list[tuple[str, list[Any]]] = []
-    for (title, column), (_, base) in zip(pruned, (retrained[0], retrained[2]), strict=True):
-        columns.append((title, [row.get(column) for row in rows]))
-        columns.append((f"{title}, pruned - retrained", [_difference(row.get(column), row.get(base)) for row in rows]))
-    for axes, (title, values) in zip(below.subplots(1, 4), columns, strict=True):
-        _draw(axes, rows, title, values)
-    for half in halves:
-        for axes in half.axes:
+    titles = ("(a) retrained models", "(b) pruned models, before rewinding")
+    for half, title, panels in zip(halves, titles, (retrained, pruned), strict=True):
+        half.suptitle(title, fontsize="medium")
+        for axes, panel in zip(half.subplots(1, 4), panels, strict=True):
+            _draw(axes, [found.row() for found in rounds], *panel)
             shade_phases(axes, phases)
-    _legend(figure, phases)
+    label_bands(figure, [phase for phase in PHASE_COLORS if phase in phases])
     figure.savefig(path, dpi=120)
 
 
 def shade_phases(axes: Any, phases: Sequence[str | None]) -> None:
-    """Colour the background of axes over rounds by the label of each round; no label, no colour."""
+    """Shade the background of axes over rounds by the label of each round; rounds without a label stay white."""
     for number, phase in enumerate(phases):
         if phase is not None:
-            axes.axvspan(number - 0.5, number + 0.5, color=PHASE_COLOURS[phase], alpha=0.12, linewidth=0)
+            axes.axvspan(number - 0.5, number + 0.5, color=PHASE_COLORS[phase], alpha=0.15, linewidth=0)
 
 
-def _legend(figure: Any, phases: Sequence[str | None]) -> None:
+def label_bands(figure: Any, phases: Sequence[str]) -> None:
+    """Add a legend of the bands below a figure."""
     from matplotlib.patches import Patch
 
-    seen = [phase for phase in PHASE_COLOURS if phase in phases]
-    if seen:
-        patches = [Patch(color=PHASE_COLOURS[phase], alpha=0.3, label=phase) for phase in seen]
-        figure.legend(handles=patches, loc="outside lower center", ncols=len(seen), fontsize="small")
+    if phases:
+        patches = [Patch(color=PHASE_COLORS[phase], alpha=0.3, label=phase) for phase in phases]
+        figure.legend(handles=patches, loc="outside lower center", ncols=len(phases), fontsize="small")
 
 
-def _choose(rows: Rows, metric: str | None) -> str | None:
-    """The metric to draw: the one asked for, accuracy, or the first there is."""
-    fixed = {"round", "scope", "remaining", "total", "remaining_pct", "pruned", "pqi", "gini", "seconds"}
-    known = [key for key in rows[0] if key not in fixed and not key.startswith(("pruned_", "pqi_"))]
-    if metric is None:
-        return "accuracy" if "accuracy" in known else next(iter(known), None)
-    if metric not in known:
-        raise ValueError(f"metric must be one of {known}, got metric={metric!r}")
-    return metric
-
-
-def _difference(value: Any, base: Any) -> Any:
-    return None if value is None or base is None else value - base
-
-
-def _draw(axes: Any, rows: Rows, title: str, values: Sequence[Any]) -> None:
-    points = [(row["round"], value) for row, value in zip(rows, values, strict=True) if value is not None]
+def _draw(axes: Any, rows: Sequence[Any], title: str, column: str, base: str, style: tuple[str, str, str]) -> None:
+    needed = [column, base] if base else [column]
+    measured = [row for row in rows if all(row.get(name) is not None for name in needed)]
+    values = [row[column] - row[base] if base else row[column] for row in measured]
     axes.set_title(title, fontsize="small")
     axes.set_xlabel("round", fontsize="small")
     axes.grid(alpha=0.3)
-    if points:
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3)
+    if measured:
+        color, marker, line = style
+        numbers = [row["round"] for row in measured]
+        axes.plot(numbers, values, color=color, marker=marker, linestyle=line, markersize=4)
     else:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="gray")

@@ -8,18 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from torch_sap import (
-    SAP,
-    Collapse,
-    History,
-    LotteryTicket,
-    NothingLeft,
-    StoppingRule,
-    TargetDensity,
-    WithinTolerance,
-    iterative_sap,
-    sap_rounds,
-)
+from torch_sap import SAP, History, LotteryTicket, iterative_sap
+from torch_sap.stopping import Collapse, NothingLeft, StoppingRule, TargetDensity, WithinTolerance
 
 
 def make_model(seed=0):
@@ -121,13 +111,13 @@ def test_nothing_left(template):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: TargetDensity(1.5), ValueError, "density must be in [0, 1], got density=1.5"),
+        (lambda: TargetDensity(1.5), ValueError, "density must lie in [0, 1], got density=1.5"),
         (lambda: TargetDensity("half"), TypeError, "density must be a real number, got 'half'"),
         (lambda: TargetDensity(float("nan")), ValueError, "density must be finite, got density=nan"),
         (lambda: WithinTolerance(-1), ValueError, "tolerance must not be negative, got tolerance=-1"),
-        (lambda: WithinTolerance(0.1, mode="up"), ValueError, 'mode must be "max" or "min", got mode=\'up\''),
-        (lambda: WithinTolerance(0.1, patience=0), ValueError, "patience must be an int of 1 or more, got patience=0"),
-        (lambda: WithinTolerance(0.1, patience=True), ValueError, "patience must be an int of 1 or more"),
+        (lambda: WithinTolerance(0.1, mode="up"), ValueError, "mode must be one of 'max', 'min', got mode='up'"),
+        (lambda: WithinTolerance(0.1, patience=0), ValueError, "patience must be 1 or more, got patience=0"),
+        (lambda: WithinTolerance(0.1, patience=True), TypeError, "patience must be an int, got True"),
         (lambda: Collapse(noise=0.1), ValueError, "noise and significant must be 0 <= noise <= significant"),
     ],
 )
@@ -183,7 +173,7 @@ def test_the_target_is_the_last_round_and_prunes_no_more():
 def test_no_training_is_wasted_when_nothing_is_left():
     training = Training([0.9] * 5)
     sap = LotteryTicket(make_model(), ratio=0.0)
-    assert len(list(sap_rounds(sap, training, iterations=4, stop=NothingLeft()))) == 1
+    assert len(iterative_sap(sap, training, iterations=4, stop=NothingLeft())) == 1
     assert len(training.states) == 1
 
 
@@ -197,7 +187,7 @@ def test_several_rules():
 
 
 class Never(StoppingRule):
-    def accepts(self, history):
+    def accepts(self, rounds):
         return False
 
 
@@ -269,9 +259,13 @@ def test_going_on_from_a_saved_run_still_gives_the_kept_model_back():
     rule = WithinTolerance(0.01, patience=2)
     model, training = make_model(), Training(accuracies)
     sap = SAP(model)
-    rounds = sap_rounds(sap, training, iterations=5, stop=rule)
-    for _ in range(3):
-        next(rounds)
+
+    def interrupt(found):
+        if found.number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        iterative_sap(sap, training, iterations=5, stop=rule, callback=interrupt)
     saved = copy.deepcopy((model.state_dict(), sap.state_dict()))
 
     other, rest = make_model(1), Training(accuracies[3:])
@@ -279,7 +273,7 @@ def test_going_on_from_a_saved_run_still_gives_the_kept_model_back():
     resumed = SAP(other)
     other.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
-    list(sap_rounds(resumed, rest, iterations=5, stop=rule))
+    iterative_sap(resumed, rest, iterations=5, stop=rule)
     assert resumed.history.returned == 1
     assert same_state(other, training.states[1])
 

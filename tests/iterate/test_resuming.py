@@ -1,0 +1,181 @@
+"""A run that is killed at any instant and resumed arrives bit for bit where an uninterrupted one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_unchanged, mlp, snapshot
+from iterating import ARGUMENTS, trainer
+from torch import nn
+
+from torch_sap import SAP, LotteryTicket, OneShot, iterative_sap
+from torch_sap.files import checkpoint
+from torch_sap.stopping import WithinTolerance
+
+SCRIPT = Path(__file__).parents[1] / "support" / "killed_runs.py"
+SHAPE = (6, 6)
+
+
+class Stop(Exception):
+    """Ends a run after a round."""
+
+
+def until(number):
+    def callback(found):
+        if found.number == number:
+            raise Stop
+
+    return callback
+
+
+@pytest.mark.parametrize("pruner", [SAP, LotteryTicket, OneShot])
+def test_a_pruner_of_yours_resumes(pruner, tmp_path):
+    whole = iterative_sap(pruner(mlp()), trainer(SHAPE), iterations=3)
+    train, path = trainer(SHAPE), tmp_path / "run.ckpt"
+    with pytest.raises(Stop):
+        iterative_sap(pruner(mlp()), train, iterations=3, checkpoint=path, callback=until(1))
+    history = iterative_sap(pruner(mlp()), train, iterations=3, checkpoint=path)  # repeats no training
+    assert [found.remaining for found in history] == [found.remaining for found in whole]
+    assert train.rounds == 4
+
+
+def test_more_iterations_later(tmp_path):
+    model, train, path = mlp(), trainer(SHAPE), tmp_path / "run.ckpt"
+    assert len(iterative_sap(model, train, iterations=1, checkpoint=path)) == 2
+    history = iterative_sap(mlp(), train, iterations=2, checkpoint=path)
+    assert [found.pruned is None for found in history] == [False, False, True]
+    assert train.rounds == 3
+    with pytest.raises(ValueError, match="iterations: 1 here, 2 prunings done in the file"):
+        iterative_sap(mlp(), train, iterations=1, checkpoint=path)
+
+
+class Counting(nn.Linear):
+    """A buffer that is in no state_dict, and an extra state."""
+
+    def __init__(self):
+        super().__init__(6, 9)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.extra = 0
+
+    def forward(self, inputs):
+        self.seen += 1
+        self.extra += 1
+        return super().forward(inputs)
+
+    def get_extra_state(self):
+        return {"extra": self.extra}
+
+    def set_extra_state(self, state):
+        self.extra = state["extra"]
+
+
+def test_everything_of_a_model_comes_back(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(Counting(), nn.Dropout(), nn.Linear(9, 4))
+
+    def train(model):
+        model[1].eval()
+        trainer(SHAPE)(model)
+
+    model, again = make(), make()
+    iterative_sap(model, train, iterations=1, checkpoint=tmp_path / "run.ckpt")
+    iterative_sap(again, pytest.fail, iterations=1, checkpoint=tmp_path / "run.ckpt")
+    assert (again[0].seen, again[0].extra, again[1].training) == (model[0].seen, model[0].extra, False)
+    assert model[0].extra == 8
+    assert torch.equal(again[2].weight, model[2].weight)
+
+
+def refused(path, match, make=mlp, **settings):
+    model = make()
+    before = snapshot(model)
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=match):
+        iterative_sap(model, trainer(SHAPE), checkpoint=path, **{"iterations": 2, **ARGUMENTS, **settings})
+    assert_unchanged(model, before)
+    assert path.read_bytes() == content
+
+
+def test_a_file_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "run.ckpt"
+    iterative_sap(mlp(), trainer(SHAPE), iterations=2, checkpoint=path, **ARGUMENTS)
+    refused(path, "beta: 0.5 here, 0.6 in the file; p: 0.4 here, 0.5 in the file", beta=0.5, p=0.4)
+    refused(path, "stop.0.class: 'WithinTolerance' here, nothing in the file", stop=WithinTolerance(0.1))
+    refused(path, "gini: True here, False in the file", gini=True)
+    refused(path, r"model.0.bias: 'float64 \(9,\)' here, 'float32 \(9,\)' in the file", make=lambda: mlp(torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("pruner", {}, "its settings cannot be read"),
+        ("masks", [], "is not or is damaged"),
+        ("masks", [torch.ones(2), torch.ones(2)], "its tensors are not those"),
+        ("model", {}, "its tensors are not those"),
+        ("modes", [True], "is not or is damaged"),
+        ("random", [3], "is not or is damaged"),
+        ("trained", {"loss": "low"}, "the file must give None, a number or a mapping"),
+        (None, "modes", "it lacks modes"),
+    ],
+)
+def test_a_damaged_file_changes_nothing(key, value, match, tmp_path):
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(Stop):
+        iterative_sap(mlp(), trainer(SHAPE), iterations=2, checkpoint=path, callback=until(1), **ARGUMENTS)
+    state = checkpoint.read(path)
+    if key is None:
+        del state[value]
+    else:
+        state[key] = value
+    checkpoint.write(path, {name: item for name, item in state.items() if name != "format"})
+    random = torch.get_rng_state()
+    refused(path, match)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_processes_write_one_file_and_resume(tmp_path):
+    processes = pytest.importorskip("processes")
+    import distributed_resuming
+
+    os.mkdir(tmp_path / "files")
+    cases = {"resumes": (distributed_resuming.a_run_resumes, str(tmp_path / "files"))}
+    cases["damaged"] = (distributed_resuming.damaged_for_one_process, str(tmp_path))
+    failures = processes.run_processes(2, tmp_path, cases)
+    for case in cases:
+        processes.assert_passed(failures, case)
+
+
+def killed(what, folder, *arguments):
+    pytest.importorskip("sklearn")
+    command = [sys.executable, SCRIPT, what, folder, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_equal(found, number):
+    assert len(found["results"]) == number
+    assert [result == found["whole"] for result in found["results"]] == [True] * number
+    assert found["whole"]["rounds"] == 4
+    assert found["whole"]["density"] < 0.9
+
+
+@pytest.mark.parametrize("number", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_instants(number, tmp_path):
+    found = killed("instants", tmp_path, number)
+    assert_equal(found, number)
+    assert found["kills"] >= number * 0.9
+    assert len(found["places"]) >= 2, "spread over the run"
+    print(found["kills"], "kills of", number, "runs of", found["seconds"], "s:", found["places"])
+
+
+@pytest.mark.slow
+def test_killed_at_each_step_of_each_writing(tmp_path):
+    found = killed("steps", tmp_path)
+    assert_equal(found, 8 * 9)
+    assert sum(found["places"].values()) == 8 * 9
+    print(found["places"])

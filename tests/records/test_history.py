@@ -1,0 +1,167 @@
+"""The record of a run: JSON, tables, figures."""
+
+import csv
+import dataclasses
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SCOPES, convnet, fit, mlp
+from iterating import ARGUMENTS, assert_same_record, trainer
+
+from torch_sap import SAP, History, LotteryTicket, iterative_sap
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+@pytest.fixture(params=SCOPES)
+def history(request):
+    return iterative_sap(
+        convnet(),
+        lambda model: fit(model, torch.optim.SGD(model.parameters(), lr=0.1), (6, 2, 6, 6))[-1],
+        iterations=3,
+        eval_fn=lambda model: {"accuracy": 0.5},
+        scope=request.param,
+        gini=True,
+        **ARGUMENTS,
+    )
+
+
+def test_json_round_trip(history, tmp_path):
+    path = tmp_path / "history.json"
+    history.to_json(path)
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    again = History.from_json(path)
+    assert isinstance(again, History)
+    for record, other in zip(history, again, strict=True):
+        assert_same_record(record, other)
+    again.to_json(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+
+
+def test_json_of_a_history_with_undefined_groups(tmp_path):
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    history = iterative_sap(model, lambda _: None, iterations=1, **ARGUMENTS)
+    assert math.isnan(history[0].groups["0.weight"].index[0])
+    assert history[0].groups["0.weight"].c.tolist() == [0]
+    history.to_json(tmp_path / "history.json")
+    json.loads((tmp_path / "history.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    for record, other in zip(history, History.from_json(tmp_path / "history.json"), strict=True):
+        assert_same_record(record, other)
+
+
+def test_metrics_that_are_not_finite_are_read_back():
+    values = {"loss": math.nan, "top": math.inf, "bottom": -math.inf, "whole": 3}
+    sap = SAP(mlp())
+    sap.record(values)
+    plain = json.loads(json.dumps(sap.history.to_dict(), allow_nan=False))
+    assert plain["rounds"][0]["metrics"] == {"loss": None, "top": "inf", "bottom": "-inf", "whole": 3.0}
+    assert_same_record(sap.history[0], History.from_dict(plain)[0])
+
+
+def test_committed_histories_stay_readable():
+    for path in RESULTS.glob("runs/*/history.json"):
+        assert History.from_json(path)[-1].density < 1
+    for path in RESULTS.glob("paper/*.json.gz"):
+        for run in json.loads(gzip.decompress(path.read_bytes()))["runs"][:2]:
+            assert History.from_dict(run["history"])[1].density < 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"number": "first"}, "expected int, got str"),
+        ({"groups": []}, "expected mapping, got list"),
+        ({"tensors": [{"name": "0.weight"}]}, "no 'shape'"),
+        ({"retrained": None}, "expected mapping, got NoneType"),
+        ({"groups": {"0.weight": {"d": ["x"], "index": [], "r": [], "c": []}}}, "invalid literal"),
+        ({"metrics": {"loss": "low"}}, "could not convert string to float"),
+    ],
+)
+def test_a_damaged_round_is_refused(change, message):
+    sap = SAP(mlp())
+    sap.record()
+    values = sap.history.to_dict()
+    values["rounds"][0].update(change)
+    with pytest.raises(ValueError, match=f"round must be what Round.to_dict wrote, .* damaged: .*{message}"):
+        History.from_dict(values)
+
+
+def test_a_baseline_shows_only_the_numbers_that_it_uses():
+    found = LotteryTicket(mlp(), ratio=0.3).record()
+    assert found.hyperparameters == {"p": 0.5, "q": 1.0, "ratio": 0.3}
+
+
+def test_sequence_frozen_rounds_and_tables(history, tmp_path):
+    assert len(history) == len(list(history)) == 4
+    assert history[-1] is list(history)[3]
+    assert [record.number for record in history[1:3]] == [1, 2]
+    with pytest.raises(IndexError):
+        history[4]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        history[0].number = 7
+    assert all(record.seconds >= 0 for record in history)
+    frame = history.to_frame()
+    assert len(frame) == 4
+    assert any(frame[column].tolist() == [record.remaining for record in history] for column in frame.columns)
+    history.to_csv(tmp_path / "history.csv")
+    with (tmp_path / "history.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert len(rows) == 5
+    assert len({len(row) for row in rows}) == 1
+    assert any(
+        [float(row[place]) for row in rows[1:]] == [record.pqi for record in history]
+        for place in range(len(rows[0]))
+        if all(row[place].replace(".", "").isdigit() for row in rows[1:])
+    ), "PQI with all its digits"
+
+
+def test_plot(history, tmp_path):
+    history.plot(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+    import matplotlib.pyplot as plt
+
+    assert not plt.get_fignums(), "no figure is left open"
+
+
+def test_the_history_of_a_run_without_gini_or_metrics_can_be_plotted_and_written(tmp_path):
+    history = iterative_sap(mlp(), trainer((6, 6)), iterations=1, **ARGUMENTS)
+    history.plot(tmp_path / "figure.pdf")
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+    history.to_csv(tmp_path / "history.csv")
+    assert len(history.to_frame()) == 2
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"), [(None, None), ("loss", None), ("speed", "metric 'speed' must be recorded in every round")]
+)
+def test_figures(tmp_path, metric, expected):
+    history = iterative_sap(mlp(), lambda model: {"loss": 1.0, "other": 2.0}, iterations=1)
+    if expected:
+        with pytest.raises(ValueError, match=expected):
+            history.plot(tmp_path / "figure.png", metric=metric)
+        assert not (tmp_path / "figure.png").exists()
+    else:
+        history.plot(tmp_path / "figure.png", metric=metric)
+        assert (tmp_path / "figure.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="empty"):
+        History().plot(tmp_path / "none.png")
+
+
+def test_a_history_is_read_at_a_glance():
+    sap = SAP(mlp())
+    assert repr(sap.history) == "<History without rounds>"
+    found = sap.step({"accuracy": 0.98765})
+    assert repr(found).startswith("<Round 0: ")
+    assert "accuracy 0.9877" in repr(found)
+    assert f"{found.total:,} of {found.total:,} weights (100.0%)" in repr(found)
+    assert f"{found.pruned_count:,} pruned" in repr(found)
+    assert len(repr(found)) < 200
+    sap.record()
+    assert repr(sap.history).splitlines() == [repr(sap.history[0]), repr(sap.history[1])]

@@ -1,0 +1,28 @@
+"""Which metric is meant: one rule for pictures, labels and stopping rules."""
+
+import pytest
+
+from torch_sap.records.metrics import choose_metric
+
+
+@pytest.mark.parametrize(
+    ("names", "shown", "largest", "smallest"),
+    [
+        ([], None, None, None),
+        (["loss"], "loss", ValueError, "loss"),
+        (["top1"], "top1", "top1", "top1"),
+        (["accuracy"], "accuracy", "accuracy", "accuracy"),
+        (["loss", "accuracy"], "accuracy", "accuracy", ValueError),
+        (["top1", "top5"], "top1", ValueError, ValueError),
+        (["Validation_Perplexity"], "Validation_Perplexity", ValueError, "Validation_Perplexity"),
+    ],
+)
+def test_the_metric_that_is_meant(names, shown, largest, smallest):
+    assert choose_metric(names) == shown
+    for judge, expected in (("max", largest), ("min", smallest)):
+        assert choose_metric(names, "named", judge=judge) == "named"
+        if expected is ValueError:
+            with pytest.raises(ValueError, match="metric must be named where it is not clear by what to judge"):
+                choose_metric(names, judge=judge)
+        else:
+            assert choose_metric(names, judge=judge) == expected

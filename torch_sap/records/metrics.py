@@ -1,0 +1,88 @@
+"""Metrics of a model: what a user's function may return, and which of several is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Literal
+
+from torch import Tensor
+
+from torch_sap.records.round import Measured
+
+Metrics = float | Mapping[str, float] | Tensor | None
+Mode = Literal["max", "min"]
+MODES = ("max", "min")
+SMALLER_IS_BETTER = ("loss", "error", "perplexity")
+"""Words in the names of such metrics."""
+
+
+def as_metrics(value: Metrics, source: str) -> dict[str, float]:
+    """Convert what a user's function returned to numbers by name; a bare number gets the name "metric".
+
+    Raises:
+        TypeError: if it is neither None, a number nor a mapping from names to numbers; ``source`` is named.
+    """
+    if value is None:
+        return {}
+    items = value.items() if isinstance(value, Mapping) else [("metric", value)]
+    metrics = {}
+    for key, number in items:
+        scalar = number.numel() == 1 if isinstance(number, Tensor) else isinstance(number, Real)
+        if not scalar or not isinstance(key, str):
+            raise TypeError(f"{source} must give None, a number or a mapping from names to numbers, got {value!r}")
+        metrics[key] = float(number)
+    return metrics
+
+
+def choose_metric(names: Sequence[str], metric: str | None = None, *, judge: Mode | None = None) -> str | None:
+    """Choose the metric that is meant, for pictures, tables, labels and stopping rules alike.
+
+    The one that is named; else "accuracy"; else the first. Whoever *judges* by it must not guess: if the larger is
+    to be the better (``judge="max"``), it is "accuracy" or else the only one, and no loss, error or perplexity by its
+    name; if the smaller is (``judge="min"``), it is the only one.
+
+    Args:
+        names: Names of the metrics that were recorded.
+        metric: Name that the user gave.
+        judge: Mode of a rule that ends a run by the metric; None if it is only shown.
+
+    Returns:
+        The name; None if none was given and there is no metric.
+
+    Raises:
+        ValueError: if a rule judges by it, none was named, and it is not clear which is meant.
+
+    Example:
+        >>> from torch_sap.records.metrics import choose_metric
+        >>> choose_metric(["loss", "accuracy"]), choose_metric(["loss", "top1"])
+        ('accuracy', 'loss')
+    """
+    if metric is not None or not names:
+        return metric
+    if judge != "min" and "accuracy" in names:
+        return "accuracy"
+    falls = any(word in names[0].lower() for word in SMALLER_IS_BETTER)
+    if judge is None or (len(names) == 1 and (judge == "min" or not falls)):
+        return names[0]
+    raise ValueError(
+        f"metric must be named where it is not clear by what to judge, but round 0 has {list(names)}; pass metric= one "
+        'of them, and mode="min" where a smaller one is better'
+    )
+
+
+def metric_values(rounds: Sequence[Measured], metric: str | None = None, *, judge: Mode | None = None) -> list[float]:
+    """Collect a metric of the trained models, one value per round; it is chosen by :func:`choose_metric`.
+
+    Raises:
+        ValueError: if it is not clear which is meant, or a round lacks it.
+    """
+    names = list(rounds[0].metrics) if rounds else []
+    name = choose_metric(names, metric, judge=judge) or "accuracy"
+    lacking = [found.number for found in rounds if name not in found.metrics]
+    if lacking:
+        raise ValueError(
+            f"metric {name!r} must be recorded in every round, but round {lacking[0]} lacks it (round 0 has "
+            f"{names or 'none'}); return it from train_fn or eval_fn"
+        )
+    return [found.metrics[name] for found in rounds]
