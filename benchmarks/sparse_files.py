@@ -7,7 +7,7 @@ made outside the clock; reported are medians. Loaded models are compared bit for
 
 - torch.save, dense: the state_dict after `torch_sap.remove`, `torch.load`, `load_state_dict`;
 - torch.save, pruned: the state_dict with its masks, into a model that has masks already;
-- save_sparse, load_sparse: values and bits, checksums included;
+- save_sparse, load_sparse: values and bits;
 - gzip of dense: what a general compressor (level 6) makes of the zeros.
 """
 

@@ -174,10 +174,10 @@ def test_pqi_of_1e8_weights_is_that_of_float64():
 def test_files_written_on_a_device(tmp_path):
     model = vit().cuda()
     torch_sap.global_unstructured(model, eta_r=0.5)
-    torch_sap.save_masks(model, tmp_path / "masks.safetensors")
+    torch_sap.save_sparse(model, tmp_path / "masks.safetensors", what="masks")
     torch_sap.save_sparse(model, tmp_path / "sparse.safetensors")
     other = vit().cuda()
-    torch_sap.load_masks(other, tmp_path / "masks.safetensors")
+    torch_sap.load_sparse(other, tmp_path / "masks.safetensors", what="masks")
     for name in weight_names(other):
         assert torch.equal(mask_of(other, name), mask_of(model, name))
     torch_sap.summary(model, batch()[0])

@@ -8,8 +8,7 @@ Source: Diao et al., "Pruning Deep Neural Networks from a Sparsity Perspective",
 
 from torch_sap.decide.bounds import prune_count, retention_bound
 from torch_sap.decide.measures import gini_index, pq_index
-from torch_sap.files.sparse_loading import load_sparse
-from torch_sap.files.sparse_saving import save_sparse
+from torch_sap.files.sparse import load_sparse, save_sparse
 from torch_sap.functional import global_unstructured, layer_unstructured, neuron_unstructured, remove
 from torch_sap.inspect.summary import summary
 from torch_sap.inspect.verify import verify

@@ -230,8 +230,8 @@ def test_a_full_disk(small_disk, tmp_path):
     write(path, STATE)
     if small_disk is None:
         os.symlink("/dev/full", tmp_path / "full")
-        with open(tmp_path / "full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space"):
-            torch_sap.files.checkpoint._save(STATE, full)
+        with pytest.raises(OSError, match="No space"):
+            torch_sap.files.checkpoint.save(STATE, tmp_path / "full")
     else:
         with pytest.raises(OSError, match=r"No space left on device.*still there"):
             write(path, {"weights": torch.zeros(300_000)})

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import torch_sap
-from torch_sap.files import checkpoint
+from torch_sap.files import atomic, checkpoint
 from torch_sap.stopping import WithinTolerance
 
 ITERATIONS = 3
@@ -177,14 +177,14 @@ def after(real, *arguments):
 
 
 STEPS = {
-    "file opened": (checkpoint, "_save", before),
+    "file opened": (checkpoint, "save", before),
     "half written": (checkpoint._Writer, "write", half),
-    "written": (checkpoint, "_save", after),
+    "written": (checkpoint, "save", after),
     "before fsync": (os, "fsync", before),
     "after fsync": (os, "fsync", after),
     "before replace": (os, "replace", before),
     "after replace": (os, "replace", after),
-    "folder synced": (checkpoint, "_sync_folder", after),
+    "folder synced": (atomic, "_sync_folder", after),
 }
 
 

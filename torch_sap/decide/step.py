@@ -18,7 +18,7 @@ from torch import Tensor
 from torch_sap.decide.backends import NUMPY, Backend, backend_of
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Entry, Group, Piece, Scope, pieces, split
-from torch_sap.decide.sums import PowerSums, Visit, distinct, index_from_sums, join_blocks, visit_sums
+from torch_sap.decide.sums import PowerSums, Visit, distinct, index_from_sums, join_blocks, out_of_range, visit_sums
 from torch_sap.decide.threads import scratch
 from torch_sap.decide.threshold import apply, expected_window, find, first_to_stay
 
@@ -138,7 +138,7 @@ def _step(
     for group in groups:
         on_cpu = backend is NUMPY and all(entries[i].part is None for i in group.members)
         windows.append(expected_window(entries, group, rule) if on_cpu and not group.by_row else None)
-        rows = _row_visit(rule, backend, store) if on_cpu and group.by_row else None
+        rows = _row_visit(rule, group.dtype, backend, store) if on_cpu and group.by_row else None
         visits.append(rows or (windows[-1].look if windows[-1] is not None else None))
     sums, seen = visit_sums(entries, groups, rule.p, rule.q, backend, visits, outputs)
     values = group_values(sums, scope, rule)
@@ -167,13 +167,14 @@ def group_values(sums: PowerSums, scope: Scope, rule: Hyperparameters) -> dict[s
     }
 
 
-def _row_visit(rule: Hyperparameters, backend: Backend, store: Store) -> Visit:
+def _row_visit(rule: Hyperparameters, dtype: torch.dtype, backend: Backend, store: Store) -> Visit:
     """Decide rows while their keys are in the cache: each is a group of its own, so its count is known at once."""
 
     def visit(piece: Piece, keys: Any, d: Any, sums: Any) -> tuple[Any, Any]:
         sum_p, sum_q = join_blocks(sums)
-        with np.errstate(over="ignore"):
-            count = rule.count(index_from_sums(sum_p, sum_q, d, p=rule.p, q=rule.q), d)
+        if out_of_range(np.stack([sum_p, sum_q]), d, dtype, rule.q).any():
+            return None, 0
+        count = rule.count(index_from_sums(sum_p, sum_q, d, p=rule.p, q=rule.q), d)
         return count, _store_row_piece(piece, keys, count, d, backend, store)
 
     return visit
@@ -190,18 +191,17 @@ def _store_rows(
     entry: Entry, found: GroupValues, backend: Backend, output: Tensor, store: Store, seen: Sequence[tuple[Any, Any]]
 ) -> Any:
     """Store what stays of the rows of an entry, unless it was stored while they were measured; how many stay."""
-    if seen and seen[0] is not None and np.array_equal(np.concatenate([count for count, _ in seen]), found.c):
-        return sum(kept for _, kept in seen)
     own = slice(None) if entry.part is None else slice(*entry.part.bounds(entry.part.rank))
     count, d = found.c[own], found.d[own]
 
-    def store_piece(piece: Piece) -> Any:
+    def store_piece(piece: Piece, stored: tuple[Any, Any] | None) -> Any:
+        if stored is not None and stored[0] is not None:
+            return stored[1]
         keys = backend.keys(*piece.views[:2], entry.scores.dtype)
         return _store_row_piece(piece, keys, count[piece.rows], d[piece.rows], backend, store)
 
-    tensors = (entry.scores, entry.mask, output)
-    work = [(piece,) for piece in pieces(entry, tensors, backend.chunk, backend.view, by_row=True)]
-    return sum(backend.map(store_piece, work))
+    cut = pieces(entry, (entry.scores, entry.mask, output), backend.chunk, backend.view, by_row=True)
+    return sum(backend.map(store_piece, list(zip(cut, seen, strict=True))))
 
 
 def _count(entries: Sequence[Entry], sums: PowerSums, kept: Sequence[Any], backend: Backend) -> list[int]:

@@ -136,9 +136,9 @@ def visit_sums(
     sums = backend.read([s for _, s, _ in found])
     tables = _tables(entries, [(i, piece) for _, i, piece in work], counts, sums)
     tables = _merged(entries, tables)
-    for i, (entry, table) in enumerate(zip(entries, tables, strict=True)):
-        if _out_of_range(entry, table, q):
-            tables[i] = _scaled_table(entry, p, q, backend)
+    for entry, table in zip(entries, tables, strict=True):
+        if (unsafe := out_of_range(table[1:3], table[0], entry.scores.dtype, q)).any():
+            table[:, unsafe] = _scaled_table(entry, p, q, backend)[:, unsafe]
     seen: list[list[Any]] = [[] for _ in groups]
     for (number, _, _), (_, _, result) in zip(work, found, strict=True):
         seen[number].append(result)
@@ -191,13 +191,12 @@ def distinct(parts: Sequence[Shard | None]) -> list[Shard]:
     return found
 
 
-def _out_of_range(entry: Entry, table: Float64, q: float) -> bool:
-    """Whether sums overflowed or a weight is not finite, or whether sums may have lost digits to underflow."""
-    sums = table[1:3]
-    if not (sums < SAFE).all():  # NaN, too
-        return True
-    may_vanish = entry.scores.dtype is torch.float64 or q > 6
-    return may_vanish and bool((sums[:, table[0] > 0] < 1 / SAFE).any())
+def out_of_range(sums: Float64, d: NDArray[Any], dtype: torch.dtype, q: float) -> NDArray[np.bool_]:
+    """The rows whose sums overflowed or are not finite, or may have lost digits to underflow."""
+    unsafe = ~(sums < SAFE).all(0)  # NaN, too
+    if dtype is torch.float64 or q > 6:
+        unsafe |= (d > 0) & (sums < 1 / SAFE).any(0)
+    return unsafe
 
 
 def _scaled_table(entry: Entry, p: float, q: float, backend: Backend) -> Float64:

@@ -1,1 +1,1 @@
-"""Weights in files: sparse models, checkpoints of other programs, atomic writing."""
+"""Files: sparse models, checkpoints of other programs, and the file that a run resumes from."""

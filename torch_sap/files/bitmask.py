@@ -1,8 +1,8 @@
-"""Masks as bits: the layout of compressed-tensors' "sparse-bitmask" for a matrix.
+"""Pack masks into bits, in the layout of compressed-tensors' "sparse-bitmask" for a matrix.
 
-A tensor of any shape is a matrix of its rows: dimension 0 by all the others. A row of the mask begins with a new byte,
-its first entry is the lowest bit, and the bits that fill up its last byte are 0. Beside the bits stands, for each row,
-how many entries the rows before it keep. Where a row's values begin is known without reading the others.
+A tensor of any shape is a matrix of its rows: dimension 0 by all the others. Each row of the mask starts at a new byte,
+its first entry is the lowest bit, and the bits that fill up its last byte are 0. The row offsets count the entries that
+the rows before keep, so the values of a row can be found without reading the others.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def pack(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The bits of a mask and where the values of each row begin.
+    """Pack a mask into bits, with its row offsets.
 
     Args:
-        mask: Bool tensor of any shape on the host.
+        mask: Bool tensor of any shape on the CPU.
 
     Returns:
         uint8 of shape (rows, columns / 8 rounded up), and int64 of shape (rows,).
@@ -48,20 +48,13 @@ def pack(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_offsets(rows: Tensor) -> Tensor:
-    """How many entries the rows before each row of a mask (rows, columns) keep: int64 of shape (rows,)."""
+    """Count the entries that the rows before each row of a mask (rows, columns) keep: int64 of shape (rows,)."""
     counts = np.count_nonzero(rows.numpy(), axis=1).astype(np.int64)
     return torch.from_numpy(np.cumsum(counts) - counts)
 
 
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The mask that bits stand for.
-
-    Args:
-        bits: uint8; its last dimension holds the bits of the last dimension of the mask.
-        shape: Shape of the mask.
-
-    Returns:
-        Bool tensor of the shape.
+    """Unpack the bits (uint8) of a mask of a shape.
 
     Raises:
         ValueError: if the bits are too few or too many for the shape, or one after the end of a row is set.
@@ -77,19 +70,19 @@ def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def gather_values(tensor: Tensor, mask: Tensor) -> Tensor:
-    """The entries of a tensor where a mask of its shape is True, in order, bit for bit; one dimension."""
+    """Gather the entries of a tensor where a mask is True, in order, bit for bit, in one dimension."""
     return torch.from_numpy(_bits_of(tensor).numpy()[mask.numpy()]).view(tensor.dtype)
 
 
 def scatter_values(values: Tensor, mask: Tensor) -> Tensor:
-    """The tensor with values where a mask is True, in order, bit for bit, and +0.0 elsewhere."""
+    """Scatter values to where a mask is True, in order, bit for bit, with +0.0 elsewhere."""
     bits = torch.zeros(mask.shape, dtype=INTEGER_OF[values.dtype])
-    bits.numpy()[mask.numpy()] = _bits_of(values).numpy()  # twice as fast as by torch, on one thread
+    bits.numpy()[mask.numpy()] = _bits_of(values).numpy()  # twice as fast as PyTorch on one thread
     return bits.view(values.dtype)
 
 
 def not_zero(tensor: Tensor) -> Tensor:
-    """Where a tensor is anything else than +0.0, of its shape."""
+    """Find the entries of a tensor that are anything but +0.0."""
     return _bits_of(tensor) != 0
 
 

@@ -1,78 +1,55 @@
-"""The file that a run is resumed from: plain values and tensors, written so that the last good one is never lost.
+"""The file that a run resumes from: plain values and tensors, written so that the last good file is never lost.
 
-The file is what ``torch.save`` writes, a zip archive with a checksum for each part. It is read by
-``torch.load(weights_only=True)``, which builds plain values and tensors and calls nothing that the file names.
-PyTorch does not compare the checksums, so they are compared here: a flipped bit in a weight would pass otherwise.
+``torch.save`` writes it, a zip archive with a checksum per part. ``torch.load(weights_only=True)`` reads it, which
+builds plain values and tensors and calls nothing that the file names. PyTorch does not compare the checksums, so that
+is done here: otherwise a flipped bit in a weight would go unnoticed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import glob
 import os
 import pickle
-import secrets
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_sap.files.atomic import replacing
+
 FORMAT = 1
-"""Of what is in the file. Another number in a file is an error."""
+"""Version of the contents. A file with another number is refused."""
 
 
 def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint; whatever happens meanwhile, the path leads to the whole old file or to the whole new one.
+    """Write a checkpoint atomically.
 
     Args:
         path: File to write, in a folder that exists.
         state: Plain values and tensors by name, see :func:`as_plain`.
 
     Raises:
-        TypeError: if the state holds something else than plain values and tensors; its place is named.
+        TypeError: if the state holds anything but plain values and tensors; its place is named.
         OSError: if the file cannot be written (disk full, no permission). The old one is still there.
     """
     whole = {"format": FORMAT, **as_plain(state)}
     try:
-        with replacing(path) as file:
-            _save(whole, file)
+        with replacing(path) as (temporary,):
+            save(whole, temporary)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
             error.errno,
             f"the checkpoint could not be written ({reason}); if there was one before, it is still there, and the run "
-            "goes on from it when it is called again",
+            "resumes from it when it is called again",
             os.fspath(path),
         ) from error
 
 
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A new file that takes the place of another in one step when it is complete, and is gone if it never is.
-
-    It is written beside the old one and forced to the disk before that. Temporary files that killed processes left
-    are deleted.
-    """
-    target = os.path.realpath(path)  # a link stays a link
-    _delete_temporary(target)
-    temporary = f"{target}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_folder(os.path.dirname(target))
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what :func:`write` wrote. Nothing that the file holds is run.
+    """Read what :func:`write` wrote, without running anything that the file holds.
 
     Raises:
         ValueError: if the file is damaged, or of another format, or holds more than plain values and tensors.
@@ -88,7 +65,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise unreadable(path, "it holds more than plain values and tensors, which could be code") from None
-        except Exception as error:  # whatever zipfile and torch make of rubbish
+        except Exception as error:  # corrupt files make zipfile and torch raise nearly anything
             text = str(error).strip() or type(error).__name__
             raise unreadable(path, text.splitlines()[0]) from None
     if not isinstance(state, dict) or "format" not in state:
@@ -99,22 +76,22 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def unreadable(path: str | os.PathLike[str], reason: str) -> ValueError:
-    """The error that says that a file is no checkpoint, why, and what to do."""
+    """The error for a file that is not a checkpoint, with the reason and what to do."""
     return ValueError(
         f"checkpoint must be a file that torch_sap wrote, but {os.fspath(path)!r} is not or is damaged: {reason}. "
-        "Nothing was loaded. Move it away to begin anew, or pass another path"
+        "Nothing was loaded. Move it away to start over, or pass another path"
     )
 
 
 def as_plain(value: Any, place: str = "") -> Any:
-    """A value made of dicts, lists, tuples, strings, numbers, None and tensors only, so that reading it runs no code.
+    """Turn a value into dicts, lists, tuples, strings, numbers, None and tensors, so that reading it runs no code.
 
     Args:
-        value: Mappings, lists, tuples and Parameters become dicts, lists, tuples and tensors.
+        value: Mappings and Parameters in it become dicts and tensors.
         place: Where the value is, for the error.
 
     Raises:
-        TypeError: if there is something else in it; its place is named.
+        TypeError: if it holds anything else; its place is named.
 
     Example:
         >>> from torch_sap.files.checkpoint import as_plain
@@ -135,12 +112,12 @@ def as_plain(value: Any, place: str = "") -> Any:
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any], source: str) -> str:
-    """All keys whose values differ, nested keys joined by dots, with both values; empty if none does.
+    """List the keys whose values differ, with both values; nested keys are joined by dots.
 
     Args:
-        here: What is asked for now.
-        there: What there is.
-        source: Where: "in the file".
+        here: The values asked for now.
+        there: The values found.
+        source: Where those were found, as in "in the file".
 
     Example:
         >>> from torch_sap.files.checkpoint import differences
@@ -162,8 +139,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", repr(value)
 
 
+def save(value: Any, path: str | os.PathLike[str]) -> None:
+    """Write a value by torch.save, with checksums; a full disk raises the OSError that says so."""
+    with open(path, "wb") as file, _checksums():
+        writer = _Writer(file)
+        torch.save(value, writer)  # type: ignore[arg-type]
+        if writer.error is not None:
+            raise writer.error
+
+
 class _Writer:
-    """A file for torch.save that does not raise inside its C++ code, which would say less of the reason."""
+    """A file for torch.save that does not raise inside PyTorch's C++ code, which would hide the reason."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -178,20 +164,12 @@ class _Writer:
         return len(data)
 
     def flush(self) -> None:
-        """Nothing: the whole file is flushed once, at its end."""
-
-
-def _save(state: Mapping[str, Any], file: IO[bytes]) -> None:
-    writer = _Writer(file)
-    with _checksums():
-        torch.save(state, writer)  # type: ignore[arg-type]
-    if writer.error is not None:
-        raise writer.error
+        """Do nothing: the whole file is flushed once, at its end."""
 
 
 @contextlib.contextmanager
 def _checksums() -> Iterator[None]:
-    """Let torch.save write checksums that can be compared, also if the user has turned them off to save time."""
+    """Make torch.save write checksums, even if the user has turned them off to save time."""
     serialization: Any = torch.serialization
     if not hasattr(serialization, "get_crc32_options") or serialization.get_crc32_options():
         yield
@@ -201,23 +179,3 @@ def _checksums() -> Iterator[None]:
         yield
     finally:
         serialization.set_crc32_options(False)
-
-
-def _delete_temporary(target: str) -> None:
-    for left in glob.glob(f"{glob.escape(target)}.*-????????.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(left)
-
-
-def _sync_folder(folder: str) -> None:
-    """Let the new name survive a loss of power, where a folder can be opened and the file system knows it."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)

@@ -1,69 +1,53 @@
-"""Checkpoint files: which weights are in them and at which bytes they lie, without reading the weights.
+"""Checkpoint files of other programs: map their tensors into memory, and prune them once.
 
-Formats: safetensors, PyTorch's zip files, and several of either with an index. The files themselves are read and
-written at these places, so that no more than a piece of them is ever in memory.
+Formats: safetensors, PyTorch's zip files, and several of either with an index. A safetensors file is pruned in a copy
+that is mapped shared, so the file may be larger than memory. A PyTorch file has to fit in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import mmap
 import os
 import pickle
-import struct
-import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torch_sap.decide.keys import INTEGER_OF
-from torch_sap.files.tensor_files import check_plain
+from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.decide.groups import Entry, Scope
+from torch_sap.decide.step import zero_step
+from torch_sap.files.atomic import replacing
+from torch_sap.files.checkpoint import save
 from torch_sap.masks.parameters import excluded_by
+from torch_sap.records.report import PruningReport, TensorRecord
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Those that can be pruned, by their name in a file."""
+"""The types that can be pruned, by their names in a file."""
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file.
+class Stored(NamedTuple):
+    """A tensor in a file: its key, shape and type in words, and the tensor itself, mapped into memory.
 
-    Attributes:
-        name: Its key.
-        dtype: Its type; None if it is one that cannot be pruned.
-        kind: Its type in words.
-        shape: Its shape.
-        stride: Its strides in entries, as it lies in the file.
-        path: The file.
-        offset: Byte of the file where it begins.
+    The tensor is None if safetensors has it in a type that cannot be pruned.
     """
 
     name: str
-    dtype: torch.dtype | None
-    kind: str
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    kind: str
+    tensor: Tensor | None
     path: Path
-    offset: int
-
-    @property
-    def numel(self) -> int:
-        """Number of entries."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes from its first entry to its last."""
-        assert self.dtype is not None
-        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        return (last + 1) * self.dtype.itemsize if self.numel else 0
 
 
 @dataclass(frozen=True)
@@ -71,100 +55,115 @@ class Checkpoint:
     """The files of a checkpoint and the tensors in them.
 
     Attributes:
-        path: What was asked for.
+        path: The path that was asked for.
         files: The files with tensors, in order of name.
-        index: The index of several files; None if there is none.
-        tensors: All tensors in order of position: file by file, in safetensors as they lie in it, in PyTorch's files
-            as they are in the dictionary.
+        index: The index of several files, or None.
+        tensors: All tensors in order of position: file by file, in safetensors as they lie in the file, in PyTorch's
+            files as they are in the dictionary.
+        contents: What PyTorch's files hold, by path.
     """
 
     path: Path
     files: tuple[Path, ...]
     index: Path | None
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[Stored, ...]
+    contents: Mapping[Path, Any]
 
-    def weights(self, exclude: str | Iterable[str] = ()) -> list[StoredTensor]:
-        """The tensors that SAP prunes, each place in a file once, by the rule of ``prunable_parameters``.
+    @property
+    def is_folder(self) -> bool:
+        """Whether what is written for it is a folder."""
+        return self.index is not None or self.path.is_dir()
+
+    def weights(self, exclude: str | Iterable[str] = ()) -> list[Stored]:
+        """Choose the tensors that SAP prunes, shared ones once, by the rule of ``prunable_parameters``.
 
         Raises:
             TypeError: if one is not of a real floating-point type.
-            ValueError: if there is none, or one cannot be pruned where it lies.
+            ValueError: if there is none, or one cannot be pruned in place.
         """
-        first: dict[tuple[Any, ...], StoredTensor] = {}
+        first: dict[str, Stored] = {}
         paths: dict[int, list[str]] = {}
-        for tensor in self.tensors:
-            if is_weight((tensor.name, tensor)):
-                key = tensor.path, tensor.offset, tensor.shape, tensor.stride
-                # empty tensors may lie at one place and be different ones
-                known = first.setdefault(key if tensor.numel else (tensor.name,), tensor)
-                paths.setdefault(id(known), []).append(tensor.name)
+        for stored in self.tensors:
+            if _is_weight(stored.name, stored.shape):
+                tensor, place = stored.tensor, stored.name  # empty tensors may share an address
+                if tensor is not None and tensor.numel():
+                    place = f"{tensor.data_ptr()} {stored.shape} {tensor.stride()}"
+                paths.setdefault(id(first.setdefault(place, stored)), []).append(stored.name)
         excluded = excluded_by(paths, exclude)
-        found = [tensor for tensor in first.values() if id(tensor) not in excluded]
+        found = [stored for stored in first.values() if id(stored) not in excluded]
         if not found:
             raise ValueError(
                 f"{self.path} has no weight to prune (more than one dimension and 'weight' in the last part of its "
                 "name)" + (f" that exclude={exclude!r} leaves" if exclude else "")
             )
-        _check(found, {tensor.name for tensor in self.tensors})
+        _check(found, {stored.name for stored in self.tensors})
         return found
 
 
-def _check(tensors: list[StoredTensor], names: set[str]) -> None:
-    """Raise unless the tensors can be pruned where they lie."""
-    for tensor in tensors:
-        stem = tensor.name.removesuffix("_orig").removesuffix("_mask")
+def _is_weight(name: str, shape: Sequence[int]) -> bool:
+    return "weight" in name.rpartition(".")[2] and len(shape) > 1
+
+
+def _check(weights: Sequence[Stored], names: set[str]) -> None:
+    """Raise unless the weights can be pruned in place."""
+    spans = []
+    for name, _, kind, tensor, _ in weights:
+        stem = name.removesuffix("_orig").removesuffix("_mask")
         if {f"{stem}_orig", f"{stem}_mask"} <= names:
             raise ValueError(
-                f"{tensor.name} belongs to a model with masks; save torch_sap.remove(model).state_dict(), "
-                "which has plain weights"
+                f"{name} belongs to a model with masks; save torch_sap.remove(model).state_dict(), which has plain "
+                "weights"
             )
-        if tensor.dtype is None:
-            types = ", ".join(str(dtype).removeprefix("torch.") for dtype in INTEGER_OF)
-            raise TypeError(
-                f"{tensor.name} must be a real floating-point tensor ({types}), got {tensor.kind}; exclude it"
-            )
-        if tensor.nbytes != tensor.numel * tensor.dtype.itemsize:
-            raise ValueError(f"{tensor.name} must fill its memory, but it is a view with gaps or overlaps")
-    ends: dict[Path, tuple[int, str]] = {}
-    for tensor in sorted(tensors, key=lambda t: (t.path, t.offset, t.nbytes)):
-        end, name = ends.get(tensor.path, (0, ""))
-        if tensor.offset < end and tensor.nbytes:
-            raise ValueError(f"{tensor.name} and {name} share a part of their memory; exclude one of them")
-        ends[tensor.path] = max((end, name), (tensor.offset + tensor.nbytes, tensor.name))
+        if tensor is None or tensor.dtype not in SAFETENSORS_TYPES.values():
+            types = "float16, bfloat16, float32, float64"
+            raise TypeError(f"{name} must be a real floating-point tensor ({types}), got {kind}; exclude it")
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        if tensor.numel() and last + 1 != tensor.numel():
+            raise ValueError(f"{name} must fill its memory, but it is a view with gaps or overlaps")
+        spans.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name))
+    end, before = 0, ""
+    for start, stop, name in sorted(span for span in spans if span[0] < span[1]):
+        if start < end:
+            raise ValueError(f"{name} and {before} share a part of their memory; exclude one of them")
+        end, before = stop, name
 
 
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
-    """Find out what is in a checkpoint.
+    """Map the tensors of a checkpoint into memory, without reading them.
 
     Args:
         path: A file, an index (``*.index.json``), or a folder with one checkpoint.
-        key: Name of the state_dict among several that a PyTorch file holds.
-
-    Returns:
-        Its files and tensors; no weight is read.
+        key: Name of the state_dict to take from a PyTorch file that holds several.
 
     Raises:
         OSError: if a file cannot be read.
-        ValueError: if it is no checkpoint, or a folder with several.
+        ValueError: if it is not a checkpoint, or a folder with several.
         ImportError: if safetensors is needed and not installed (extra "cli").
     """
     path = Path(path)
     found = _in_folder(path) if path.is_dir() else path
     index = found if found.name.endswith(".index.json") else None
     files = (found,) if index is None else _files_of_index(index)
-    tensors: list[StoredTensor] = []
+    tensors: list[Stored] = []
+    contents: dict[Path, Any] = {}
     for file in files:
-        if file.suffix not in SUFFIXES:
+        if file.suffix in TORCH_SUFFIXES:
+            contents[file] = _load(file)
+            for name, tensor in _choose(contents[file], file, key).items():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                tensors.append(Stored(name, tuple(tensor.shape), kind, tensor, file))
+        elif file.suffix != ".safetensors":
             raise ValueError(f"{file} must end in one of {', '.join(SUFFIXES)} or .index.json")
-        if file.suffix == ".safetensors" and key is not None:
+        elif key is not None:
             raise ValueError(f"key chooses in PyTorch's files, but {file.name} is a safetensors file; leave it out")
-        tensors += _safetensors(file) if file.suffix == ".safetensors" else _pytorch(file, key)
-    return Checkpoint(path, files, index, tuple(tensors))
+        else:
+            tensors += MappedFile(file).tensors
+    return Checkpoint(path, files, index, tuple(tensors), contents)
 
 
 def _in_folder(folder: Path) -> Path:
     """The one checkpoint of a folder: an index, or else a file."""
-    for pattern in ("*.safetensors.index.json", "*.index.json", "*.safetensors", *(f"*{s}" for s in TORCH_SUFFIXES)):
+    for pattern in ("*.safetensors.index.json", "*.index.json", *(f"*{suffix}" for suffix in SUFFIXES)):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             raise ValueError(f"{folder} holds several checkpoints, name one: {', '.join(p.name for p in found)}")
@@ -184,112 +183,205 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in sorted(names))
 
 
-def _safetensors(path: Path) -> list[StoredTensor]:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError("safetensors files need safetensors: pip install 'torch_sap[cli]'") from error
-    try:
-        with safe_open(path, framework="pt"):  # it checks the header, and that it covers the file
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    check_plain(path, header.pop("__metadata__", {}))
-    tensors = [
-        StoredTensor(
-            name,
-            SAFETENSORS_TYPES.get(entry["dtype"]),
-            entry["dtype"],
-            tuple(entry["shape"]),
-            _row_major(entry["shape"]),
-            path,
-            8 + length + entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    ]
-    return sorted(tensors, key=lambda tensor: tensor.offset)
+class MappedFile:
+    """A safetensors file, mapped into memory; its tensors are views of the file.
+
+    Args:
+        path: The file.
+        writable: Whether writes to the tensors go to the file.
+
+    Attributes:
+        tensors: All of them, in the order in which they lie in the file.
+
+    Raises:
+        ValueError: if it is not a safetensors file, or one of :func:`torch_sap.save_sparse`.
+    """
+
+    def __init__(self, path: Path, *, writable: bool = False) -> None:
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ImportError as error:
+            raise ImportError("safetensors files need safetensors: pip install 'torch_sap[cli]'") from error
+        try:
+            with safe_open(path, framework="np") as file:  # checks that the header is sound and covers the file
+                strings = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        if "torch_sap" in strings:
+            raise ValueError(
+                f"{path} was written by save_sparse: load it with load_sparse, and save the state_dict of "
+                "torch_sap.remove(model)"
+            )
+        with open(path, "r+b" if writable else "rb") as file:
+            # not private: a private map of a file that is larger than memory may be refused
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+        start = 8 + int.from_bytes(self._map[:8], "little")
+        header = json.loads(self._map[8:start])
+        header.pop("__metadata__", None)
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self.tensors = [
+            Stored(name, tuple(found["shape"]), found["dtype"], self._tensor(start, **found), path)
+            for name, found in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        ]
+
+    def _tensor(self, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor | None:
+        if dtype not in SAFETENSORS_TYPES:
+            return None
+        kind = SAFETENSORS_TYPES[dtype]
+        offset, count = start + data_offsets[0], math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=kind)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable")
+            if offset % kind.itemsize == 0:
+                return torch.frombuffer(self._map, dtype=kind, count=count, offset=offset).view(shape)
+            there = torch.frombuffer(self._map, dtype=torch.uint8, count=count * kind.itemsize, offset=offset)
+        copy = there.clone()  # the format does not align tensors, and PyTorch needs them aligned
+        self._copies.append((copy, there))
+        return copy.view(kind).view(shape)
+
+    def flush(self) -> None:
+        """Write the changes of a writable map to the file."""
+        for copy, there in self._copies:
+            there.copy_(copy)
+        self._map.flush()
 
 
-def _row_major(shape: Iterable[int]) -> tuple[int, ...]:
-    return torch.empty(tuple(shape), device="meta").stride()
-
-
-def _pytorch(path: Path, key: str | None) -> list[StoredTensor]:
-    size = path.stat().st_size
+def _load(path: Path) -> Any:
+    """Load a PyTorch file, mapped privately: writes to its tensors stay in memory."""
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
-    starts: list[int] = []
-
-    def note(storage: Any, location: str) -> Any:
-        if storage.nbytes():
-            starts.append(storage.data_ptr())
-        return storage
-
     try:
-        content = torch.load(path, map_location=note, weights_only=True, mmap=is_zip)  # mapped, so not read
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds other objects than tensors, or is damaged; save model.state_dict() and name that file"
         ) from error
     except Exception as error:  # damaged files make torch.load raise nearly anything
-        raise ValueError(f"{path} is no file of torch.save: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is not a file of torch.save: {type(error).__name__}: {error}") from error
     if not is_zip:
         raise ValueError(f"{path} has the format of before PyTorch 1.6; torch.save(torch.load(path), path) renews it")
-    base, tensors = _address_of_byte_0(path, starts), []
-    for name, value in _choose(content, path, key):
-        dtype = value.dtype if value.dtype in INTEGER_OF else None
-        kind = str(value.dtype).removeprefix("torch.")
-        offset = value.data_ptr() - base if value.numel() else 0
-        tensors.append(StoredTensor(name, dtype, kind, tuple(value.shape), value.stride(), path, offset))
-        if not 0 <= offset <= size or (dtype is not None and offset + tensors[-1].nbytes > size):
-            raise ValueError(f"{path} is damaged: {name} lies outside of it")
-    return tensors
+    return content
 
 
-def _address_of_byte_0(path: Path, starts: Sequence[int]) -> int:
-    """Where a mapped zip file of torch.save begins in memory, from where all its storages that are not empty begin."""
-    places = set()
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        for record in archive.infolist():
-            if "/data/" in record.filename and record.file_size:
-                file.seek(record.header_offset + 26)
-                places.add(record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))))
-    base = min(starts, default=0) - min(places, default=0)
-    if {start - base for start in starts} != places:
-        raise ValueError(f"{path} is damaged: its storages are not those of its directory")
-    return base
-
-
-def _choose(content: Any, path: Path, key: str | None) -> list[tuple[str, Tensor]]:
-    """The tensors of the state_dict in a file: the content itself, or what lies under a key of it."""
+def _choose(content: Any, path: Path, key: str | None) -> dict[str, Tensor]:
+    """The tensors of the state_dict in a file: the content itself, or the value of one of its keys."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dictionary of tensors, got {type(content).__name__}")
-    inside = {name: _tensors(value) for name, value in content.items() if isinstance(value, Mapping)}
-    known = {str(name): tensors for name, tensors in inside.items() if any(map(is_weight, tensors))}
+    inside = {str(name): _tensors(value) for name, value in content.items() if isinstance(value, Mapping)}
+    known = {name: tensors for name, tensors in inside.items() if _has_weights(tensors)}
     own = _tensors(content)
     if key is not None:
         if key not in known:
             raise ValueError(f"key must name a state_dict of {path}, one of {sorted(known)}, got key={key!r}")
         return known[key]
-    if any(map(is_weight, own)) or not known:
+    if _has_weights(own) or not known:
         return own
     if len(known) > 1:
         raise ValueError(f"{path} holds several state_dicts, choose one with --key: {', '.join(known)}")
     return next(iter(known.values()))
 
 
-def _tensors(values: Mapping[Any, Any]) -> list[tuple[str, Tensor]]:
-    return [
-        (name, value)
-        for name, value in values.items()
-        if isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
+def _tensors(values: Mapping[Any, Any]) -> dict[str, Tensor]:
+    tensors = {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    return {name: tensor.detach() for name, tensor in tensors.items() if tensor.layout is torch.strided}
+
+
+def _has_weights(tensors: Mapping[str, Tensor]) -> bool:
+    return any(_is_weight(name, tensor.shape) for name, tensor in tensors.items())
+
+
+def prune_checkpoint(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    scope: Scope,
+    rule: Hyperparameters,
+    *,
+    exclude: str | Iterable[str] = (),
+    key: str | None = None,
+    overwrite: bool = False,
+) -> PruningReport:
+    """Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format.
+
+    The result is what the whole-model function of the scope makes of the same weights in memory, in the file's order
+    of position. A file does not say which weights belong to transposed convolutions: the output channels are dimension
+    0 of each tensor. Several files are pruned together, and none is renamed before all are complete.
+
+    Args:
+        path: A file, an index of several, or a folder with one checkpoint.
+        out: The file to write; a folder if ``path`` is a folder or an index.
+        scope: How weights are grouped.
+        rule: The five numbers.
+        exclude: Patterns of what not to prune, as in ``prunable_parameters``.
+        key: Name of the state_dict to take from a PyTorch file that holds several.
+        overwrite: Whether files that exist are replaced, the input included.
+
+    Returns:
+        The report, as the whole-model functions give it.
+
+    Raises:
+        OSError: if a file cannot be read or written.
+        ValueError: if a weight is NaN or infinite, there is none, or a file is damaged.
+        TypeError: if a weight is not of a real floating-point type.
+            Existing files are unchanged if anything is raised, and nothing new is left.
+
+    Example:
+        >>> from torch_sap.decide.bounds import Hyperparameters
+        >>> from torch_sap.files.weights import prune_checkpoint
+        >>> torch.save(nn.Linear(64, 64).state_dict(), "model.pt")
+        >>> prune_checkpoint("model.pt", "pruned.pt", "global", Hyperparameters()).remaining < 64 * 64
+        True
+    """
+    checkpoint = open_checkpoint(path, key)
+    weights = checkpoint.weights(exclude)
+    targets = _targets(checkpoint, Path(out), overwrite)
+    with _folder(Path(out), is_needed=checkpoint.is_folder), replacing(*targets.values()) as copies:
+        maps: dict[Path, MappedFile] = {}
+        for source, copy in zip(targets, copies, strict=True):
+            if source not in checkpoint.contents:
+                shutil.copyfile(source, copy)
+                if source != checkpoint.index:
+                    maps[source] = MappedFile(Path(copy), writable=True)
+        in_copy = {(source, one.name): one.tensor for source, mapped in maps.items() for one in mapped.tensors}
+        tensors = ((one.name, in_copy.get((one.path, one.name), one.tensor)) for one in weights)
+        entries = [Entry(name, tensor) for name, tensor in tensors if tensor is not None]
+        groups, remaining = zero_step(entries, scope, rule)
+        for mapped in maps.values():
+            mapped.flush()
+        for source, copy in zip(targets, copies, strict=True):
+            if source in checkpoint.contents:
+                save(checkpoint.contents[source], copy)
+            shutil.copymode(source, copy)
+    records = [
+        TensorRecord(entry.name, entry.shape, left, entry.scores.numel())
+        for entry, left in zip(entries, remaining, strict=True)
     ]
+    return PruningReport(scope, rule.to_dict(), groups, tuple(records))
 
 
-def is_weight(item: tuple[str, Tensor | StoredTensor]) -> bool:
-    """Whether a tensor is one that SAP prunes, by its key and its dimensions."""
-    name, tensor = item
-    return "weight" in name.rpartition(".")[2] and len(tensor.shape) > 1
+def _targets(checkpoint: Checkpoint, out: Path, overwrite: bool) -> dict[Path, Path]:
+    """The file to write for each file of a checkpoint, its index included."""
+    sources = [*checkpoint.files, *([] if checkpoint.index is None else [checkpoint.index])]
+    targets = {source: out / source.name if checkpoint.is_folder else out for source in sources}
+    if not checkpoint.is_folder and out.suffix != checkpoint.path.suffix:
+        raise ValueError(f"out must end in {checkpoint.path.suffix}, as the input does, got {out}")
+    for target in targets.values():
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder; name a file to write")
+        if target.exists() and not overwrite:
+            raise FileExistsError(f"{target} exists; choose another name, or overwrite it by --overwrite")
+    return targets
+
+
+@contextlib.contextmanager
+def _folder(folder: Path, *, is_needed: bool) -> Iterator[None]:
+    """Make a folder if it is needed and missing, and remove it again if anything is raised."""
+    is_new = is_needed and not folder.exists()
+    if is_new:
+        folder.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            folder.rmdir()
+        raise

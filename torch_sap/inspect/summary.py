@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_sap.decide.measures import power_sums
+from torch_sap.decide.sums import power_sums
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.inspect.example import arguments_of, as_it_was, tensors_of, whole_weights
 from torch_sap.inspect.macs import count_macs

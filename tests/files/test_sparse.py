@@ -1,6 +1,7 @@
-"""save_sparse and load_sparse, save_masks and load_masks: every bit comes back, in the form that was saved."""
+"""save_sparse and load_sparse: every bit comes back, in the form that was saved, in the documented layout."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torch_sap
-from torch_sap import load_masks, load_sparse, remove, save_masks, save_sparse
+from torch_sap import load_sparse, remove, save_sparse
 
 safetensors = pytest.importorskip("safetensors")
 
@@ -229,14 +230,14 @@ def test_of_data_parallel_the_names_are_those_inside(tmp_path):
 def test_masks_alone(kind, tmp_path):
     model, other = MODELS[kind](), MODELS[kind]()
     torch_sap.layer_unstructured(model, gamma=2.0)
-    save_masks(model, tmp_path / "masks.safetensors")
+    save_sparse(model, tmp_path / "masks.safetensors", what="masks")
     save_sparse(model, tmp_path / "model.safetensors")
     with torch.no_grad():
         for tensor in other.parameters():
             tensor.fill_(1.0)
     again = copy.deepcopy(other)
-    assert load_masks(other, tmp_path / "masks.safetensors") is other
-    load_masks(again, tmp_path / "model.safetensors")
+    assert load_sparse(other, tmp_path / "masks.safetensors", what="masks") is other
+    load_sparse(again, tmp_path / "model.safetensors", what="masks")
     assert_same(again, other)
     assert_held(other)
     for name, mask in masks_of(model).items():
@@ -252,15 +253,78 @@ def test_masks_take_the_place_of_others(tmp_path):
     model, other = mlp(), mlp()
     torch_sap.layer_unstructured(model, exclude="3")
     torch_sap.neuron_unstructured(other, eta_r=0.5)
-    save_masks(model, tmp_path / "masks.safetensors")
+    save_sparse(model, tmp_path / "masks.safetensors", what="masks")
     values = {name: mask & mask_of(other, name) for name, mask in masks_of(model).items()}
-    load_masks(other, tmp_path / "masks.safetensors")
+    load_sparse(other, tmp_path / "masks.safetensors", what="masks")
     for name, mask in masks_of(model).items():
         assert torch.equal(mask, mask_of(other, name))
         module = other.get_submodule(name.rpartition(".")[0])
         assert torch.equal(module.weight != 0, values[name])
 
 
+def test_bytes_on_disk(tmp_path):
+    """Values, one bit per weight, 8 bytes per row, and the shape: nothing else but the header."""
+    model = nn.Sequential(nn.Linear(100, 30), nn.Conv2d(3, 8, 3, bias=False))
+    report = torch_sap.layer_unstructured(model, eta_r=1.0)
+    save_sparse(model, tmp_path / "model.safetensors")
+    stored = (tmp_path / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(stored[:8], "little")
+    rows = 30 * (math.ceil(100 / 8) + 8) + 8 * (math.ceil(27 / 8) + 8)
+    assert len(stored) - header == 4 * report.remaining + rows + 2 * 16 + 4 * 30
+
+
+def test_each_tensor_begins_at_a_multiple_of_its_width(tmp_path):
+    model = nn.Sequential(nn.Linear(9, 3), nn.Linear(3, 5)).double()
+    torch_sap.layer_unstructured(model)
+    model.register_buffer("odd", torch.zeros(3, dtype=torch.uint8))
+    model.register_buffer("sixteen", torch.zeros(3, dtype=torch.float16))
+    save_sparse(model, tmp_path / "model.safetensors")
+    stored = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(stored[:8], "little")
+    header = json.loads(stored[8 : 8 + length])
+    del header["__metadata__"]
+    widths = {"F64": 8, "I64": 8, "F16": 2, "U8": 1}
+    assert length % 8 == 0
+    assert all(found["data_offsets"][0] % widths[found["dtype"]] == 0 for found in header.values())
+    assert {found["dtype"] for found in header.values()} == set(widths)
+
+
+def test_the_layout_is_the_documented_one(tmp_path):
+    model = nn.Sequential(nn.Linear(10, 3, bias=False))
+    torch_sap.layer_unstructured(model, gamma=2.0)
+    save_sparse(model, tmp_path / "model.safetensors")
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    mask, weight = model[0].weight_mask, model[0].weight.detach()
+    assert set(found) == {"0.compressed", "0.bitmask", "0.shape", "0.row_offsets"}
+    assert found["0.shape"].tolist() == [3, 10]
+    assert torch.equal(found["0.compressed"], weight[mask])
+    assert found["0.row_offsets"].tolist() == [0, int(mask[0].sum()), int(mask[:2].sum())]
+    for row in range(3):
+        places = [8 * byte + bit for byte in range(2) for bit in range(8) if found["0.bitmask"][row, byte] >> bit & 1]
+        assert places == mask[row].nonzero().flatten().tolist()
+
+
+def test_parameters_that_share_memory_without_being_one(tmp_path):
+    def make():
+        model, memory = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4, 4)
+        for layer, part in zip(model, memory, strict=True):
+            layer.weight = nn.Parameter(part)
+        model[1].bias = nn.Parameter(model[0].bias.detach())
+        return model
+
+    model, other = make(), make()
+    save_sparse(model, tmp_path / "model.safetensors")
+    assert_same(load_sparse(other, tmp_path / "model.safetensors"), model)
+
+
+def test_a_file_can_be_read_by_whom_the_user_allows(tmp_path):
+    save_sparse(mlp(), tmp_path / "model.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.slow
 def test_a_resnet50_of_ten_percent_takes_fourteen_percent_of_the_dense_file(tmp_path):
     timm = pytest.importorskip("timm")
     model = timm.create_model("resnet50")

@@ -1,6 +1,7 @@
 """Files that are damaged or do not fit are refused by name, and the model stays as it was; no half file is seen."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -9,13 +10,13 @@ from helpers import assert_unchanged, convnet, mlp, snapshot
 from torch import nn
 
 import torch_sap
-from torch_sap import load_masks, load_sparse, save_masks, save_sparse
-from torch_sap.files import sparse_loading, tensor_files
+from torch_sap import load_sparse, save_sparse
+from torch_sap.files import sparse
 
 safetensors = pytest.importorskip("safetensors")
 save_file = pytest.importorskip("safetensors.torch").save_file
 
-LOAD = {"model": load_sparse, "masks": load_masks}
+KINDS = ("model", "masks")
 
 
 def pruned():
@@ -27,73 +28,71 @@ def pruned():
 @pytest.fixture
 def files(tmp_path):
     model = pruned()
-    save_sparse(model, tmp_path / "model")
-    save_masks(model, tmp_path / "masks")
+    for what in KINDS:
+        save_sparse(model, tmp_path / what, what=what)
     return tmp_path
 
 
-def refuse(load, path, model, match, error=ValueError):
+def refuse(path, model, match, error=ValueError, what="model"):
     before = snapshot(model)
     with pytest.raises(error, match=match):
-        load(model, path)
+        load_sparse(model, path, what=what)
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("kind", LOAD)
-def test_every_flipped_byte_is_noticed(kind, files):
-    """Some bytes of the header and of the rest, flipped one by one: refused, or (padding) without effect."""
-    whole = (files / kind).read_bytes()
+@pytest.mark.parametrize("what", KINDS)
+def test_a_flipped_byte_of_the_description_or_the_bits_is_noticed_or_harmless(what, files):
+    """Flipped one by one: refused, or without effect on masks and names. Values have no checksum."""
+    whole = (files / what).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    state = {name: value.clone() for name, value in LOAD[kind](mlp(), files / kind).state_dict().items()}
-    harmless = 0
-    places = [*range(0, header, 37), *range(header, len(whole), 11)]
-    for place in places:
+    masks = {name: mask.clone() for name, mask in load_sparse(mlp(), files / what, what=what).named_buffers()}
+    places = json.loads(whole[8:header])
+    bits = [
+        header + place
+        for name, found in places.items()
+        if name.endswith(".bitmask")
+        for place in range(*found["data_offsets"])
+    ]
+    for place in [*range(0, header, 7), *bits]:
         (files / "flipped").write_bytes(whole[:place] + bytes([whole[place] ^ 0x01]) + whole[place + 1 :])
         model = mlp()
         before = snapshot(model)
         try:
-            LOAD[kind](model, files / "flipped")
+            load_sparse(model, files / "flipped", what=what)
         except ValueError:
             assert_unchanged(model, before)
         else:
-            harmless += 1
-            assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert harmless <= 2
+            assert place < header
+            assert {name for name, _ in model.named_buffers()} == set(masks)
+            assert all(torch.equal(mask, masks[name]) for name, mask in model.named_buffers() if "mask" in name)
 
 
-@pytest.mark.parametrize("kind", LOAD)
+@pytest.mark.parametrize("what", KINDS)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_truncated(kind, share, files):
-    whole = (files / kind).read_bytes()
+def test_truncated(what, share, files):
+    whole = (files / what).read_bytes()
     (files / "cut").write_bytes(whole[: int(share * len(whole))])
-    refuse(LOAD[kind], files / "cut", mlp(), "cut is truncated or damaged")
-
-
-def test_the_damaged_tensor_is_named(files):
-    whole = bytearray((files / "model").read_bytes())
-    whole[-1] ^= 0xFF  # bits come last
-    (files / "flipped").write_bytes(whole)
-    refuse(load_sparse, files / "flipped", pruned(), r"the bytes of 3.bitmask do not fit their checksum")
+    refuse(files / "cut", mlp(), "cut is truncated or damaged", what=what)
 
 
 def test_no_file(tmp_path):
-    refuse(load_sparse, tmp_path / "nothing", mlp(), "nothing", FileNotFoundError)
+    refuse(tmp_path / "nothing", mlp(), "nothing", FileNotFoundError)
 
 
 def test_another_kind_of_file(tmp_path):
     torch.save(mlp().state_dict(), tmp_path / "model.pt")
-    refuse(load_sparse, tmp_path / "model.pt", mlp(), r"model.pt is truncated or damaged")
+    refuse(tmp_path / "model.pt", mlp(), r"model.pt is truncated or damaged")
 
 
 def test_masks_are_no_model(files):
-    refuse(load_sparse, files / "masks", mlp(), "has masks alone, which load_masks loads")
+    refuse(files / "masks", mlp(), 'has masks alone: load them by what="masks"')
 
 
-@pytest.mark.parametrize("load", LOAD.values())
-def test_another_architecture(load, files):
-    path = files / ("model" if load is load_sparse else "masks")
-    refuse(load, path, nn.Sequential(nn.Linear(6, 9)), r"has unknown \[.*'3.weight'")
-    refuse(load, path, nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)), "0.weight must")
+@pytest.mark.parametrize("what", KINDS)
+def test_another_architecture(what, files):
+    refuse(files / what, nn.Sequential(nn.Linear(6, 9)), r"has unknown \[.*'3.weight'", what=what)
+    narrow = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    refuse(files / what, narrow, "0.weight must", what=what)
 
 
 def test_a_tensor_too_few(files):
@@ -102,23 +101,21 @@ def test_a_tensor_too_few(files):
             super().__init__(*mlp())
             self.register_buffer("more", torch.zeros(1))
 
-    refuse(load_sparse, files / "model", More(), r"lacks \['more'\] and has unknown \[\]")
+    refuse(files / "model", More(), r"lacks \['more'\] and has unknown \[\]")
 
 
 def test_another_type(files):
-    refuse(load_sparse, files / "model", mlp(torch.float16), r"0.weight must have the model's type torch.float16, but")
-    load_masks(mlp(torch.float16), files / "masks")
+    refuse(files / "model", mlp(torch.float16), r"0.weight must have the model's type torch.float16, but")
+    load_sparse(mlp(torch.float16), files / "masks", what="masks")
 
 
 def rewrite(files, change):
-    """The file again with other contents and right checksums, or as a program without them would write it."""
+    """The file again with other contents."""
     with safetensors.safe_open(files / "model", "pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         about = json.loads(file.metadata()["torch_sap"])
     change(tensors, about)
-    del about["crc32"]
-    pieces = [tensor_files.Piece(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()]
-    tensor_files.write(files / "changed", pieces, about)
+    save_file(tensors, files / "changed", {"torch_sap": json.dumps(about)})
     return files / "changed"
 
 
@@ -133,6 +130,7 @@ CHANGES = {
     r"0.weight: the bits must be uint8 of shape \(9, 1\)": set_item("0.bitmask", lambda t: t[1:].clone()),
     r"0.weight: the bits after the end of a row must be 0": set_item("0.bitmask", lambda t: t | 0x80),
     r"0.weight: \d+ entries must remain by its description": set_item("0.bitmask", lambda t: t & 0x3E),
+    r"0.weight: its values must be a real floating-point tensor .*int32": set_item("0.compressed", lambda t: t.int()),
     r"0.bitmask is missing": lambda tensors, about: tensors.pop("0.bitmask"),
     r"must be of format 1, got 2": lambda tensors, about: about.update(format=2),
     r"1.running_mean has a mask in .*, but is no parameter": lambda tensors, about: (
@@ -147,7 +145,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("match", CHANGES)
 def test_contents_that_do_not_belong_together(match, files):
-    refuse(load_sparse, rewrite(files, CHANGES[match]), pruned(), match)
+    refuse(rewrite(files, CHANGES[match]), pruned(), match)
 
 
 def test_files_of_other_programs_are_checked_by_counts(files):
@@ -158,7 +156,7 @@ def test_files_of_other_programs_are_checked_by_counts(files):
     assert torch.equal(model[0].weight, torch.ones(1, 3))
     assert model[0].weight_mask.all()
     save_file({f"0.{name}": value[:2].clone() for name, value in whole.items()}, files / "foreign")
-    refuse(load_sparse, files / "foreign", nn.Sequential(nn.Linear(3, 1, bias=False)), "must have 3 values by its bits")
+    refuse(files / "foreign", nn.Sequential(nn.Linear(3, 1, bias=False)), "must have 3 values by its bits")
 
 
 def test_what_cannot_be_saved(tmp_path):
@@ -169,16 +167,17 @@ def test_what_cannot_be_saved(tmp_path):
         def set_extra_state(self, state):
             pass
 
-    def refused(model, error, match, save=save_sparse):
+    def refused(model, error, match, what="model"):
         with pytest.raises(error, match=match):
-            save(model, tmp_path / "model")
+            save_sparse(model, tmp_path / "model", what=what)
         assert list(tmp_path.iterdir()) == []
 
     refused("model", TypeError, "model must be a torch.nn.Module, got str")
     refused(nn.Sequential(State(2, 2)), TypeError, "save_sparse needs .* but 0._extra_state is a dict")
     refused(nn.Linear(2, 2, device="meta"), ValueError, "weight must have values, but it is on the meta device")
     refused(nn.LazyLinear(2), ValueError, "weight must have values")
-    refused(mlp(), ValueError, "model must have masks to save", save_masks)
+    refused(mlp(), ValueError, "model must have masks to save", what="masks")
+    refused(mlp(), ValueError, "what must be one of 'model', 'masks', got what='bits'", what="bits")
     odd = nn.Linear(2, 2)
     odd.register_buffer("number", torch.zeros(1, dtype=torch.complex128))
     refused(odd, TypeError, "number must be of a type that safetensors can hold, got torch.complex128")
@@ -198,21 +197,31 @@ def test_a_write_that_fails_leaves_what_was_there(there, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(tensor_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         save_sparse(convnet(), path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_all_is_checked_before_the_first_value_is_written(files, monkeypatch):
-    order = []
-    check, hold = sparse_loading._check, sparse_loading._hold
-    monkeypatch.setattr(sparse_loading, "_check", lambda *a, **k: (order.append("check"), check(*a, **k)))
-    monkeypatch.setattr(sparse_loading, "_hold", lambda *a, **k: (order.append("hold"), hold(*a, **k)))
-    load_sparse(mlp(), files / "model")
-    assert order == ["check"] * 9 + ["hold"]
+@pytest.mark.parametrize("what", KINDS)
+def test_an_interrupt_while_values_are_written_is_raised_when_all_are(what, files, monkeypatch):
+    expected = load_sparse(mlp(), files / what, what=what)
+    calls = []
+
+    def guard(model):
+        calls.append(model)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sparse, "guard", guard)
+    model = mlp()
+    with pytest.raises(KeyboardInterrupt):
+        load_sparse(model, files / what, what=what)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
 
 
 def test_without_safetensors_the_extra_is_named(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    refuse(load_sparse, files / "model", mlp(), r"pip install 'torch_sap\[safetensors\]'", ImportError)
+    refuse(files / "model", mlp(), r"pip install 'torch_sap\[safetensors\]'", ImportError)
+    with pytest.raises(ImportError, match=r"save_sparse needs safetensors: pip install"):
+        save_sparse(mlp(), files / "new")
