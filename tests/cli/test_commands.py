@@ -282,7 +282,7 @@ print(max(seen) - seen[0])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a GPU-free Linux with /proc")
 @pytest.mark.parametrize("scope", ["global", "layer", "neuron"])
 def test_a_gigabyte_takes_little_memory(folder, scope):
     """Two tensors of half a gigabyte each; pages of the files do not count."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_sap.distributed.fsdp import manages, rename
+from torch_sap.distributed.fsdp import manages, rename, reshard
 from torch_sap.distributed.replicas import check_agreement, groups_of_copies
 from torch_sap.distributed.sharded import is_dtensor, place, same_placement
 from torch_sap.masks.parameters import Prunable
@@ -257,6 +257,7 @@ def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) ->
     whole = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]
 
     def hold() -> None:
+        reshard(module for prunable in prunables for module, _ in prunable.holders)  # a forward may have gathered them
         for prunable, mask in zip(prunables, whole, strict=True):
             for module, name in prunable.holders:
                 _hold_mask(module, name, mask)
