@@ -132,7 +132,7 @@ class NumPy:
         Args:
             keys: Shape (R, L).
             key: One for all rows, or one per row, shape (R, 1).
-            left: Unpruned entries with just this key that go, likewise.
+            left: Unpruned entries with just this key that go, likewise; None: all of them.
             mask: Bool of shape (R, L), or None.
             out: Bool with as many entries, of any shape and strides.
 
@@ -142,8 +142,17 @@ class NumPy:
         key, in_place = np.asarray(key, keys.dtype), out.flags.c_contiguous
         keep = out.reshape(keys.shape) if in_place else scratch("keep", keys.shape, np.bool_)
         np.greater(keys, key, out=keep)
+        if mask is not None:
+            np.logical_and(keep, mask, out=keep)
+        if left is not None:
+            self._keep_late_ties(keys, key, left, mask, keep)
+        if not in_place:
+            out[...] = keep.reshape(out.shape)
+        return int(np.count_nonzero(keep))
+
+    def _keep_late_ties(self, keys: Any, key: Any, left: Any, mask: Any, keep: Any) -> None:
         equal = np.equal(keys, key, out=scratch("equal", keys.shape, np.bool_))
-        if mask is not None and not np.all(key):  # pruned entries have the key 0 too
+        if mask is not None:
             np.logical_and(equal, mask, out=equal)
         places = np.flatnonzero(equal)  # several times faster in one dimension
         if len(places):
@@ -151,14 +160,11 @@ class NumPy:
             rank = np.arange(len(rows)) - np.searchsorted(rows, np.arange(len(keys)))[rows]
             late = rank >= np.broadcast_to(left, (len(keys), 1))[rows, 0]
             keep.reshape(-1)[places[late]] = True
-        if not in_place:
-            out[...] = keep.reshape(out.shape)
-        return int(np.count_nonzero(keep))
 
     def ties(self, keys: Any, mask: Any, key: Any) -> int:
         """How many unpruned entries of a piece equal a key."""
         equal = np.equal(keys, np.asarray(key, keys.dtype), out=scratch("equal", keys.shape, np.bool_))
-        if mask is not None and not key:
+        if mask is not None:
             np.logical_and(equal, mask.reshape(-1), out=equal)
         return int(np.count_nonzero(equal))
 
@@ -226,10 +232,10 @@ class Torch:
 
     def keep(self, keys: Tensor, key: Any, left: Any, mask: Tensor | None, out: Tensor) -> Tensor:
         key, left = (torch.as_tensor(number, device=keys.device) for number in (key, left))
-        equal = keys == key
+        keep, equal = keys > key, keys == key
         if mask is not None:
-            equal &= mask
-        keep = (keys > key) | (equal & (equal.cumsum(1) > left))
+            keep, equal = keep & mask, equal & mask
+        keep |= equal & (equal.cumsum(1) > left)
         out.copy_(keep.view(out.shape))
         return keep.sum()
 
@@ -304,11 +310,8 @@ def _sums_of_blocks(x: NDArray[np.float64]) -> NDArray[np.float64]:
         rows = x.reshape(slices, count) if length == 1 else _sum_rows(x.reshape(-1, length)).reshape(slices, count)
         starts = np.arange(0, slices, SLICES)
         return np.add.reduceat(rows, starts, axis=0)
-    whole = length // BLOCK * BLOCK
-    if length <= BLOCK:
-        return _sum_rows(x.reshape(count, length))[None]
-    sums = _sum_rows(x[0, :, :whole].reshape(-1, BLOCK)).reshape(count, -1).T
-    return sums if whole == length else np.concatenate([sums, _sum_rows(x[0, :, whole:])[None]])
+    rows = x.reshape(count, length)
+    return np.stack([_sum_rows(rows[:, start : start + BLOCK]) for start in range(0, max(1, length), BLOCK)])
 
 
 def _sum_rows(rows: NDArray[np.float64]) -> NDArray[np.float64]:

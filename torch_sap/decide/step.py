@@ -20,7 +20,7 @@ from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Entry, Group, Piece, Scope, pieces, split
 from torch_sap.decide.sums import PowerSums, Visit, distinct, index_from_sums, join_blocks, out_of_range, visit_sums
 from torch_sap.decide.threads import scratch
-from torch_sap.decide.threshold import apply, expected_window, find, first_to_stay
+from torch_sap.decide.threshold import Window, apply, expected_window, find, first_to_stay
 
 Store = Callable[[Piece, Any, Any, Any], Any]
 """Called with a piece, its keys as rows, the last key to go of each row, and how many entries with just that key go;
@@ -134,12 +134,14 @@ def _step(
 ) -> tuple[dict[str, GroupValues], PowerSums, list[Any]]:
     """Measure, decide, and store what stays; the last result is the kept entries per tensor, None if nothing goes."""
     groups = split(entries, scope)
-    windows, visits = [], []
-    for group in groups:
-        on_cpu = backend is NUMPY and all(entries[i].part is None for i in group.members)
-        windows.append(expected_window(entries, group, rule) if on_cpu and not group.by_row else None)
-        rows = _row_visit(rule, group.dtype, backend, store) if on_cpu and group.by_row else None
-        visits.append(rows or (windows[-1].look if windows[-1] is not None else None))
+    visits: list[Visit | None] = [None] * len(groups)
+    windows: list[Window | None] = [None] * len(groups)
+    apart = all(entry.part is None for entry in entries)
+    if backend is NUMPY and apart and groups[0].by_row:
+        visits = [_row_visit(rule, group.dtype, backend, store) for group in groups]
+    elif backend is NUMPY and apart:
+        windows = NUMPY.map(lambda group: expected_window(entries, group, rule), [(group,) for group in groups])
+        visits = [None if window is None else window.look for window in windows]
     sums, seen = visit_sums(entries, groups, rule.p, rule.q, backend, visits, outputs)
     values = group_values(sums, scope, rule)
 
@@ -153,8 +155,7 @@ def _step(
         cut = find(entries, group, int(found.c[0]), int(found.d[0]), backend, windows[number], seen[number])
         return apply(entries, group, cut, backend, outputs, store)
 
-    apart = all(entry.part is None for entry in entries)  # threads must not mix up exchanges between processes
-    jobs = list(enumerate(groups))
+    jobs = list(enumerate(groups))  # threads must not mix up exchanges between processes
     kept = backend.map(store_group, jobs) if apart else list(starmap(store_group, jobs))
     return values, sums, [number for of_group in kept for number in of_group]
 

@@ -261,9 +261,9 @@ def apply(
     work, part = _work(entries, group, backend, outputs), shared_part(entries, group)
 
     def keys_of(piece: Piece) -> Any:
-        return backend.keys(*piece.views[:2], group.dtype)
+        return backend.keys(piece.views[0], None, group.dtype)  # pruned ones are left out by their mask
 
-    lefts: list[Any] = [cut.left] * len(work)
+    lefts: list[Any] = [None] * len(work)
     interleaved: dict[int, int] = {}
     if not cut.all_ties:
         found = backend.map(lambda piece, i: backend.ties(keys_of(piece), piece.views[1], cut.key), work)
