@@ -106,9 +106,9 @@ class Part:  # a decide.groups.Shard
         start, end = self.bounds(self.rank)
         return whole.narrow(self.dim, start, end - start)
 
-    def same_processes(self, other: Part) -> bool:
+    def same_processes(self, other: Any) -> bool:
         """Whether the same processes hold the parts of another tensor."""
-        return self.ranks == other.ranks
+        return bool(self.ranks == other.ranks)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all processes, in order of rank; their last dimension may differ."""
@@ -137,8 +137,9 @@ class Part:  # a decide.groups.Shard
     def _device(self) -> torch.device:
         """Where the backend of the processes communicates."""
         kind = str(self.mesh.device_type)
-        index = None if kind == "cpu" else torch.get_device_module(kind).current_device()
-        return torch.device(kind, index)
+        return (
+            torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+        )
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of one shape of all processes, on the device where this one is."""

@@ -72,7 +72,8 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def _find(self, module: nn.Module) -> Pair | None:
         weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
-        if weight is None or mask is None or module._forward_pre_hooks.get(self.number) is not self:
+        hook: Any = module._forward_pre_hooks.get(self.number)
+        if weight is None or mask is None or hook is not self:
             return None
         if not self.sharded and is_dtensor(weight):  # since fully_shard came after the pruning
             mask = self._place_mask(module)
@@ -81,11 +82,11 @@ class InPlaceMask(prune.BasePruningMethod):
     def attached(self, module: nn.Module) -> Pair | None:
         """Let the module read the Parameter and mask its gradients; return it and its mask, None if there is none."""
         weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
-        if weight is None or mask is None or self.sharded:
+        if weight is None or mask is None or self.sharded or (self._gradient is None and weight.requires_grad):
             return self._attach(module)
-        if weight is not self.weight or weight is not module.__dict__.get(self._tensor_name):
-            return self._attach(module)
-        return self._attach(module) if self._gradient is None and weight.requires_grad else (weight, mask)
+        pair = weight, mask
+        known = weight is self.weight and weight is module.__dict__.get(self._tensor_name)
+        return pair if known else self._attach(module)
 
     def _attach(self, module: nn.Module) -> Pair | None:
         name = self._tensor_name
@@ -262,9 +263,8 @@ def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) ->
             for module, name in prunable.holders:
                 _hold_mask(module, name, mask)
                 mask_standardized(module)
-        restore_zeros_(
-            (p.weight, mask) for p in prunables if (mask := p.mask) is not None and same_placement(p.weight, mask)
-        )
+        pairs = [(prunable.weight, prunable.mask) for prunable in prunables]
+        restore_zeros_((weight, mask) for weight, mask in pairs if mask is not None and same_placement(weight, mask))
 
     finish(hold)
 

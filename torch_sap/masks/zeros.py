@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torch_sap.decide.keys import INTEGER_OF
 from torch_sap.distributed.sharded import local, same_placement
@@ -88,9 +88,37 @@ def unwatch(keeper: Keeper) -> None:
     _keepers.pop(id(keeper), None)
 
 
+_small_eps: weakref.WeakKeyDictionary[Optimizer, list[tuple[dict[str, Any], float]]] = weakref.WeakKeyDictionary()
+"""The groups of optimizers in a step whose ``eps`` was raised, and what it was."""
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Raise an ``eps`` that its parameters' type rounds to 0 to the smallest number of the type, for this step.
+
+    Adam and its like divide by ``sqrt(v) + eps``. A pruned network has many entries without a gradient, also unpruned
+    ones that feed a neuron nobody reads, and 0 / 0 would make them NaN. Where v is not 0 this changes nothing.
+    """
+    if not _keepers:
+        return
+    _lower_eps(optimizer)  # of a step that failed
+    for group in optimizer.param_groups:
+        types, eps = {parameter.dtype for parameter in group["params"]}, group.get("eps")
+        if len(types) == 1 and isinstance(eps, float) and (dtype := types.pop()).is_floating_point:
+            smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+            if eps <= smallest / 2:
+                _small_eps.setdefault(optimizer, []).append((group, eps))
+                group["eps"] = smallest
+
+
+def _lower_eps(optimizer: Optimizer) -> None:
+    for group, eps in _small_eps.pop(optimizer, ()):
+        group["eps"] = eps
+
+
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _keepers:
         return
+    _lower_eps(optimizer)
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     pairs = []
     for reference in _keepers.valuerefs():
@@ -106,13 +134,14 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     restore_zeros_(pairs)
 
 
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
 
 _arrived: dict[int, list[MaskedGradient]] = {}
 """By backward, the weights whose gradients it has accumulated. A backward that fails leaves its list, which holds no
 tensor; a task's number is never used again."""
 
-_queue_callback: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+_queue_callback: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback
 
 
 class MaskedGradient:
