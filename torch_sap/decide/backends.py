@@ -1,4 +1,4 @@
-"""The arithmetic on many numbers, for the CPU (NumPy) and for other devices (PyTorch): the same methods twice.
+"""Backends: the arithmetic on many numbers, for the CPU (NumPy) and for other devices (PyTorch).
 
 :func:`backend_of` chooses once per step; nothing else asks where a tensor lies. NumPy's loops on pieces that fit the
 cache are several times faster than PyTorch's on a CPU. On a device everything is queued, and read once at the end.
@@ -27,11 +27,11 @@ BLOCK = 2**12
 """Entries that are summed in one go. Pieces are a whole number of blocks, so that sums do not depend on their size."""
 
 LONG_ROW = 2**10
-"""Entries of a row from which on a partition is faster than a sort, if few go."""
+"""Row length above which a partition beats a sort, if few entries go."""
 
 
 class NumPy:
-    """Works on arrays of CPU tensors, in several threads."""
+    """Arithmetic on arrays of CPU tensors, in several threads."""
 
     chunk = 2**19
     """Fewer would keep float64 copies closer to the core, but each NumPy call takes the GIL for a moment, and a thread
@@ -109,7 +109,7 @@ class NumPy:
             return np.stack(sums)
 
     def largest(self, keys: Any, dtype: torch.dtype, shape: tuple[int, int, int]) -> Any:
-        """The largest magnitude of each row, float64 of shape (C,); NaN if one is NaN."""
+        """Largest magnitude of each row, float64 of shape (C,); NaN if there is one."""
         values = self.magnitudes(keys, dtype).reshape(shape)
         return values.max(axis=(0, 2), initial=0.0)
 
@@ -127,7 +127,7 @@ class NumPy:
         return key, np.where(rank > 0, (ordered == key).argmax(axis=1, keepdims=True), 0)
 
     def keep(self, keys: Any, key: Any, left: Any, mask: Any, out: Any) -> int:
-        """Write which entries stay: those above a key, and those equal to it but for the first ``left`` unpruned ones.
+        """Write which entries stay: those above a key, and those equal to it except the first ``left`` unpruned ones.
 
         Args:
             keys: Shape (R, L).
@@ -173,7 +173,7 @@ class NumPy:
         return np.concatenate([of_piece.copy() for of_piece in keys])
 
     def numbers(self, values: Any, like: Any) -> Any:
-        """Integers on the CPU as int64 where some keys are."""
+        """int64 numbers on the device of some keys."""
         return np.asarray(values, np.int64)
 
     def histogram(self, keys: Any, mask: Any, low: Any, shift: int) -> Tensor:
@@ -190,7 +190,7 @@ class NumPy:
 
 
 class Torch:
-    """Works on tensors of any device, without waiting for it."""
+    """The same methods on tensors of any device, without waiting for it."""
 
     chunk = 2**22
     """Large enough to hide the launches."""

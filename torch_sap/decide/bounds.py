@@ -1,4 +1,4 @@
-"""How many entries the PQ Index allows to prune: the paper's Theorem 2 and the count c of Algorithm 1.
+"""Bounds: r of the paper's Theorem 2 and the count c of its Algorithm 1, from the PQ Index.
 
 Source: Diao et al., "Pruning Deep Neural Networks from a Sparsity Perspective", ICLR 2023 (arXiv 2302.05601).
 """

@@ -1,4 +1,4 @@
-"""What is measured and pruned together: entries, groups by scope, and the pieces that entries are read in.
+"""Entries to measure and prune, the groups that a scope makes of them, and the pieces they are read in.
 
 :func:`split` knows the scopes. Behind it there are two kinds of groups: whole tensors taken together, and the rows
 (output channels) of one tensor, each for itself.
@@ -24,7 +24,7 @@ SLICES = 64
 
 
 class Shard(Protocol):
-    """Where a local tensor lies in a whole that several processes hold, and how they exchange small tables."""
+    """A local tensor's place in a whole that several processes hold, and their exchanges of small tables."""
 
     @property
     def dim(self) -> int:
@@ -116,7 +116,7 @@ class Entry:
 
 
 class Group(NamedTuple):
-    """Entries whose d, I, r and c are computed together, or one entry each row of which is a group of its own."""
+    """Entries with one d, I, r and c together, or one entry with its own for each row (``by_row``)."""
 
     name: str
     """ "global", or the name of the tensor."""
@@ -172,10 +172,10 @@ def check_scope(scope: object) -> None:
 
 
 class Piece(NamedTuple):
-    """A part of an entry that is worked on at once: of its scores, its mask and its output, arrays on the CPU."""
+    """A part of an entry's scores, mask and output to work on at once; arrays on the CPU."""
 
     rows: slice
-    """The rows of the entry that it has entries of."""
+    """Its rows in the entry."""
     shape: tuple[int, int, int]
     """(A, C, K): C rows, whose entries are dimensions 0 and 2. The parts have any shape with as many entries."""
     scores: Any

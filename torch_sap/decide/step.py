@@ -23,8 +23,8 @@ from torch_sap.decide.threads import scratch
 from torch_sap.decide.threshold import Window, apply, expected_window, find, last_to_go
 
 Store = Callable[[Piece, Any, Any, Any], Any]
-"""Called with a piece, its keys as rows, the last key to go of each row, and how many entries with just that key go;
-stores what stays and returns how many entries that are."""
+"""Called with a piece, its keys as rows, the last key to go of each row, and how many entries with just that key go
+(None: all); stores what stays and returns its number of entries."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Power sums in float64, and the PQ Index from them: all that SAP needs to know of a group's weights.
+"""Power sums in float64, and the PQ Index from them: all that SAP needs to know about a group.
 
 One accumulator serves tensors, shards, files and all scopes: a pass adds the pieces of each row (output channel), the
 processes' tables are merged, and the rows of a tensor and the tensors of a model are joined without rounding.
@@ -86,7 +86,7 @@ def power_sums(entries: Sequence[Entry], p: float, q: float) -> PowerSums:
 def visit_sums(
     groups: Sequence[Group], p: float, q: float, backend: Backend, visits: Sequence[Visit | None] | None = None
 ) -> tuple[PowerSums, list[list[Any]]]:
-    """Measure groups in one pass, and let somebody look at the keys in the same pass.
+    """Measure groups in one pass, and visit the keys in the same pass.
 
     Args:
         groups: What is measured; they say in which type keys are compared, and whether pieces are whole rows.

@@ -25,10 +25,10 @@ from torch_sap.decide.sums import index_from_sums
 from torch_sap.decide.threads import scratch
 
 WORTHWHILE = 2**16
-"""Entries of a group from which on a sample is worth its time."""
+"""Group size above which a sample is worth its time."""
 
 SAMPLE = (2**12, 2**17)
-"""The sample is one in 128 entries of a group, but so many at least and at most."""
+"""Least and most entries of a sample, which is one in 128 of a group in between."""
 
 RUN = 8
 """Neighbors that a sample takes: they come from memory together. More of them would say less, since they are often of
@@ -39,7 +39,7 @@ MARGIN = 1.25
 0.2 to 0.35 of them for normal, uniform and Laplace weights and (p, q) of (0.5, 1) and (1, 2)."""
 
 MOST_KEPT = NUMPY.chunk // 16
-"""Keys of a piece that are kept; where more lie in the interval (equal weights) it is given up."""
+"""Most keys of a piece that are kept; with more in the interval (equal weights) it is given up."""
 
 
 class Window(NamedTuple):
@@ -59,7 +59,7 @@ class Window(NamedTuple):
 
 
 def expected_window(group: Group, rule: Hyperparameters) -> Window | None:
-    """The window for what a rule will prune of a group on the CPU, judged by a sample.
+    """Estimate a window for what a rule will prune of a group on the CPU, from a sample.
 
     None for groups that are small or sharded, lose nothing by the sample, or lose zeros.
     """
@@ -252,7 +252,7 @@ def apply(group: Group, cut: Cut, backend: Backend, store: Callable[[Piece, Any,
 def _shares(
     group: Group, left: int, owners: Sequence[Entry], ties: Sequence[Any], part: Shard
 ) -> tuple[dict[int, int], dict[int, int]]:
-    """How many ties of each entry go in this process, in the order of the unsharded tensors.
+    """Count the ties of each entry that go in this process, in the order of the unsharded tensors.
 
     Returns:
         By the id of the entry, the ties that go here; and, for those whose parts interleave in that order, the ties

@@ -1,4 +1,4 @@
-"""Pruned entries are made zeros, in place, whenever somebody may have written to them. Nothing is inferred.
+"""Make pruned entries zero, in place, whenever somebody may have written to them. Nothing is inferred.
 
 - Gradients are masked once per backward, all together, when the last one has been accumulated.
 - Weights are restored after every step of a ``torch.optim`` optimizer that has them.
@@ -31,7 +31,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def restore_zeros_(pairs: Iterable[Pair]) -> None:
-    """Set the entries of tensors where a bool mask is False to +0.0, in place, whatever is there (NaN and -0.0 too).
+    """Set the entries of tensors where a bool mask is False to +0.0, in place, replacing NaN and -0.0 too.
 
     The bits are multiplied as integers, all tensors in one call: on a CPU that is several times faster per entry than
     ``masked_fill_``. Autograd does not see it: version counters stay, so a forward may do this between another forward
@@ -54,7 +54,7 @@ def restore_zeros_(pairs: Iterable[Pair]) -> None:
 
 
 def _shared_order(tensor: Tensor, mask: Tensor) -> list[int] | None:
-    """The order of dimensions in which both tensors fill their memory, None if there is none."""
+    """Dimension order in which both tensors are contiguous; None if there is none."""
     if tensor.is_contiguous() and mask.is_contiguous():
         return list(range(tensor.dim()))
     order = sorted(range(tensor.dim()), key=lambda dim: tensor.stride()[dim], reverse=True)
@@ -62,7 +62,7 @@ def _shared_order(tensor: Tensor, mask: Tensor) -> list[int] | None:
 
 
 class Keeper(Protocol):
-    """Who keeps the zeros of one pruned weight."""
+    """The hook that keeps the zeros of one pruned weight."""
 
     weight: Tensor | None
     """The Parameter whose gradients are masked."""
@@ -79,7 +79,7 @@ _keepers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def watch(keeper: Keeper) -> None:
-    """Restore the zeros of a weight after every optimizer step from now on."""
+    """Start restoring the zeros of a weight after optimizer steps."""
     _keepers[id(keeper)] = keeper
 
 
@@ -89,7 +89,7 @@ def unwatch(keeper: Keeper) -> None:
 
 
 _small_eps: weakref.WeakKeyDictionary[Optimizer, list[tuple[dict[str, Any], float]]] = weakref.WeakKeyDictionary()
-"""The groups of optimizers in a step whose ``eps`` was raised, and what it was."""
+"""Per optimizer in a step, the groups whose ``eps`` was raised, and its former value."""
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -102,8 +102,11 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     _lower_eps(optimizer)  # of a step that failed
     for group in optimizer.param_groups:
-        types, eps = {parameter.dtype for parameter in group["params"]}, group.get("eps")
-        if len(types) == 1 and isinstance(eps, float) and (dtype := types.pop()).is_floating_point:
+        eps = group.get("eps")
+        if not isinstance(eps, float) or eps >= 2**-24:  # the smallest number of float16
+            continue
+        types = {parameter.dtype for parameter in group["params"]}
+        if len(types) == 1 and (dtype := types.pop()).is_floating_point:
             smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
             if eps <= smallest / 2:
                 _small_eps.setdefault(optimizer, []).append((group, eps))
@@ -195,10 +198,10 @@ def _mask_gradients(arrived: Iterable[MaskedGradient]) -> None:
 
 
 def check_optimizer(optimizer: Any, model: nn.Module) -> None:
-    """Refuse what is not the optimizer of a model; None is fine.
+    """Raise unless this is an optimizer of the model, or None.
 
     Raises:
-        TypeError: if it is no optimizer.
+        TypeError: if it is not an optimizer.
         ValueError: if it holds no parameter of the model.
     """
     if optimizer is None:
