@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,29 +61,16 @@ def _shared_order(tensor: Tensor, mask: Tensor) -> list[int] | None:
     return order if all(t.permute(order).is_contiguous() for t in (tensor, mask)) else None
 
 
-class Keeper(Protocol):
-    """The hook that keeps the zeros of one pruned weight."""
-
-    weight: Tensor | None
-    """The Parameter whose gradients are masked."""
-    sharded: bool
-    """Whether the mask is a DTensor."""
-    covered: bool
-    """Whether a running forward around the weight's module has restored its zeros."""
-
-    def find(self) -> Pair | None:
-        """The weight and its mask; None if they are gone or another pruning method holds them."""
-
-
 _keepers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""The hooks of :mod:`torch_sap.masks.mask`, called keepers here: each knows a weight and its mask."""
 
 
-def watch(keeper: Keeper) -> None:
+def watch(keeper: Any) -> None:
     """Start restoring the zeros of a weight after optimizer steps."""
     _keepers[id(keeper)] = keeper
 
 
-def unwatch(keeper: Keeper) -> None:
+def unwatch(keeper: Any) -> None:
     """Stop restoring them."""
     _keepers.pop(id(keeper), None)
 
@@ -125,7 +112,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     pairs = []
     for reference in _keepers.valuerefs():
-        keeper: Keeper | None = reference()
+        keeper = reference()
         if keeper is None or (found := keeper.find()) is None:
             continue
         keeper.covered = False  # left by a forward that KeyboardInterrupt has ended
@@ -155,7 +142,7 @@ class MaskedGradient:
         keeper: Who knows the mask.
     """
 
-    def __init__(self, weight: Tensor, keeper: Keeper) -> None:
+    def __init__(self, weight: Tensor, keeper: Any) -> None:
         self.keeper = weakref.ref(keeper)
         register: Any = weight.register_post_accumulate_grad_hook
         self.handle = register(self.accumulated)
