@@ -1,8 +1,8 @@
-"""Pack masks into bits, in the layout of compressed-tensors' "sparse-bitmask" for a matrix.
+"""Pack masks into bits, in the layout that compressed-tensors calls "sparse-bitmask".
 
-A tensor of any shape is a matrix of its rows: dimension 0 by all the others. Each row of the mask starts at a new byte,
-its first entry is the lowest bit, and the bits that fill up its last byte are 0. The row offsets count the entries that
-the rows before keep, so the values of a row can be found without reading the others.
+A tensor of any shape is a matrix: dimension 0 by all the others. Each row of the mask starts at a new byte, with the
+first entry in the lowest bit; the bits after the end of a row are 0. The row offsets count the entries that the rows
+before keep, so the values of a row can be found without reading the others.
 """
 
 from __future__ import annotations
@@ -29,13 +29,7 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def pack(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Pack a mask into bits, with its row offsets.
-
-    Args:
-        mask: Bool tensor of any shape on the CPU.
-
-    Returns:
-        uint8 of shape (rows, columns / 8 rounded up), and int64 of shape (rows,).
+    """Pack a bool mask on the CPU: uint8 of shape (rows, columns / 8 rounded up), and its row offsets.
 
     Example:
         >>> from torch_sap.files.bitmask import pack
@@ -54,11 +48,7 @@ def row_offsets(rows: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """Unpack the bits (uint8) of a mask of a shape.
-
-    Raises:
-        ValueError: if the bits are too few or too many for the shape, or one after the end of a row is set.
-    """
+    """Unpack the bits of a mask; ValueError unless they are uint8, fit the shape, and are 0 after each row."""
     columns = shape[-1]
     expected = (*shape[:-1], -(-columns // 8))
     if bits.dtype is not torch.uint8 or tuple(bits.shape) != expected:
