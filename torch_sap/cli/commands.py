@@ -13,32 +13,32 @@ from torch import nn
 
 from torch_sap.cli.plots import plot_runs, plot_scan
 from torch_sap.cli.runs import compare_runs, load_run
-from torch_sap.cli.scan import scan_checkpoint, scan_model
+from torch_sap.cli.scan import scan_entries
 from torch_sap.cli.tables import give, shape_text
 from torch_sap.decide.groups import Scope
-from torch_sap.files.weights import SUFFIXES, prune_checkpoint
+from torch_sap.files.weights import SUFFIXES, open_checkpoint, prune_checkpoint
+from torch_sap.masks.parameters import resolve
 from torch_sap.records.metrics import choose_metric
+from torch_sap.records.report import TensorRecord
 
 
 def scan(arguments: Namespace) -> None:
     """Scan a model or a checkpoint."""
-    if Path(arguments.model).exists() or _looks_like_path(arguments.model):
+    given = arguments.model
+    if Path(given).exists() or "/" in given or os.sep in given or given.endswith((*SUFFIXES, ".json")):
         if arguments.pretrained:
-            raise ValueError(f"--pretrained goes with the name of a timm model, but {arguments.model} is a file")
-        scan = scan_checkpoint(arguments.model, arguments.rule, exclude=arguments.exclude, key=arguments.key)
+            raise ValueError(f"--pretrained goes with the name of a timm model, but {given} is a file")
+        entries = [one.entry() for one in open_checkpoint(given, arguments.key).weights(arguments.exclude)]
     else:
-        model = _timm_model(arguments.model, pretrained=arguments.pretrained, seed=arguments.seed)
-        scan = scan_model(model, arguments.rule, source=arguments.model, exclude=arguments.exclude)
+        model = _timm_model(given, pretrained=arguments.pretrained, seed=arguments.seed)
+        entries = [prunable.entry() for prunable in resolve(model, arguments.exclude)]
+    scan = scan_entries(entries, arguments.rule, given)
     if arguments.plot is not None:
         plot_scan(scan, arguments.plot)
     titles = {"name": "layer", "shape": "shape", "weights": "weights", "pqi": "PQI", "gini": "Gini"}
     titles |= {f"pruned_{scope}": f"{scope} %" for scope in get_args(Scope)} | {"dead_rows": "dead"}
     rows = [{**vars(layer), "shape": shape_text(layer.shape)} for layer in (*scan.layers, scan.overall)]
     give(arguments, scan, rows, titles, total=True)
-
-
-def _looks_like_path(text: str) -> bool:
-    return "/" in text or os.sep in text or text.endswith((*SUFFIXES, ".json"))
 
 
 def _timm_model(name: str, *, pretrained: bool, seed: int) -> nn.Module:
@@ -59,20 +59,12 @@ def _timm_model(name: str, *, pretrained: bool, seed: int) -> nn.Module:
 
 def prune(arguments: Namespace) -> None:
     """Prune a checkpoint."""
-    report = prune_checkpoint(
-        arguments.checkpoint,
-        arguments.out,
-        arguments.scope,
-        arguments.rule,
-        exclude=arguments.exclude,
-        key=arguments.key,
-        overwrite=arguments.overwrite,
-    )
-    counts = [(tensor.name, shape_text(tensor.shape), tensor.total, tensor.remaining) for tensor in report.tensors]
-    rows = [
-        {"name": name, "shape": shape, "total": total, "remaining": left, "density": left / total if total else None}
-        for name, shape, total, left in [*counts, ("overall", "", report.total, report.remaining)]
-    ]
+    options = {name: getattr(arguments, name) for name in ("exclude", "key", "overwrite")}
+    report = prune_checkpoint(arguments.checkpoint, arguments.out, arguments.scope, arguments.rule, **options)
+    rows = []
+    for one in (*report.tensors, TensorRecord("overall", (), report.remaining, report.total)):
+        counts = {"total": one.total, "remaining": one.remaining, "density": one.density}
+        rows.append({"name": one.name, "shape": shape_text(one.shape), **counts})
     titles = {"name": "layer", "shape": "shape", "total": "weights", "remaining": "remaining"}
     content = {"out": str(arguments.out), **report.to_dict()}
     give(arguments, content, rows, titles | {"density": "remaining %"}, total=True)
@@ -85,9 +77,7 @@ def report(arguments: Namespace) -> None:
         run.values(arguments.metric)
     if arguments.plot is not None:
         run.history.plot(arguments.plot, metric=arguments.metric)
-    rows = run.history.rows()
-    for row, round in zip(rows, run.history, strict=True):
-        row["density"] = round.density
+    rows = [{**round.row(), "density": round.density} for round in run.history]
     titles = {"round": "round", "remaining": "remaining", "density": "remaining %", "pqi": "PQI"}
     names = dict.fromkeys(name for round in run.history for name in round.metrics)
     titles |= {column: column.replace("_", " ") for name in names for column in (name, f"pruned_{name}")}

@@ -1,21 +1,21 @@
-"""Checkpoint files of other programs: map their tensors into memory, and prune them once.
+"""Prune checkpoint files of other programs: safetensors, PyTorch's zip files, and several of either with an index.
 
-Formats: safetensors, PyTorch's zip files, and several of either with an index. A safetensors file is pruned in a copy
-that is mapped shared, so the file may be larger than memory. A PyTorch file has to fit in memory.
+Tensors are mapped into memory. A safetensors file is pruned in a copy that is mapped shared, so the file may be larger
+than memory. A PyTorch file has to fit in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import mmap
 import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +38,7 @@ SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: its key, shape and type in words, and the tensor itself, mapped into memory.
-
-    The tensor is None if safetensors has it in a type that cannot be pruned.
-    """
+    """A tensor in a file, mapped into memory; None if safetensors has it in a type that cannot be pruned."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,29 +46,30 @@ class Stored(NamedTuple):
     tensor: Tensor | None
     path: Path
 
+    def entry(self) -> Entry:
+        """The tensor as the SAP step sees it."""
+        assert self.tensor is not None
+        return Entry(self.name, self.tensor)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of a checkpoint and the tensors in them.
-
-    Attributes:
-        path: The path that was asked for.
-        files: The files with tensors, in order of name.
-        index: The index of several files, or None.
-        tensors: All tensors in order of position: file by file, in safetensors as they lie in the file, in PyTorch's
-            files as they are in the dictionary.
-        contents: What PyTorch's files hold, by path.
-    """
+    """The files of a checkpoint and the tensors in them."""
 
     path: Path
+    """What was asked for."""
     files: tuple[Path, ...]
+    """The files with tensors, in order of name."""
     index: Path | None
+    """The index of several files."""
     tensors: tuple[Stored, ...]
+    """In order of position: file by file, as they lie in a safetensors file or in the dictionary of a PyTorch file."""
     contents: Mapping[Path, Any]
+    """What PyTorch's files hold."""
 
     @property
     def is_folder(self) -> bool:
-        """Whether what is written for it is a folder."""
+        """Whether the output for it is a folder."""
         return self.index is not None or self.path.is_dir()
 
     def weights(self, exclude: str | Iterable[str] = ()) -> list[Stored]:
@@ -110,22 +108,20 @@ def _check(weights: Sequence[Stored], names: set[str]) -> None:
     for name, _, kind, tensor, _ in weights:
         stem = name.removesuffix("_orig").removesuffix("_mask")
         if {f"{stem}_orig", f"{stem}_mask"} <= names:
-            raise ValueError(
-                f"{name} belongs to a model with masks; save torch_sap.remove(model).state_dict(), which has plain "
-                "weights"
-            )
+            advice = "save torch_sap.remove(model).state_dict(), which has plain weights"
+            raise ValueError(f"{name} belongs to a model with masks; {advice}")
         if tensor is None or tensor.dtype not in SAFETENSORS_TYPES.values():
             types = "float16, bfloat16, float32, float64"
             raise TypeError(f"{name} must be a real floating-point tensor ({types}), got {kind}; exclude it")
         last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
         if tensor.numel() and last + 1 != tensor.numel():
             raise ValueError(f"{name} must fill its memory, but it is a view with gaps or overlaps")
-        spans.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name))
-    end, before = 0, ""
-    for start, stop, name in sorted(span for span in spans if span[0] < span[1]):
+        if tensor.numel():
+            spans.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name))
+    spans.sort()
+    for (_, end, before), (start, _, name) in pairwise(spans):
         if start < end:
             raise ValueError(f"{name} and {before} share a part of their memory; exclude one of them")
-        end, before = stop, name
 
 
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -184,14 +180,7 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
 
 
 class MappedFile:
-    """A safetensors file, mapped into memory; its tensors are views of the file.
-
-    Args:
-        path: The file.
-        writable: Whether writes to the tensors go to the file.
-
-    Attributes:
-        tensors: All of them, in the order in which they lie in the file.
+    """A safetensors file whose ``tensors`` are views of the file, in its order; writes go to a writable one.
 
     Raises:
         ValueError: if it is not a safetensors file, or one of :func:`torch_sap.save_sparse`.
@@ -208,12 +197,10 @@ class MappedFile:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
         if "torch_sap" in strings:
-            raise ValueError(
-                f"{path} was written by save_sparse: load it with load_sparse, and save the state_dict of "
-                "torch_sap.remove(model)"
-            )
+            advice = "load it with load_sparse, and save the state_dict of torch_sap.remove(model)"
+            raise ValueError(f"{path} was written by save_sparse: {advice}")
         with open(path, "r+b" if writable else "rb") as file:
-            # not private: a private map of a file that is larger than memory may be refused
+            # shared: a private map of a file that is larger than memory may be refused
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
         start = 8 + int.from_bytes(self._map[:8], "little")
         header = json.loads(self._map[8:start])
@@ -225,17 +212,17 @@ class MappedFile:
         ]
 
     def _tensor(self, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor | None:
-        if dtype not in SAFETENSORS_TYPES:
+        kind, offset = SAFETENSORS_TYPES.get(dtype), start + data_offsets[0]
+        if kind is None:
             return None
-        kind = SAFETENSORS_TYPES[dtype]
-        offset, count = start + data_offsets[0], math.prod(shape)
-        if not count:
+        if 0 in shape:
             return torch.empty(shape, dtype=kind)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable")
-            if offset % kind.itemsize == 0:
-                return torch.frombuffer(self._map, dtype=kind, count=count, offset=offset).view(shape)
-            there = torch.frombuffer(self._map, dtype=torch.uint8, count=count * kind.itemsize, offset=offset)
+            size = data_offsets[1] - data_offsets[0]
+            there = torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=offset)
+        if offset % kind.itemsize == 0:
+            return there.view(kind).view(shape)
         copy = there.clone()  # the format does not align tensors, and PyTorch needs them aligned
         self._copies.append((copy, there))
         return copy.view(kind).view(shape)
@@ -303,9 +290,9 @@ def prune_checkpoint(
 ) -> PruningReport:
     """Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format.
 
-    The result is what the whole-model function of the scope makes of the same weights in memory, in the file's order
-    of position. A file does not say which weights belong to transposed convolutions: the output channels are dimension
-    0 of each tensor. Several files are pruned together, and none is renamed before all are complete.
+    The result equals that of the scope's whole-model function on the same weights in memory, in the file's order. A
+    file does not say which weights belong to transposed convolutions: the output channels are dimension 0 of each
+    tensor. Several files are pruned together, and none is renamed before all are complete.
 
     Args:
         path: A file, an index of several, or a folder with one checkpoint.
@@ -332,26 +319,30 @@ def prune_checkpoint(
         >>> prune_checkpoint("model.pt", "pruned.pt", "global", Hyperparameters()).remaining < 64 * 64
         True
     """
-    checkpoint = open_checkpoint(path, key)
+    checkpoint, out = open_checkpoint(path, key), Path(out)
     weights = checkpoint.weights(exclude)
-    targets = _targets(checkpoint, Path(out), overwrite)
-    with _folder(Path(out), is_needed=checkpoint.is_folder), replacing(*targets.values()) as copies:
-        maps: dict[Path, MappedFile] = {}
-        for source, copy in zip(targets, copies, strict=True):
-            if source not in checkpoint.contents:
-                shutil.copyfile(source, copy)
-                if source != checkpoint.index:
-                    maps[source] = MappedFile(Path(copy), writable=True)
-        in_copy = {(source, one.name): one.tensor for source, mapped in maps.items() for one in mapped.tensors}
-        tensors = ((one.name, in_copy.get((one.path, one.name), one.tensor)) for one in weights)
-        entries = [Entry(name, tensor) for name, tensor in tensors if tensor is not None]
-        groups, remaining = zero_step(entries, scope, rule)
-        for mapped in maps.values():
-            mapped.flush()
-        for source, copy in zip(targets, copies, strict=True):
-            if source in checkpoint.contents:
-                save(checkpoint.contents[source], copy)
-            shutil.copymode(source, copy)
+    targets = _targets(checkpoint, out, overwrite)
+    with contextlib.ExitStack() as undo:
+        if checkpoint.is_folder and not out.exists():
+            out.mkdir(parents=True)
+            undo.callback(out.rmdir)
+        with replacing(*targets.values()) as temporary:
+            copies = dict(zip(targets, temporary, strict=True))
+            for source, copy in copies.items():
+                if source not in checkpoint.contents:
+                    shutil.copyfile(source, copy)
+            sources = [source for source in checkpoint.files if source not in checkpoint.contents]
+            maps = {source: MappedFile(Path(copies[source]), writable=True) for source in sources}
+            in_copy = {(source, one.name): one for source, mapped in maps.items() for one in mapped.tensors}
+            entries = [in_copy.get((one.path, one.name), one).entry() for one in weights]
+            groups, remaining = zero_step(entries, scope, rule)
+            for mapped in maps.values():
+                mapped.flush()
+            for source, copy in copies.items():
+                if source in checkpoint.contents:
+                    save(checkpoint.contents[source], copy)
+                shutil.copymode(source, copy)
+        undo.pop_all()
     records = [
         TensorRecord(entry.name, entry.shape, left, entry.scores.numel())
         for entry, left in zip(entries, remaining, strict=True)
@@ -371,17 +362,3 @@ def _targets(checkpoint: Checkpoint, out: Path, overwrite: bool) -> dict[Path, P
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} exists; choose another name, or overwrite it by --overwrite")
     return targets
-
-
-@contextlib.contextmanager
-def _folder(folder: Path, *, is_needed: bool) -> Iterator[None]:
-    """Make a folder if it is needed and missing, and remove it again if anything is raised."""
-    is_new = is_needed and not folder.exists()
-    if is_new:
-        folder.mkdir(parents=True)
-    try:
-        yield
-    except BaseException:
-        if is_new:
-            folder.rmdir()
-        raise
