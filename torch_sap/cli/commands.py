@@ -1,4 +1,4 @@
-"""Run the commands of the command line on parsed arguments."""
+"""The commands of the command line, on parsed arguments. Their docstrings are what ``--help`` prints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,24 @@ from torch_sap.records.report import TensorRecord
 
 
 def scan(arguments: Namespace) -> None:
-    """Scan a model or a checkpoint."""
+    """Measure weights and show what SAP would prune of them. Nothing is changed.
+
+    MODEL is the name of a timm model, a .safetensors or .pt file, an index of several (*.index.json), or a folder with
+    one of these. safetensors files may be larger than memory.
+
+    Columns:
+      PQI      PQ Index: 0 if all magnitudes are equal, larger the more unevenly they are spread
+      Gini     Gini index of the magnitudes, from a histogram; exact for 16 bits, else to about 0.0001
+      global, layer, neuron
+               share that SAP prunes of the layer if all weights, each layer, or each row is one group
+      dead     rows (output channels) that are all zero
+
+    Examples:
+      torch-sap scan vit_tiny_patch16_224 --pretrained
+      torch-sap scan model.safetensors.index.json --eta-r 0.1 --csv scan.csv
+      torch-sap scan checkpoint.pt --key state_dict_ema --exclude 'head' --exclude '*.conv_dw.*'
+      torch-sap scan model.safetensors --json | jq '.overall.pqi'
+    """
     given = arguments.model
     if Path(given).exists() or "/" in given or os.sep in given or given.endswith((*SUFFIXES, ".json")):
         if arguments.pretrained:
@@ -58,7 +75,17 @@ def _timm_model(name: str, *, pretrained: bool, seed: int) -> nn.Module:
 
 
 def prune(arguments: Namespace) -> None:
-    """Prune a checkpoint."""
+    """Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format, with zeros.
+
+    CHECKPOINT is a .safetensors or .pt file, an index of several, or a folder with one of these; for the last two the
+    output is a folder with the same files. Everything else in the files stays as it is. They are written under other
+    names until all are complete. safetensors files may be larger than memory, .pt files may not.
+
+    Examples:
+      torch-sap prune model.safetensors -o pruned.safetensors
+      torch-sap prune llm/ -o llm-pruned/ --scope layer --exclude 'lm_head' --exclude '*embed*'
+      torch-sap prune checkpoint.pt -o checkpoint.pt --overwrite --eta-r 0.1
+    """
     options = {name: getattr(arguments, name) for name in ("exclude", "key", "overwrite")}
     report = prune_checkpoint(arguments.checkpoint, arguments.out, arguments.scope, arguments.rule, **options)
     rows = []
@@ -71,7 +98,12 @@ def prune(arguments: Namespace) -> None:
 
 
 def report(arguments: Namespace) -> None:
-    """Show the rounds of a run."""
+    """Show the rounds of a run. RUN is a folder with history.json, as the benchmarks write it, or such a file.
+
+    Examples:
+      torch-sap report runs/test_resnet-digits-layer-0
+      torch-sap report runs/a --plot a.png --csv a.csv
+    """
     run = load_run(arguments.run)
     if arguments.metric is not None:
         run.values(arguments.metric)
@@ -85,7 +117,12 @@ def report(arguments: Namespace) -> None:
 
 
 def compare(arguments: Namespace) -> None:
-    """Compare runs."""
+    """Compare runs by a metric and the share of remaining weights; settings in config.json that differ are shown.
+
+    Examples:
+      torch-sap compare runs/*-layer-0 --plot layer.png
+      torch-sap compare runs/a runs/b --metric accuracy --tolerance 0.02
+    """
     runs = [load_run(path) for path in arguments.runs]
     metric = choose_metric(list(runs[0].history[0].metrics), arguments.metric) or "accuracy"
     rows = compare_runs(runs, metric, arguments.tolerance)

@@ -1,8 +1,9 @@
-"""The command line: ``torch-sap scan``, ``prune``, ``report`` and ``compare``."""
+"""Parse the command line: ``torch-sap scan``, ``prune``, ``report`` and ``compare``."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,15 +20,15 @@ ERRORS = (OSError, ValueError, TypeError, ImportError, MemoryError, RuntimeError
 
 DESCRIPTION = "Pruning that decides how much to prune: the PQ Index and SAP from the command line."
 
-CODES = """
-exit codes:
+CODES = """\
+Exit codes:
   0  done
   1  an input cannot be used: no such file or name, damaged, nothing to prune, a package is missing
   2  wrong usage: an unknown option, or a number out of its range
 """
 
 EXAMPLES = """\
-examples:
+Examples:
   torch-sap scan test_resnet                               a timm model with random weights
   torch-sap scan model.safetensors --plot scan.png
   torch-sap prune model.safetensors -o pruned.safetensors
@@ -35,60 +36,7 @@ examples:
   torch-sap compare runs/a runs/b --plot runs.png
 
 torch-sap COMMAND --help explains a command.
-"""
 
-SCAN = """\
-Measure weights and show what SAP would prune of them. Nothing is changed.
-
-MODEL is the name of a timm model, a .safetensors or .pt file, an index of several (*.index.json), or a folder with one
-of these. safetensors files may be larger than memory.
-
-columns:
-  PQI      PQ Index: 0 if all magnitudes are equal, larger the more unevenly they are spread
-  Gini     Gini index of the magnitudes, from a histogram; exact for 16 bits, else to about 0.0001
-  global, layer, neuron
-           share that SAP prunes of the layer if all weights, each layer, or each row is one group
-  dead     rows (output channels) that are all zero
-"""
-
-SCAN_EXAMPLES = """\
-examples:
-  torch-sap scan vit_tiny_patch16_224 --pretrained
-  torch-sap scan model.safetensors.index.json --eta-r 0.1 --csv scan.csv
-  torch-sap scan checkpoint.pt --key state_dict_ema --exclude 'head' --exclude '*.conv_dw.*'
-  torch-sap scan model.safetensors --json | jq '.overall.pqi'
-"""
-
-PRUNE = """\
-Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format, with zeros where weights were
-pruned. The weights decide how many go; the scope decides which weights are measured together.
-
-CHECKPOINT is a .safetensors or .pt file, an index of several, or a folder with one of these; for the last two the
-output is a folder with the same files. Everything else in the files stays as it is. They are written under other names
-until all are complete. safetensors files may be larger than memory, .pt files may not.
-"""
-
-PRUNE_EXAMPLES = """\
-examples:
-  torch-sap prune model.safetensors -o pruned.safetensors
-  torch-sap prune llm/ -o llm-pruned/ --scope layer --exclude 'lm_head' --exclude '*embed*'
-  torch-sap prune checkpoint.pt -o checkpoint.pt --overwrite --eta-r 0.1
-"""
-
-REPORT = "Show the rounds of a run. RUN is a folder with history.json, as the benchmarks write it, or such a file."
-
-REPORT_EXAMPLES = """\
-examples:
-  torch-sap report runs/test_resnet-digits-layer-0
-  torch-sap report runs/a --plot a.png --csv a.csv
-"""
-
-COMPARE = "Compare runs by a metric and the share of remaining weights. Settings in config.json that differ are shown."
-
-COMPARE_EXAMPLES = """\
-examples:
-  torch-sap compare runs/*-layer-0 --plot layer.png
-  torch-sap compare runs/a runs/b --metric accuracy --tolerance 0.02
 """
 
 NUMBERS = {
@@ -106,14 +54,7 @@ def run() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments without the program's name; None takes those of the process.
-
-    Returns:
-        The exit code: 0 done, 1 an input cannot be used. Wrong usage raises SystemExit with 2.
-    """
+    """Run the command line and return the exit code. Wrong usage raises SystemExit with 2."""
     arguments = _parser().parse_args(argv)
     if "p" in arguments:
         try:
@@ -140,8 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"torch-sap {torch_sap.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
 
-    def add(command: Callable[[argparse.Namespace], None], line: str, text: str, examples: str) -> Any:
-        new = commands.add_parser(command.__name__, help=line, description=text, epilog=examples + CODES, **style)
+    def add(command: Callable[[argparse.Namespace], None], line: str) -> Any:
+        text = inspect.getdoc(command)
+        new = commands.add_parser(command.__name__, help=line, description=text, epilog=CODES, **style)
         new.set_defaults(command=command, parser=new)
         new.add_argument("--json", action="store_true", help="print everything as JSON instead of the table")
         new.add_argument("--csv", type=Path, metavar="FILE", help="also write the table as CSV")
@@ -149,11 +91,11 @@ def _parser() -> argparse.ArgumentParser:
             new.add_argument("--plot", type=Path, metavar="FILE", help="write a figure; the suffix is the format")
         return new
 
-    scanning = add(scan, "what SAP would prune of a model or a checkpoint, layer by layer", SCAN, SCAN_EXAMPLES)
+    scanning = add(scan, "what SAP would prune of a model or a checkpoint, layer by layer")
     scanning.add_argument("model", metavar="MODEL", help="name of a timm model, checkpoint file, index or folder")
     scanning.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (a download)")
     scanning.add_argument("--seed", type=int, default=0, help="seed of a timm model's random weights (default: 0)")
-    pruning = add(prune, "prune a checkpoint file once, into another file", PRUNE, PRUNE_EXAMPLES)
+    pruning = add(prune, "prune a checkpoint file once, into another file")
     pruning.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint file, index or folder")
     pruning.add_argument("-o", "--out", type=Path, required=True, help="the file (or folder) to write")
     text = (
@@ -170,9 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         text = "leave out the weights that match; may be repeated"
         each.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=text)
         each.add_argument("--key", help="state_dict to take from a PyTorch file that holds several")
-    one = add(report, "the rounds of a run, as a table and a figure", REPORT, REPORT_EXAMPLES)
+    one = add(report, "the rounds of a run, as a table and a figure")
     one.add_argument("run", metavar="RUN", help="folder with history.json, or that file")
-    several = add(compare, "several runs: a metric against remaining weights", COMPARE, COMPARE_EXAMPLES)
+    several = add(compare, "several runs: a metric against remaining weights")
     several.add_argument("runs", metavar="RUN", nargs="+", help="folders with history.json, or such files")
     text = "loss of the metric that the last column allows (default: 0.01)"
     several.add_argument("--tolerance", type=float, default=0.01, help=text)

@@ -32,12 +32,7 @@ class Run:
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:
-    """Read a run: a folder with ``history.json`` and perhaps ``config.json``, or the history itself.
-
-    Raises:
-        OSError: if a file cannot be read.
-        ValueError: if it holds no history, or one without rounds.
-    """
+    """Read a run: a folder with ``history.json`` and perhaps ``config.json``, or the history itself."""
     path = Path(path)
     file = path / "history.json" if path.is_dir() else path
     settings = file.with_name("config.json")

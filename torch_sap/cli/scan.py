@@ -18,7 +18,8 @@ from torch import Tensor
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Entry, Scope
 from torch_sap.decide.keys import INTEGER_OF
-from torch_sap.decide.sums import Float64, power_sums
+from torch_sap.decide.step import GroupValues, group_values
+from torch_sap.decide.sums import power_sums
 
 CHUNK = 2**19
 """Entries that are counted at once: some MB, which stay in the cache; a mapped tensor is never copied as a whole."""
@@ -62,48 +63,32 @@ class Scan:
 
 
 def scan_entries(entries: Sequence[Entry], rule: Hyperparameters, source: str) -> Scan:
-    """Scan tensors on the CPU without masks; zeros of an earlier pruning count as zeros.
-
-    Raises:
-        ValueError: if a weight is NaN or infinite; its tensor is named.
-
-    Example:
-        >>> from torch_sap.cli.scan import scan_entries
-        >>> from torch_sap.decide.bounds import Hyperparameters
-        >>> from torch_sap.decide.groups import Entry
-        >>> scan = scan_entries([Entry("weight", torch.randn(10, 1000))], Hyperparameters(), "a test")
-        >>> abs(scan.overall.pruned_global - scan.overall.pqi) < 0.001
-        True
-    """
+    """Scan tensors on the CPU without masks; zeros of an earlier pruning count as zeros."""
     sums = power_sums(entries, rule.p, rule.q)
     scopes: tuple[Scope, ...] = get_args(Scope)
-    d, index = ({scope: of(scope) for scope in scopes} for of in (sums.d, sums.index))
-    counts = {
-        scope: {name: int(rule.count(index[scope][name], d[scope][name]).sum()) for name in index[scope]}
-        for scope in scopes
-    }
+    in_global, in_layer, in_neuron = groups = [group_values(sums, scope, rule) for scope in scopes]
     # backwards: the last tensors that were read are still in the page cache if a file is larger than memory
     histograms = [Histogram.of(entry.scores.detach()) for entry in reversed(entries)][::-1]
     together = Histogram.together(histograms)
-    threshold = together.smallest(counts["global"]["global"])
+    threshold = together.smallest(int(in_global["global"].c[0]))
     layers = []
     for entry, histogram in zip(entries, histograms, strict=True):
-        name = entry.name
-        pruned = histogram.below(*threshold), counts["layer"][name], counts["neuron"][name]
-        dead = int((np.isnan(index["neuron"][name]) & (d["neuron"][name] > 0)).sum())
-        layers.append(_layer(name, entry.shape, index["layer"][name], histogram, pruned, dead))
-    everywhere = [sum(counts[scope].values()) for scope in scopes]
+        layer, rows = in_layer[entry.name], in_neuron[entry.name]
+        pruned = [histogram.below(*threshold), int(layer.c[0]), int(rows.c.sum())]
+        dead = int((np.isnan(rows.index) & (rows.d > 0)).sum())
+        layers.append(_layer(entry.name, entry.shape, layer, histogram, pruned, dead))
+    pruned = [sum(int(group.c.sum()) for group in of_scope.values()) for of_scope in groups]
     dead = sum(layer.dead_rows for layer in layers)
-    overall = _layer("overall", (), index["global"]["global"], together, everywhere, dead)
+    overall = _layer("overall", (), in_global["global"], together, pruned, dead)
     return Scan(source, rule.to_dict(), overall, tuple(layers))
 
 
 def _layer(
-    name: str, shape: tuple[int, ...], index: Float64, histogram: Histogram, pruned: Sequence[float], dead: int
+    name: str, shape: tuple[int, ...], group: GroupValues, histogram: Histogram, pruned: Sequence[float], dead: int
 ) -> LayerScan:
-    total = int(histogram.counts.sum())
-    shares = [count / total if total else math.nan for count in pruned]
-    return LayerScan(name, shape, total, float(index[0]), histogram.gini(), *shares, dead)
+    total = int(group.d[0])
+    in_global, in_layer, in_neuron = (count / total if total else math.nan for count in pruned)
+    return LayerScan(name, shape, total, float(group.index[0]), histogram.gini(), in_global, in_layer, in_neuron, dead)
 
 
 class Histogram(NamedTuple):

@@ -15,17 +15,9 @@ Row = Mapping[str, Any]
 
 
 def give(arguments: Namespace, content: Any, rows: Sequence[Row], titles: Mapping[str, str], *, total: bool) -> None:
-    """Write the CSV file if one is asked for, and print JSON or a table.
+    """Write the rows to a CSV file if one is asked for, and print the content as JSON, or a table of the rows.
 
-    Args:
-        arguments: The parsed arguments, with ``csv`` and ``json``.
-        content: Everything there is to tell, for JSON.
-        rows: Values by column; None where there is none.
-        titles: The heads of the columns that the table shows; values below a head with "%" at its end are shares.
-        total: Whether the last row is set apart.
-
-    Raises:
-        ImportError: if a table is asked for and rich is not installed (extra "cli").
+    The table has the columns in ``titles``, in percent below a title that ends in "%", and sets a total apart.
     """
     rows = [to_plain(row) for row in rows]
     if arguments.csv is not None:

@@ -17,15 +17,6 @@ def replacing(*paths: str | os.PathLike[str]) -> Iterator[list[str]]:
     They are flushed to the disk before the first is renamed, and deleted if anything is raised. Temporary files of
     killed processes are deleted too.
 
-    Args:
-        paths: Files to write, in folders that exist. Existing files are replaced.
-
-    Yields:
-        The paths of the temporary files, in the same order.
-
-    Raises:
-        OSError: if a file cannot be written. The old ones are still there.
-
     Example:
         >>> from pathlib import Path
         >>> from torch_sap.files.atomic import replacing

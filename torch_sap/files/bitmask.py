@@ -18,13 +18,7 @@ from torch_sap.decide.keys import INTEGER_OF
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a tensor: (1, n) for one dimension, (1, 1) for a number.
-
-    Example:
-        >>> from torch_sap.files.bitmask import matrix_shape
-        >>> matrix_shape((64, 3, 7, 7))
-        (64, 147)
-    """
+    """Rows and columns of a tensor: (1, n) for one dimension, (1, 1) for a number."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 

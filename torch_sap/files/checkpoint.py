@@ -23,12 +23,7 @@ FORMAT = 1
 
 
 def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically, into a folder that exists.
-
-    Raises:
-        TypeError: if the state holds anything but plain values and tensors; its place is named.
-        OSError: if the file cannot be written (disk full, no permission). The old one is still there.
-    """
+    """Write a checkpoint atomically. If that raises, the old file is still there."""
     whole = {"format": FORMAT, **as_plain(state)}
     try:
         with replacing(path) as (temporary,):
@@ -44,12 +39,7 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what :func:`write` wrote, without running anything that the file holds.
-
-    Raises:
-        ValueError: if the file is damaged, or of another format, or holds more than plain values and tensors.
-        OSError: if it cannot be opened.
-    """
+    """Read what :func:`write` wrote; ValueError if it is damaged, or anything else."""
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -79,17 +69,7 @@ def unreadable(path: str | os.PathLike[str], reason: str) -> ValueError:
 
 
 def as_plain(value: Any, place: str = "") -> Any:
-    """Convert mappings and Parameters to dicts and tensors, so that reading the value back runs no code.
-
-    Raises:
-        TypeError: if there is anything but dicts, lists, tuples, strings, numbers, None and tensors; its place is
-            named.
-
-    Example:
-        >>> from torch_sap.files.checkpoint import as_plain
-        >>> as_plain({"momentum": (0.9, None)})
-        {'momentum': (0.9, None)}
-    """
+    """Convert mappings and Parameters to dicts and tensors; TypeError for anything that would need code to be read."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in (Tensor, nn.Parameter, nn.Buffer):

@@ -58,27 +58,20 @@ class Checkpoint:
 
     path: Path
     """What was asked for."""
-    files: tuple[Path, ...]
-    """The files with tensors, in order of name."""
-    index: Path | None
-    """The index of several files."""
-    tensors: tuple[Stored, ...]
+    files: list[Path]
+    """The files with tensors, in order of name, and the index of several."""
+    tensors: list[Stored]
     """In order of position: file by file, as they lie in a safetensors file or in the dictionary of a PyTorch file."""
-    contents: Mapping[Path, Any]
+    contents: dict[Path, Any]
     """What PyTorch's files hold."""
 
     @property
     def is_folder(self) -> bool:
-        """Whether the output for it is a folder."""
-        return self.index is not None or self.path.is_dir()
+        """Whether the output is a folder."""
+        return self.path.is_dir() or self.path.suffix == ".json"
 
     def weights(self, exclude: str | Iterable[str] = ()) -> list[Stored]:
-        """Choose the tensors that SAP prunes, shared ones once, by the rule of ``prunable_parameters``.
-
-        Raises:
-            TypeError: if one is not of a real floating-point type.
-            ValueError: if there is none, or one cannot be pruned in place.
-        """
+        """Choose the tensors that SAP prunes, shared ones once, by the rule of ``prunable_parameters``."""
         first: dict[str, Stored] = {}
         paths: dict[int, list[str]] = {}
         for stored in self.tensors:
@@ -125,21 +118,10 @@ def _check(weights: Sequence[Stored], names: set[str]) -> None:
 
 
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
-    """Map the tensors of a checkpoint into memory, without reading them.
-
-    Args:
-        path: A file, an index (``*.index.json``), or a folder with one checkpoint.
-        key: Name of the state_dict to take from a PyTorch file that holds several.
-
-    Raises:
-        OSError: if a file cannot be read.
-        ValueError: if it is not a checkpoint, or a folder with several.
-        ImportError: if safetensors is needed and not installed (extra "cli").
-    """
+    """Map the tensors of a checkpoint into memory, without reading them; arguments as in :func:`prune_checkpoint`."""
     path = Path(path)
     found = _in_folder(path) if path.is_dir() else path
-    index = found if found.name.endswith(".index.json") else None
-    files = (found,) if index is None else _files_of_index(index)
+    files = _files_of_index(found) if found.name.endswith(".index.json") else [found]
     tensors: list[Stored] = []
     contents: dict[Path, Any] = {}
     for file in files:
@@ -154,7 +136,7 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
             raise ValueError(f"key chooses in PyTorch's files, but {file.name} is a safetensors file; leave it out")
         else:
             tensors += MappedFile(file).tensors
-    return Checkpoint(path, files, index, tuple(tensors), contents)
+    return Checkpoint(path, files if found in files else [*files, found], tensors, contents)
 
 
 def _in_folder(folder: Path) -> Path:
@@ -168,7 +150,7 @@ def _in_folder(folder: Path) -> Path:
     raise ValueError(f"{folder} holds no checkpoint: no *.index.json, no {', '.join('*' + s for s in SUFFIXES)}")
 
 
-def _files_of_index(index: Path) -> tuple[Path, ...]:
+def _files_of_index(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         plain = all(Path(name).name == name for name in names)
@@ -176,15 +158,11 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
         raise ValueError(f"{index} must be an index with a weight_map from tensors to files: {error!r}") from error
     if not plain or not names:
         raise ValueError(f"{index} must name files of its own folder, got {sorted(names)}")
-    return tuple(index.parent / name for name in sorted(names))
+    return [index.parent / name for name in sorted(names)]
 
 
 class MappedFile:
-    """A safetensors file whose ``tensors`` are views of the file, in its order; writes go to a writable one.
-
-    Raises:
-        ValueError: if it is not a safetensors file, or one of :func:`torch_sap.save_sparse`.
-    """
+    """A safetensors file whose ``tensors`` are views of the file, in its order."""
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
         try:
@@ -331,13 +309,13 @@ def prune_checkpoint(
             for source, copy in copies.items():
                 if source not in checkpoint.contents:
                     shutil.copyfile(source, copy)
-            sources = [source for source in checkpoint.files if source not in checkpoint.contents]
-            maps = {source: MappedFile(Path(copies[source]), writable=True) for source in sources}
-            in_copy = {(source, one.name): one for source, mapped in maps.items() for one in mapped.tensors}
+            mapped = {one.path for one in checkpoint.tensors} - checkpoint.contents.keys()
+            maps = {source: MappedFile(Path(copies[source]), writable=True) for source in mapped}
+            in_copy = {(source, one.name): one for source, file in maps.items() for one in file.tensors}
             entries = [in_copy.get((one.path, one.name), one).entry() for one in weights]
             groups, remaining = zero_step(entries, scope, rule)
-            for mapped in maps.values():
-                mapped.flush()
+            for file in maps.values():
+                file.flush()
             for source, copy in copies.items():
                 if source in checkpoint.contents:
                     save(checkpoint.contents[source], copy)
@@ -351,9 +329,8 @@ def prune_checkpoint(
 
 
 def _targets(checkpoint: Checkpoint, out: Path, overwrite: bool) -> dict[Path, Path]:
-    """The file to write for each file of a checkpoint, its index included."""
-    sources = [*checkpoint.files, *([] if checkpoint.index is None else [checkpoint.index])]
-    targets = {source: out / source.name if checkpoint.is_folder else out for source in sources}
+    """The file to write for each file of a checkpoint."""
+    targets = {source: out / source.name if checkpoint.is_folder else out for source in checkpoint.files}
     if not checkpoint.is_folder and out.suffix != checkpoint.path.suffix:
         raise ValueError(f"out must end in {checkpoint.path.suffix}, as the input does, got {out}")
     for target in targets.values():
