@@ -62,9 +62,8 @@ def _timm_model(name: str, *, pretrained: bool, seed: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise ImportError(
-            f"{name} is not a file, and models by name need timm: pip install 'torch_sap[timm]'"
-        ) from error
+        reason = f"{name} is not a file, and models by name need timm"
+        raise ImportError(f"{reason}: pip install 'torch_sap[timm]'") from error
     if not timm.is_model(name):
         similar = difflib.get_close_matches(name, timm.list_models()) or timm.list_models(f"*{name}*")[:5]
         hint = f"; similar: {', '.join(similar)}" if similar else ""

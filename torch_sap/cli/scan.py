@@ -33,16 +33,14 @@ MANTISSA = {torch.float32: 23, torch.float64: 52}
 
 @dataclass(frozen=True)
 class LayerScan:
-    """The findings about one tensor, or about all together; shares are NaN without entries."""
+    """The findings about one tensor, or about all together; NaN where an index or a share is not defined."""
 
     name: str
     """Dotted path, or "overall" for all together."""
     shape: tuple[int, ...]
     weights: int
     pqi: float
-    """NaN if all entries are zero."""
     gini: float
-    """From the histogram; NaN if all entries are zero."""
     pruned_global: float
     """Share that SAP prunes in the global scope. For one layer an estimate: the threshold's bin is divided evenly."""
     pruned_layer: float
@@ -137,11 +135,6 @@ class Histogram(NamedTuple):
 
         with :math:`n_i` entries of magnitude :math:`v_i`, :math:`a_i` smaller ones, and S the sum of all magnitudes:
         the sum of Hurley and Rickard with equal values taken together.
-
-        Example:
-            >>> from torch_sap.cli.scan import Histogram
-            >>> Histogram(torch.tensor([0.0, 1.0]), torch.tensor([3, 1])).gini()
-            0.75
         """
         d, total = int(self.counts.sum()), float((self.values * self.counts).sum())
         if not total:

@@ -16,14 +16,6 @@ def replacing(*paths: str | os.PathLike[str]) -> Iterator[list[str]]:
 
     They are flushed to the disk before the first is renamed, and deleted if anything is raised. Temporary files of
     killed processes are deleted too.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from torch_sap.files.atomic import replacing
-        >>> with replacing("run.txt") as (temporary,):
-        ...     _ = Path(temporary).write_text("done")
-        >>> Path("run.txt").read_text()
-        'done'
     """
     targets = [os.path.realpath(path) for path in paths]  # a link stays a link
     temporary = [f"{target}.{os.getpid()}-{secrets.token_hex(4)}.tmp" for target in targets]

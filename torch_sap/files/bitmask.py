@@ -23,14 +23,7 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def pack(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Pack a bool mask on the CPU: uint8 of shape (rows, columns / 8 rounded up), and its row offsets.
-
-    Example:
-        >>> from torch_sap.files.bitmask import pack
-        >>> pack(torch.tensor([[True, False, True], [False, True, True]]))
-        (tensor([[5],
-                [6]], dtype=torch.uint8), tensor([0, 2]))
-    """
+    """Pack a bool mask on the CPU: uint8 of shape (rows, columns / 8 rounded up), and its row offsets."""
     rows = mask.reshape(matrix_shape(mask.shape))
     return torch.from_numpy(np.packbits(rows.numpy(), axis=1, bitorder="little")), row_offsets(rows)
 

@@ -84,13 +84,7 @@ def as_plain(value: Any, place: str = "") -> Any:
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any], source: str) -> str:
-    """List the keys whose values differ, with both values; ``source`` says where the other ones were found.
-
-    Example:
-        >>> from torch_sap.files.checkpoint import differences
-        >>> differences({"p": 0.5, "tensors": {"0": [3]}}, {"p": 0.2, "tensors": {}}, "in the file")
-        'p: 0.5 here, 0.2 in the file; tensors.0: [3] here, nothing in the file'
-    """
+    """List the keys whose values differ, with both values; ``source`` says where the other ones were found."""
     own, other = dict(_flat(here)), dict(_flat(there))
     different = sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
     return "; ".join(

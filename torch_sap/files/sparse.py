@@ -105,27 +105,25 @@ def load_sparse(model: Model, path: PathLike, *, what: What = "model") -> Model:
 
     Raises:
         FileNotFoundError: if there is no file.
-        ImportError: if safetensors is not installed (extra "safetensors").
         ValueError: if the file is truncated or inconsistent, or does not fit the model; the tensor is named.
-        TypeError, NotImplementedError: as in :func:`save_sparse`.
+        TypeError, NotImplementedError, ImportError: as in :func:`save_sparse`.
             The model is as before if anything is raised.
     """
     everything = _held_tensors(model, path, what, "load_sparse")
     pairs = _pair(everything, _read(path, what), path, what)
-    masks = {
-        held.name: there.mask.reshape(held.tensor.shape).to(held.tensor.device)
-        for held, there in pairs
-        if there.mask is not None
-    }
-    changed = [(held.prunable, masks.get(held.name)) for held in everything if held.prunable is not None]
-    changed = [(one, mask) for one, mask in changed if mask is not None or one.mask is not None]
-    values = [(held.tensor, there.value) for held, there in pairs if there.value is not None and what == "model"]
+    masks: dict[Prunable, Tensor | None] = {}
+    for held, there in pairs:
+        if held.prunable is not None and there.mask is not None:
+            masks[held.prunable] = there.mask.reshape(held.tensor.shape).to(held.tensor.device)
+    pruned = [held.prunable for held in everything if held.prunable is not None and held.prunable.mask is not None]
+    masks = dict.fromkeys(pruned) | masks
 
     def change() -> None:
-        hold_masks([one for one, _ in changed], [mask for _, mask in changed])
+        hold_masks(list(masks), list(masks.values()))
         with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value.reshape(tensor.shape))
+            for held, there in pairs:
+                if there.value is not None and what == "model":
+                    held.tensor.copy_(there.value.reshape(held.tensor.shape))
         guard(model)
 
     finish(change)
@@ -164,18 +162,14 @@ def _held_tensors(model: nn.Module, path: PathLike, what: What, function: str) -
         if id(tensor) in masks:
             continue
         if id(tensor) not in holders and id(tensor) not in buffers:
-            raise TypeError(
-                f"{function} needs a state_dict of parameters and buffers, but {key} is a {type(tensor).__name__} that "
-                "is neither; keep it apart"
-            )
+            found_type = f"{key} is a {type(tensor).__name__} that is neither; keep it apart"
+            raise TypeError(f"{function} needs a state_dict of parameters and buffers, but {found_type}")
         if id(tensor) in pruned:
             key = key.removesuffix("_orig")
         if is_dtensor(tensor):
-            raise NotImplementedError(
-                f"{key} is sharded (a DTensor), which {function} cannot handle; use a model on one process with the "
-                "full state_dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
-                "full_state_dict=True)"
-            )
+            get = "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
+            advice = f"use a model on one process with the full state_dict ({get})"
+            raise NotImplementedError(f"{key} is sharded (a DTensor), which {function} cannot handle; {advice}")
         if is_lazy(tensor) or tensor.is_meta:
             raise ValueError(f"{key} must have values, but it is on the meta device or not initialized yet")
         if id(tensor) in found:
@@ -223,8 +217,8 @@ def _write(path: PathLike, pieces: list[tuple[str, Tensor]], metadata: dict[str,
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
         except KeyError as error:  # safetensors has no name for a type
-            kind = error.args[0]
-            name = next((name for name, tensor in tensors.items() if str(tensor.dtype) == str(kind)), "a tensor")
+            (kind,) = error.args
+            name = next(name for name, tensor in tensors.items() if tensor.dtype is kind)
             raise TypeError(f"{name} must be of a type that safetensors can hold, got {kind}") from None
         os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
 
@@ -238,9 +232,6 @@ class _Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-_Pair = tuple[_Held, _Stored]
-
-
 def _read(path: PathLike, what: What) -> dict[str, _Stored]:
     """Read the tensors of a file by all their names in the state_dict, and check that their parts fit together."""
     try:
@@ -251,8 +242,13 @@ def _read(path: PathLike, what: What) -> dict[str, _Stored]:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = json.loads(metadata["torch_sap"]) if "torch_sap" in metadata else _of_another_program(tensors)
-        kind, version, packed, shared = (about[key] for key in ("kind", "format", "tensors", "shared"))
+        if "torch_sap" in metadata:
+            about = json.loads(metadata["torch_sap"])
+            kind, version, packed, shared = (about[key] for key in ("kind", "format", "tensors", "shared"))
+        else:  # of compressed-tensors
+            prefixes = [name.removesuffix(".bitmask") for name in tensors if name.endswith(".bitmask")]
+            packed = {f"{prefix}.weight": {"prefix": prefix, "masked": True} for prefix in prefixes}
+            kind, version, shared = "model", FORMAT, {}
         if version != FORMAT:
             raise ValueError(f"{path} must be of format {FORMAT}, got {version!r}")
         if what == "model" and kind != "model":
@@ -268,13 +264,6 @@ def _read(path: PathLike, what: What) -> dict[str, _Stored]:
         return found | {alias: found[name] for alias, name in shared.items()}
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, str(error)) from error
-
-
-def _of_another_program(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Describe the tensors in a file of compressed-tensors as torch_sap would."""
-    prefixes = [name.removesuffix(".bitmask") for name in tensors if name.endswith(".bitmask")]
-    found = {f"{prefix}.weight": {"prefix": prefix, "masked": True} for prefix in prefixes}
-    return {"format": FORMAT, "kind": "model", "tensors": found, "shared": {}}
 
 
 def _unpack(name: str, parts: Mapping[str, Tensor], about: Mapping[str, Any], *, values: bool) -> _Stored:
@@ -306,7 +295,9 @@ def _damaged(path: PathLike, why: str) -> ValueError:
     return ValueError(f"{path} is truncated or damaged: {why}. Nothing was loaded; write or copy it again")
 
 
-def _pair(everything: list[_Held], stored: Mapping[str, _Stored], path: PathLike, what: What) -> list[_Pair]:
+def _pair(
+    everything: list[_Held], stored: Mapping[str, _Stored], path: PathLike, what: What
+) -> list[tuple[_Held, _Stored]]:
     """Pair each tensor of the model with its counterpart in the file, once, and check that they fit."""
     held = {name: one for one in everything for name in (one.name, *one.aliases)}
     known = stored if what == "model" else {name: there for name, there in stored.items() if there.mask is not None}
@@ -314,7 +305,7 @@ def _pair(everything: list[_Held], stored: Mapping[str, _Stored], path: PathLike
     unknown = sorted(set(known) - set(held))
     if missing or unknown:
         raise ValueError(f"{path} must fit the model, but lacks {missing} and has unknown {unknown}")
-    pairs: dict[int, _Pair] = {}
+    pairs: dict[int, tuple[_Held, _Stored]] = {}
     for name, there in known.items():
         before = pairs.setdefault(id(held[name]), (held[name], there))[1]
         if before is not there:

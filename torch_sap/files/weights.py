@@ -83,10 +83,9 @@ class Checkpoint:
         excluded = excluded_by(paths, exclude)
         found = [stored for stored in first.values() if id(stored) not in excluded]
         if not found:
-            raise ValueError(
-                f"{self.path} has no weight to prune (more than one dimension and 'weight' in the last part of its "
-                "name)" + (f" that exclude={exclude!r} leaves" if exclude else "")
-            )
+            rule = "more than one dimension and 'weight' in the last part of its name"
+            left = f" that exclude={exclude!r} leaves" if exclude else ""
+            raise ValueError(f"{self.path} has no weight to prune ({rule}){left}")
         _check(found, {stored.name for stored in self.tensors})
         return found
 
@@ -219,9 +218,8 @@ def _load(path: Path) -> Any:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds other objects than tensors, or is damaged; save model.state_dict() and name that file"
-        ) from error
+        advice = "save model.state_dict() and name that file"
+        raise ValueError(f"{path} holds other objects than tensors, or is damaged; {advice}") from error
     except Exception as error:  # damaged files make torch.load raise nearly anything
         raise ValueError(f"{path} is not a file of torch.save: {type(error).__name__}: {error}") from error
     if not is_zip:
@@ -268,9 +266,9 @@ def prune_checkpoint(
 ) -> PruningReport:
     """Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format.
 
-    The result equals that of the scope's whole-model function on the same weights in memory, in the file's order. A
-    file does not say which weights belong to transposed convolutions: the output channels are dimension 0 of each
-    tensor. Several files are pruned together, and none is renamed before all are complete.
+    The result equals that of the scope's whole-model function on the same weights in memory, in the file's order;
+    output channels are dimension 0, since a file does not say which weights belong to transposed convolutions. Several
+    files are pruned together, and none is renamed before all are complete.
 
     Args:
         path: A file, an index of several, or a folder with one checkpoint.
@@ -282,7 +280,7 @@ def prune_checkpoint(
         overwrite: Whether files that exist are replaced, the input included.
 
     Returns:
-        The report, as the whole-model functions give it.
+        The report, as from the whole-model functions.
 
     Raises:
         OSError: if a file cannot be read or written.
@@ -321,11 +319,9 @@ def prune_checkpoint(
                     save(checkpoint.contents[source], copy)
                 shutil.copymode(source, copy)
         undo.pop_all()
-    records = [
-        TensorRecord(entry.name, entry.shape, left, entry.scores.numel())
-        for entry, left in zip(entries, remaining, strict=True)
-    ]
-    return PruningReport(scope, rule.to_dict(), groups, tuple(records))
+    counts = zip(entries, remaining, strict=True)
+    records = tuple(TensorRecord(entry.name, entry.shape, left, entry.scores.numel()) for entry, left in counts)
+    return PruningReport(scope, rule.to_dict(), groups, records)
 
 
 def _targets(checkpoint: Checkpoint, out: Path, overwrite: bool) -> dict[Path, Path]:
