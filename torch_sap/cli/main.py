@@ -18,8 +18,6 @@ from torch_sap.decide.groups import Scope
 ERRORS = (OSError, ValueError, TypeError, ImportError, MemoryError, RuntimeError)
 """Raised for files and names that cannot be used: one line on stderr, never a traceback."""
 
-DESCRIPTION = "Pruning that decides how much to prune: the PQ Index and SAP from the command line."
-
 CODES = """\
 Exit codes:
   0  done
@@ -77,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("torch-sap", description=DESCRIPTION, epilog=EXAMPLES + CODES, **style)
+    parser = argparse.ArgumentParser("torch-sap", description="Measure and prune models and checkpoint files by SAP.", epilog=EXAMPLES + CODES, **style)
     parser.add_argument("--version", action="version", version=f"torch-sap {torch_sap.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
 
