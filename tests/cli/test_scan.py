@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from checkpoints import FUNCTIONS, misalign, pruned_in_memory, shard, weights, write
+from checkpoints import misalign, pruned_in_memory, shard, weights, write
+from helpers import FUNCTIONS
 from torch import nn
 
 import torch_sap
@@ -66,7 +67,7 @@ def test_a_file_is_scanned_as_memory_is_measured(tmp_path, dtype, suffix):
 
 def test_a_model_is_scanned_as_it_is_measured():
     timm = pytest.importorskip("timm")
-    model = nn.Sequential(timm.create_model("test_resnet"), nn.ConvTranspose2d(8, 6, 3, groups=2))
+    model = nn.Sequential(timm.create_model("test_resnet"), nn.ConvTranspose2d(8, 6, 3, groups=2).bfloat16())
     scan = scan_model(model)
     tensors = {layer.name: dict(model.named_parameters())[layer.name].detach() for layer in scan.layers}
     reports = {scope: prune(copy.deepcopy(model), eta_r=0.1) for scope, prune in FUNCTIONS.items()}
@@ -89,12 +90,6 @@ def test_unaligned_tensors(tmp_path):
     path = write(weights(), tmp_path / "a.safetensors")
     expected = scan_file(path)
     assert repr(scan_file(misalign(path))) == repr(expected)
-
-
-def test_weights_that_are_not_finite_are_named(tmp_path):
-    values = weights() | {"tail.weight": torch.full((3, 3), float("inf"))}
-    with pytest.raises(ValueError, match=r"must be finite, but tail\.weight"):
-        scan_file(write(values, tmp_path / "a.safetensors"))
 
 
 def test_zeros_have_no_index():

@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("torch-sap", description="Measure and prune models and checkpoint files by SAP.", epilog=EXAMPLES + CODES, **style)
+    text = "Measure and prune models and checkpoint files by SAP."
+    parser = argparse.ArgumentParser("torch-sap", description=text, epilog=EXAMPLES + CODES, **style)
     parser.add_argument("--version", action="version", version=f"torch-sap {torch_sap.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
 
