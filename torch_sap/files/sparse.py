@@ -116,7 +116,7 @@ def load_sparse(model: Model, path: PathLike, *, what: What = "model") -> Model:
         if held.prunable is not None and there.mask is not None:
             masks[held.prunable] = there.mask.reshape(held.tensor.shape).to(held.tensor.device)
     pruned = [held.prunable for held in everything if held.prunable is not None and held.prunable.mask is not None]
-    masks = dict.fromkeys(pruned) | masks
+    masks = dict.fromkeys(pruned) | masks  # None: nothing of the tensor is pruned in the file
 
     def change() -> None:
         hold_masks(list(masks), list(masks.values()))
