@@ -1,9 +1,9 @@
 """Scan and prune large safetensors files, and compare with the time it takes to read them twice.
 
-Makes a file of random weights in the shapes of a language model for each type. Then it reads the file twice, and runs
-`torch-sap scan`, and `torch-sap prune` in each scope, each in a process of its own. The seconds of the commands contain
-Python's start and, for `prune`, writing the output to the disk. The file is dropped from the page cache before each
-step and between the two readings. The memory is anonymous resident memory (RssAnon); pages of files do not count.
+Writes a file of random weights in the shapes of a language model per type, reads it twice, and runs `torch-sap scan`
+and `torch-sap prune` in each scope, each in its own process. The seconds of the commands include the start of Python
+and, for `prune`, writing the output to the disk. The file is dropped from the page cache before each step and between
+the two readings. The memory is anonymous resident memory (RssAnon); pages of files do not count.
 
     python benchmarks/large_checkpoint.py --gb 12 --out docs/results/large_checkpoint.csv
 """
@@ -34,13 +34,13 @@ COLUMNS = ("turn", "step", "GB", "dtype", "threads", "seconds", "times_reading_t
 
 
 def main(argv: Sequence[str] | None = None) -> list[tuple[object, ...]]:
-    """Run the command line and return the rows that it has written."""
+    """Run the command line and return the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=12, help="size of the files in 10 ** 9 bytes")
     parser.add_argument("--dtypes", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=1, help="how often all of it is measured")
-    parser.add_argument("--folder", type=Path, help="where to make the files; more than twice the size must be free")
+    parser.add_argument("--turns", type=int, default=1, help="repetitions")
+    parser.add_argument("--folder", type=Path, help="folder for the files; needs more than twice their size")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     parser.add_argument("--child", nargs=2, metavar=("STEP", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> list[tuple[object, ...]]:
 
 
 def shapes(total: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The weights of a language model with as many blocks as make up a number of entries; a small one is narrower."""
+    """Weights of a language model with blocks up to a total number of entries; small models are narrower."""
     width = 4096 if total > 2**30 else 512
     inner, table = 43 * width // 16, 32000 * width // 4096
     block = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (width // 4, width)}
@@ -87,7 +87,7 @@ def shapes(total: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def make(path: Path, gb: float, dtype: torch.dtype) -> None:
-    """Write the file in pieces: normal weights, with a standard deviation per tensor, cut out of one pool."""
+    """Write the file in pieces: normal weights from one pool, with a standard deviation per tensor."""
     torch.manual_seed(0)
     tensors = list(shapes(int(gb * 1e9) // dtype.itemsize))
     header, offset = {}, 0
@@ -113,7 +113,7 @@ def make(path: Path, gb: float, dtype: torch.dtype) -> None:
 
 
 def measure(step: str, path: Path, threads: int) -> tuple[float, int | str]:
-    """Seconds of a step, and for a command the peak of its anonymous memory in MiB."""
+    """Seconds of a step, and the peak of a command's anonymous memory in MiB."""
     drop_from_cache(path)
     start = time.perf_counter()
     if step == "read twice":
@@ -127,7 +127,7 @@ def measure(step: str, path: Path, threads: int) -> tuple[float, int | str]:
 
 
 def read(path: Path) -> None:
-    """Read a file once, into the same memory again and again."""
+    """Read a file once, into one small buffer."""
     memory = bytearray(2**24)
     with open(path, "rb", buffering=0) as file:
         while file.readinto(memory):
@@ -135,13 +135,13 @@ def read(path: Path) -> None:
 
 
 def drop_from_cache(path: Path) -> None:
-    """Make the system forget the pages of a file; they are on the disk."""
+    """Drop the pages of a file, which are on the disk, from the page cache."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def run_step(step: str, path: Path, threads: int) -> None:
-    """Run a command in this process; the last line printed is the peak of its anonymous memory in MiB."""
+    """Run a command in this process, and print the peak of its anonymous memory in MiB as the last line."""
     torch.set_num_threads(threads)
     seen = [anonymous()]
 

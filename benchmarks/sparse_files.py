@@ -1,14 +1,14 @@
-"""How small a pruned model is on disk, and how long it takes to save and to load, beside PyTorch's own files.
+"""Size of a pruned model on disk, and time to save and load it, compared with PyTorch's own files.
 
     python benchmarks/sparse_files.py --out docs/results/sparse_files.csv
 
-Models are pruned to a given sparsity in every layer. Each file is written and read in turn, into a fresh model that is
-made outside the clock; reported are medians. Loaded models are compared bit for bit.
+Models are pruned to a given sparsity in every layer. Each file is written and read in turn, into a new model that is
+not part of the time; the results are medians. Loaded models are compared bit for bit.
 
 - torch.save, dense: the state_dict after `torch_sap.remove`, `torch.load`, `load_state_dict`;
-- torch.save, pruned: the state_dict with its masks, into a model that has masks already;
+- torch.save, pruned: the state_dict with its masks, into a model that already has masks;
 - save_sparse, load_sparse: values and bits;
-- gzip of dense: what a general compressor (level 6) makes of the zeros.
+- gzip of dense: the dense file compressed by gzip (level 6).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MODELS = ["resnet50", "vit_small_patch16_224"]
 
 
 def pruned_to(name: str, sparsity: float) -> nn.Module:
-    """An untrained timm model whose layers have lost their smallest weights."""
+    """An untrained timm model, pruned in every layer."""
     torch.manual_seed(0)
     model = timm.create_model(name)
     torch_sap.OneShot(model, ratio=sparsity, scope="layer", rewind="none").step()
@@ -44,26 +44,26 @@ def pruned_to(name: str, sparsity: float) -> nn.Module:
 
 
 def masked(name: str) -> nn.Module:
-    """A new model that has masks, of ones."""
+    """A new model with masks of ones."""
     model = timm.create_model(name)
     torch_sap.global_unstructured(model, gamma=0.0)
     return model
 
 
 def load_state(model: nn.Module, path: Path) -> None:
-    """What a user writes for PyTorch's own files."""
+    """Load one of PyTorch's own files, as users do."""
     model.load_state_dict(torch.load(path))
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """How long it takes."""
+    """Time a call."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def measure(name: str, sparsity: float, turns: int, folder: Path) -> list[dict[str, Any]]:
-    """Write and read each kind of file in turn; a row of results each."""
+    """Write and read each kind of file in turn; one row of results per kind."""
     model = pruned_to(name, sparsity)
     plain = torch_sap.remove(copy.deepcopy(model))
     kinds: dict[str, tuple[Callable[[Path], Any], Callable[[], nn.Module], Callable[[nn.Module, Path], Any], Any]] = {
@@ -105,7 +105,7 @@ def measure(name: str, sparsity: float, turns: int, folder: Path) -> list[dict[s
 
 
 def assert_same(model: nn.Module, expected: nn.Module) -> None:
-    """Bit for bit."""
+    """Raise unless two models are equal bit for bit."""
     one, other = model.state_dict(), expected.state_dict()
     if list(one) != list(other):
         raise AssertionError("other keys")

@@ -5,15 +5,26 @@ import copy
 import numpy as np
 import pytest
 import torch
-from checkpoints import FUNCTIONS, misalign, pruned_in_memory, shard, weights, write
+from checkpoints import misalign, pruned_in_memory, shard, weights, write
+from helpers import FUNCTIONS
 from torch import nn
 
 import torch_sap
 from torch_sap.cli import scan as scanning
-from torch_sap.cli.scan import scan_checkpoint, scan_model
+from torch_sap.cli.scan import scan_entries
 from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.files.weights import open_checkpoint
+from torch_sap.masks.parameters import resolve
 
 RULE = Hyperparameters(eta_r=0.1)
+
+
+def scan_file(path):
+    return scan_entries([one.entry() for one in open_checkpoint(path).weights()], RULE, str(path))
+
+
+def scan_model(model):
+    return scan_entries([prunable.entry() for prunable in resolve(model)], RULE, "model")
 
 
 @pytest.fixture(autouse=True)
@@ -36,18 +47,16 @@ def assert_scan_is(scan, tensors, reports, exact):
             assert layer.pqi == pytest.approx(float(torch_sap.pq_index(tensor)), rel=1e-13, nan_ok=True)
             gini = float(torch_sap.gini_index(tensor))
             assert layer.gini == pytest.approx(gini, abs=1e-12 if exact else 2e-4, nan_ok=True)
-            for scope, tolerance in (("layer", 1e-15), ("neuron", 1e-15)):
-                record = reports[scope].tensors[number]
-                assert getattr(layer, f"pruned_{scope}") == pytest.approx(
-                    1 - record.remaining / record.total, abs=tolerance
-                )
+            for scope in ("layer", "neuron"):
+                expected = reports[scope].tensors[number].sparsity
+                assert getattr(layer, f"pruned_{scope}") == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_file_is_scanned_as_memory_is_measured(tmp_path, dtype, suffix):
     values = weights(dtype)
-    scan = scan_checkpoint(write(values, tmp_path / f"a{suffix}"), RULE)
+    scan = scan_file(write(values, tmp_path / f"a{suffix}"))
     tensors = {layer.name: values[layer.name] for layer in scan.layers}
     reports = {scope: pruned_in_memory(tensors, scope, eta_r=0.1)[1] for scope in FUNCTIONS}
     assert_scan_is(scan, tensors, reports, exact=dtype.itemsize == 2)
@@ -58,8 +67,8 @@ def test_a_file_is_scanned_as_memory_is_measured(tmp_path, dtype, suffix):
 
 def test_a_model_is_scanned_as_it_is_measured():
     timm = pytest.importorskip("timm")
-    model = nn.Sequential(timm.create_model("test_resnet"), nn.ConvTranspose2d(8, 6, 3, groups=2))
-    scan = scan_model(model, RULE)
+    model = nn.Sequential(timm.create_model("test_resnet"), nn.ConvTranspose2d(8, 6, 3, groups=2).bfloat16())
+    scan = scan_model(model)
     tensors = {layer.name: dict(model.named_parameters())[layer.name].detach() for layer in scan.layers}
     reports = {scope: prune(copy.deepcopy(model), eta_r=0.1) for scope, prune in FUNCTIONS.items()}
     assert_scan_is(scan, tensors, reports, exact=False)
@@ -69,37 +78,23 @@ def test_a_model_is_scanned_as_it_is_measured():
 
 def test_shards_are_scanned_together(tmp_path):
     values = weights(torch.bfloat16)
-    whole = scan_checkpoint(write(values, tmp_path / "a.safetensors"), RULE)
-    parts = scan_checkpoint(shard(values, tmp_path / "parts"), RULE)
+    whole = scan_file(write(values, tmp_path / "a.safetensors"))
+    parts = scan_file(shard(values, tmp_path / "parts"))
     assert {layer.name: layer for layer in parts.layers if layer.pqi == layer.pqi} == {
         layer.name: layer for layer in whole.layers if layer.pqi == layer.pqi
     }
     assert parts.overall == whole.overall
 
 
-def test_tensors_that_are_not_aligned(tmp_path):
+def test_unaligned_tensors(tmp_path):
     path = write(weights(), tmp_path / "a.safetensors")
-    expected = scan_checkpoint(path, RULE)
-    assert repr(scan_checkpoint(misalign(path), RULE)) == repr(expected)
-
-
-def test_types_are_mixed(tmp_path):
-    values = {"a.weight": torch.randn(40, 50), "b.weight": torch.randn(30, 60).bfloat16()}
-    scan = scan_checkpoint(write(values, tmp_path / "a.safetensors"), RULE)
-    tensors = {layer.name: values[layer.name] for layer in scan.layers}
-    reports = {scope: pruned_in_memory(tensors, scope, eta_r=0.1)[1] for scope in FUNCTIONS}
-    assert_scan_is(scan, tensors, reports, exact=False)
-
-
-def test_weights_that_are_not_finite_are_named(tmp_path):
-    values = weights() | {"tail.weight": torch.full((3, 3), float("inf"))}
-    with pytest.raises(ValueError, match=r"must be finite, but tail\.weight"):
-        scan_checkpoint(write(values, tmp_path / "a.safetensors"), RULE)
+    expected = scan_file(path)
+    assert repr(scan_file(misalign(path))) == repr(expected)
 
 
 def test_zeros_have_no_index():
     model = nn.Linear(4, 3)
     nn.init.zeros_(model.weight)
-    scan = scan_model(model, RULE)
+    scan = scan_model(model)
     assert np.isnan([scan.overall.pqi, scan.overall.gini]).all()
     assert (scan.overall.pruned_global, scan.overall.pruned_layer, scan.overall.dead_rows) == (0, 0, 3)

@@ -1,4 +1,4 @@
-"""Files that are damaged or do not fit are refused by name, and the model stays as it was; no half file is seen."""
+"""Files that are damaged or do not fit are refused and the model stays unchanged; no incomplete file is left."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def refuse(path, model, match, error=ValueError, what="model"):
 
 @pytest.mark.parametrize("what", KINDS)
 def test_a_flipped_byte_of_the_description_or_the_bits_is_noticed_or_harmless(what, files):
-    """Flipped one by one: refused, or without effect on masks and names. Values have no checksum."""
+    """Each flip is refused or changes neither masks nor names. Values have no checksum."""
     whole = (files / what).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     masks = {name: mask.clone() for name, mask in load_sparse(mlp(), files / what, what=what).named_buffers()}
@@ -75,16 +75,10 @@ def test_truncated(what, share, files):
     refuse(files / "cut", mlp(), "cut is truncated or damaged", what=what)
 
 
-def test_no_file(tmp_path):
-    refuse(tmp_path / "nothing", mlp(), "nothing", FileNotFoundError)
-
-
-def test_another_kind_of_file(tmp_path):
-    torch.save(mlp().state_dict(), tmp_path / "model.pt")
-    refuse(tmp_path / "model.pt", mlp(), r"model.pt is truncated or damaged")
-
-
-def test_masks_are_no_model(files):
+def test_files_that_are_missing_or_of_another_kind(files):
+    refuse(files / "nothing", mlp(), "nothing", FileNotFoundError)
+    torch.save(mlp().state_dict(), files / "model.pt")
+    refuse(files / "model.pt", mlp(), r"model.pt is truncated or damaged")
     refuse(files / "masks", mlp(), 'has masks alone: load them by what="masks"')
 
 
@@ -95,7 +89,7 @@ def test_another_architecture(what, files):
     refuse(files / what, narrow, "0.weight must", what=what)
 
 
-def test_a_tensor_too_few(files):
+def test_a_missing_tensor(files):
     class More(nn.Sequential):
         def __init__(self):
             super().__init__(*mlp())
@@ -110,7 +104,7 @@ def test_another_type(files):
 
 
 def rewrite(files, change):
-    """The file again with other contents."""
+    """Write the file again with other contents."""
     with safetensors.safe_open(files / "model", "pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         about = json.loads(file.metadata()["torch_sap"])
@@ -144,7 +138,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("match", CHANGES)
-def test_contents_that_do_not_belong_together(match, files):
+def test_inconsistent_contents(match, files):
     refuse(rewrite(files, CHANGES[match]), pruned(), match)
 
 
@@ -187,24 +181,21 @@ def test_what_cannot_be_saved(tmp_path):
     refused(named, ValueError, r"two would be called '0.shape'")
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_write_that_fails_leaves_what_was_there(there, tmp_path, monkeypatch):
-    path = tmp_path / "model"
-    if there:
-        save_sparse(mlp(), path)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+def test_a_write_that_fails_leaves_the_old_file(files, monkeypatch):
+    before = {file.name: file.read_bytes() for file in files.iterdir()}
 
     def full(descriptor):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        save_sparse(convnet(), path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    for name in ("model", "new"):
+        with pytest.raises(OSError, match="no space"):
+            save_sparse(convnet(), files / name)
+    assert {file.name: file.read_bytes() for file in files.iterdir()} == before
 
 
 @pytest.mark.parametrize("what", KINDS)
-def test_an_interrupt_while_values_are_written_is_raised_when_all_are(what, files, monkeypatch):
+def test_an_interrupt_while_values_are_written_is_raised_after_all_are(what, files, monkeypatch):
     expected = load_sparse(mlp(), files / what, what=what)
     calls = []
 

@@ -3,16 +3,11 @@
 import json
 
 import torch
+from helpers import FUNCTIONS
 from safetensors.torch import save_file
 from torch import nn
 
 import torch_sap
-
-FUNCTIONS = {
-    "global": torch_sap.global_unstructured,
-    "layer": torch_sap.layer_unstructured,
-    "neuron": torch_sap.neuron_unstructured,
-}
 
 
 def weights(dtype=torch.float32, seed=0):

@@ -1,13 +1,14 @@
-"""The command line: ``torch-sap scan``, ``prune``, ``report`` and ``compare``."""
+"""Parse the command line: ``torch-sap scan``, ``prune``, ``report`` and ``compare``."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch_sap
 from torch_sap.cli.commands import compare, prune, report, scan
@@ -15,84 +16,34 @@ from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Scope
 
 ERRORS = (OSError, ValueError, TypeError, ImportError, MemoryError, RuntimeError)
-"""Raised by wrong files and wrong names: one line on stderr, never a traceback."""
-
-DESCRIPTION = "Pruning that decides how much to prune: the PQ Index and SAP from the command line."
+"""Raised for files and names that cannot be used: one line on stderr, never a traceback."""
 
 CODES = """\
-exit codes:
+Exit codes:
   0  done
   1  an input cannot be used: no such file or name, damaged, nothing to prune, a package is missing
   2  wrong usage: an unknown option, or a number out of its range
 """
 
 EXAMPLES = """\
-examples:
-  torch-sap scan test_resnet                               a model of timm, with new weights
+Examples:
+  torch-sap scan test_resnet                               a timm model with random weights
   torch-sap scan model.safetensors --plot scan.png
   torch-sap prune model.safetensors -o pruned.safetensors
   torch-sap report runs/test_resnet-digits-layer-0
   torch-sap compare runs/a runs/b --plot runs.png
 
 torch-sap COMMAND --help explains a command.
+
 """
 
-SCAN = """\
-Measure weights and show what SAP would prune of them. Nothing is changed.
-
-MODEL is the name of a timm model, a .safetensors or .pt file, an index of several (*.index.json), or a folder with one
-of these. safetensors files may be larger than memory.
-
-columns:
-  PQI      PQ Index: 0 if all magnitudes are equal, towards 1 the sparser
-  Gini     Gini index of the magnitudes, from a histogram; exact for 16 bits, else to about 0.0001
-  global, layer, neuron
-           share that SAP prunes of the layer if all weights, each layer, or each row is one group
-  dead     rows (output channels) that are all zero
-"""
-
-SCAN_EXAMPLES = """\
-examples:
-  torch-sap scan vit_tiny_patch16_224 --pretrained
-  torch-sap scan model.safetensors.index.json --eta-r 0.1 --csv scan.csv
-  torch-sap scan checkpoint.pt --key state_dict_ema --exclude 'head' --exclude '*.conv_dw.*'
-  torch-sap scan model.safetensors --json | jq '.overall.pqi'
-"""
-
-PRUNE = """\
-Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format, with zeros where weights were
-pruned. The weights decide how many go; the scope decides which weights are measured together.
-
-CHECKPOINT is a .safetensors or .pt file, an index of several, or a folder with one of these; for the last two the
-output is a folder with the same files. Everything else in the files stays as it is. They are written under other names
-until all are complete. safetensors files may be larger than memory, .pt files may not.
-"""
-
-PRUNE_EXAMPLES = """\
-examples:
-  torch-sap prune model.safetensors -o pruned.safetensors
-  torch-sap prune llm/ -o llm-pruned/ --scope layer --exclude 'lm_head' --exclude '*embed*'
-  torch-sap prune checkpoint.pt -o checkpoint.pt --overwrite --eta-r 0.1
-"""
-
-REPORT = "Show the rounds of a run. RUN is a folder with history.json, as the benchmarks write it, or such a file."
-
-REPORT_EXAMPLES = """\
-examples:
-  torch-sap report runs/test_resnet-digits-layer-0
-  torch-sap report runs/a --plot a.png --csv a.csv
-"""
-
-COMPARE = "Compare runs by a metric and the share of remaining weights. Settings in config.json that differ are shown."
-
-COMPARE_EXAMPLES = """\
-examples:
-  torch-sap compare runs/*-layer-0 --plot layer.png
-  torch-sap compare runs/a runs/b --metric accuracy --tolerance 0.02
-"""
-
-
-Parser = argparse.ArgumentParser
+NUMBERS = {
+    "p": "order of the smaller norm of the PQ Index",
+    "q": "order of the larger norm",
+    "eta_r": "loss that pruning may cause, 0 or more; larger prunes more",
+    "gamma": "factor on the number of entries that the bound allows to prune",
+    "beta": "largest share of a group that is pruned",
+}
 
 
 def run() -> None:
@@ -101,18 +52,11 @@ def run() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments without the program's name; None takes those of the process.
-
-    Returns:
-        The exit code: 0 done, 1 an input cannot be used. Wrong usage leaves by SystemExit with 2.
-    """
+    """Run the command line and return the exit code. Wrong usage raises SystemExit with 2."""
     arguments = _parser().parse_args(argv)
     if "p" in arguments:
         try:
-            arguments.rule = Hyperparameters(arguments.p, arguments.q, arguments.eta_r, arguments.gamma, arguments.beta)
+            arguments.rule = Hyperparameters(**{name: getattr(arguments, name) for name in NUMBERS})
         except ValueError as error:
             arguments.parser.error(str(error))
     try:
@@ -121,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ERRORS as error:
-        text = str(error).strip() or type(error).__name__
-        print(f"torch-sap: {text}", file=sys.stderr)
+        print(f"torch-sap: {str(error).strip() or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("torch-sap: stopped", file=sys.stderr)
@@ -131,73 +74,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "torch-sap", description=DESCRIPTION, epilog=f"{EXAMPLES}\n{CODES}", formatter_class=style
-    )
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    text = "Measure and prune models and checkpoint files by SAP."
+    parser = argparse.ArgumentParser("torch-sap", description=text, epilog=EXAMPLES + CODES, **style)
     parser.add_argument("--version", action="version", version=f"torch-sap {torch_sap.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
 
-    def add(command: Callable[[argparse.Namespace], None], line: str, text: str, examples: str) -> Parser:
-        new: Parser = commands.add_parser(
-            command.__name__, help=line, description=text, epilog=f"{examples}\n{CODES}", formatter_class=style
-        )
+    def add(command: Callable[[argparse.Namespace], None], line: str) -> Any:
+        text = inspect.getdoc(command)
+        new = commands.add_parser(command.__name__, help=line, description=text, epilog=CODES, **style)
         new.set_defaults(command=command, parser=new)
         new.add_argument("--json", action="store_true", help="print everything as JSON instead of the table")
         new.add_argument("--csv", type=Path, metavar="FILE", help="also write the table as CSV")
+        if command is not prune:
+            new.add_argument("--plot", type=Path, metavar="FILE", help="write a figure; the suffix is the format")
         return new
 
-    _scan_arguments(add(scan, "what SAP would prune of a model or a checkpoint, layer by layer", SCAN, SCAN_EXAMPLES))
-    _prune_arguments(add(prune, "prune a checkpoint file once, into another file", PRUNE, PRUNE_EXAMPLES))
-    one = add(report, "the rounds of a run, as a table and a figure", REPORT, REPORT_EXAMPLES)
+    scanning = add(scan, "what SAP would prune of a model or a checkpoint, layer by layer")
+    scanning.add_argument("model", metavar="MODEL", help="name of a timm model, checkpoint file, index or folder")
+    scanning.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (a download)")
+    scanning.add_argument("--seed", type=int, default=0, help="seed of a timm model's random weights (default: 0)")
+    pruning = add(prune, "prune a checkpoint file once, into another file")
+    pruning.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint file, index or folder")
+    pruning.add_argument("-o", "--out", type=Path, required=True, help="the file (or folder) to write")
+    text = (
+        "measure all weights together, each layer, or each row (default: global, which kept 87 %% of a pretrained "
+        "network's answers without training, where layer kept 22 %%)"
+    )
+    pruning.add_argument("--scope", choices=get_args(Scope), default="global", help=text)
+    text = "replace files that exist, the input too if it is OUT"
+    pruning.add_argument("--overwrite", action="store_true", help=text)
+    for each in (scanning, pruning):
+        for name, text in NUMBERS.items():
+            option, default = "--" + name.replace("_", "-"), getattr(Hyperparameters(), name)
+            each.add_argument(option, type=float, default=default, metavar="X", help=f"{text} (default: {default})")
+        text = "leave out the weights that match; may be repeated"
+        each.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=text)
+        each.add_argument("--key", help="state_dict to take from a PyTorch file that holds several")
+    one = add(report, "the rounds of a run, as a table and a figure")
     one.add_argument("run", metavar="RUN", help="folder with history.json, or that file")
-    several = add(compare, "several runs: a metric against remaining weights", COMPARE, COMPARE_EXAMPLES)
+    several = add(compare, "several runs: a metric against remaining weights")
     several.add_argument("runs", metavar="RUN", nargs="+", help="folders with history.json, or such files")
-    several.add_argument(
-        "--tolerance", type=float, default=0.01, help="loss of the metric that the last column allows (default: 0.01)"
-    )
-    for parser_of_runs in (one, several):
-        parser_of_runs.add_argument("--metric", help="the metric to show (default: accuracy, or the first)")
-        parser_of_runs.add_argument(
-            "--plot", type=Path, metavar="FILE", help="write a figure; the suffix is the format"
-        )
+    text = "loss of the metric that the last column allows (default: 0.01)"
+    several.add_argument("--tolerance", type=float, default=0.01, help=text)
+    for each in (one, several):
+        each.add_argument("--metric", help="the metric to show (default: accuracy, or the first)")
     return parser
-
-
-def _scan_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="name of a timm model, checkpoint file, index or folder")
-    parser.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (a download)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of a timm model's new weights (default: 0)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture; the suffix is the format")
-    _pruning_arguments(parser)
-
-
-def _prune_arguments(parser: Parser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint file, index or folder")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the file (or folder) to write")
-    parser.add_argument(
-        "--scope",
-        choices=get_args(Scope),
-        default="global",
-        help="measure all weights together, each layer, or each row (default: global, which kept 87 %% of a pretrained "
-        "network's answers without training, where layer kept 22 %%)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist, the input too if it is OUT")
-    _pruning_arguments(parser)
-
-
-def _pruning_arguments(parser: Parser) -> None:
-    rule = Hyperparameters()
-    words = {
-        "p": "order of the smaller norm of the PQ Index",
-        "q": "order of the larger norm",
-        "eta_r": "loss that pruning may cause, 0 or more; larger prunes more",
-        "gamma": "factor on the number that the bound allows to prune",
-        "beta": "largest share of a group that is pruned",
-    }
-    for name, text in words.items():
-        option, default = "--" + name.replace("_", "-"), getattr(rule, name)
-        parser.add_argument(option, type=float, default=default, metavar="X", help=f"{text} (default: {default})")
-    text = "leave out the weights that match; may be repeated"
-    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=text)
-    parser.add_argument("--key", help="state_dict to take from a PyTorch file that holds several")

@@ -12,25 +12,20 @@ from torch_sap.cli.scan import Scan
 from torch_sap.decide.groups import Scope
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's, which color-blind readers can tell apart."""
+"""The Okabe-Ito colors, which color-blind readers can tell apart."""
 MARKERS = "osD^vP"
 
 
 def plot_scan(scan: Scan, path: str | os.PathLike[str]) -> None:
-    """Draw one bar per layer, colored by the PQ Index: its weights, and the share that SAP prunes in each scope.
-
-    Raises:
-        ImportError: if matplotlib is not installed (extra "plot").
-    """
-    figure_class = _figure()
+    """Draw one bar per layer, colored by the PQ Index: its weights, and the share that SAP prunes in each scope."""
+    figure = _figure(max(7.0, 2 + 0.16 * len(scan.layers)), 9)
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     indices = [layer.pqi for layer in scan.layers]
-    finite = [index for index in indices if not math.isnan(index)]
-    color = ScalarMappable(Normalize(0, max(*finite, 0.01, 0)), colormaps["viridis"])
-    figure = figure_class(figsize=(max(7.0, 2 + 0.16 * len(indices)), 9), layout="constrained")
+    highest = max((index for index in indices if not math.isnan(index)), default=0.0)
+    color = ScalarMappable(Normalize(0, max(highest, 0.01)), colormaps["viridis"])
     panels: Any = figure.subplots(4, 1, sharex=True)
     colors = ["lightgray" if math.isnan(index) else color.to_rgba(index) for index in indices]  # type: ignore[arg-type]
     places = range(len(indices))
@@ -50,12 +45,8 @@ def plot_scan(scan: Scan, path: str | os.PathLike[str]) -> None:
 
 
 def plot_runs(runs: Sequence[Run], metric: str, path: str | os.PathLike[str]) -> None:
-    """Draw a metric against the share of remaining weights, one line per run.
-
-    Raises:
-        ImportError: if matplotlib is not installed (extra "plot").
-    """
-    figure = _figure()(figsize=(8, 5), layout="constrained")
+    """Draw a metric against the share of remaining weights, one line per run."""
+    figure = _figure(8, 5)
     axes: Any = figure.subplots()
     for number, run in enumerate(runs):
         style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
@@ -70,9 +61,9 @@ def plot_runs(runs: Sequence[Run], metric: str, path: str | os.PathLike[str]) ->
     figure.savefig(path, dpi=120)
 
 
-def _figure() -> Any:
+def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'torch_sap[plot]'") from error
-    return Figure
+        raise ImportError("figures need matplotlib: pip install 'torch_sap[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")

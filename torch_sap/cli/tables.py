@@ -1,4 +1,4 @@
-"""Give rows of a table to the user: as text, as JSON, and as a CSV file."""
+"""Print rows as a table or as JSON, and write them as a CSV file."""
 
 from __future__ import annotations
 
@@ -15,25 +15,15 @@ Row = Mapping[str, Any]
 
 
 def give(arguments: Namespace, content: Any, rows: Sequence[Row], titles: Mapping[str, str], *, total: bool) -> None:
-    """Write the CSV file if one is asked for, and print JSON or a table.
+    """Write the rows to a CSV file if one is asked for, and print the content as JSON, or a table of the rows.
 
-    Args:
-        arguments: The parsed arguments, with ``csv`` and ``json``.
-        content: Everything there is to tell, for JSON.
-        rows: Values by column; None where there is none.
-        titles: The columns to show in the table, and their heads. Shares are shown in percent where a head ends in
-            "%".
-        total: Whether the last row is set apart.
-
-    Raises:
-        ImportError: if a table is asked for and rich is not installed (extra "cli").
+    The table has the columns in ``titles``, in percent below a title that ends in "%", and sets a total apart.
     """
     rows = [to_plain(row) for row in rows]
     if arguments.csv is not None:
+        columns = dict.fromkeys(name for row in rows for name in row)
         with open(arguments.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(
-                file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
-            )
+            writer = csv.DictWriter(file, list(columns), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     if arguments.json:
@@ -44,7 +34,6 @@ def give(arguments: Namespace, content: Any, rows: Sequence[Row], titles: Mappin
 
 
 def _print_table(rows: Sequence[Row], titles: Mapping[str, str], total: bool) -> None:
-    """Print a table, as wide as the terminal, or elsewhere as wide as its contents."""
     try:
         from rich import box
         from rich.console import Console
@@ -61,7 +50,7 @@ def _print_table(rows: Sequence[Row], titles: Mapping[str, str], total: bool) ->
         table.add_row(*(_cell(row.get(column), title) for column, title in titles.items()))
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 10_000
+        console.width = 10_000  # as wide as the contents
     console.print(table)
 
 

@@ -1,4 +1,4 @@
-"""Write files so that each path leads to the whole old file or to the whole new one."""
+"""Write files atomically: each path leads to the whole old file or to the whole new one."""
 
 from __future__ import annotations
 
@@ -12,33 +12,18 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def replacing(*paths: str | os.PathLike[str]) -> Iterator[list[str]]:
-    """Give one empty temporary file per path, and rename all of them into place once all are complete.
+    """Create an empty temporary file beside each path, and rename all of them into place once all are complete.
 
-    They lie beside their targets and are forced to the disk before the first renaming. If anything is raised they are
-    deleted. Temporary files that killed processes left behind are deleted too.
-
-    Args:
-        paths: Files to write, in folders that exist. Those that exist are replaced.
-
-    Yields:
-        The paths of the temporary files, in the same order.
-
-    Raises:
-        OSError: if a file cannot be written. The old ones are still there.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from torch_sap.files.atomic import replacing
-        >>> with replacing("run.txt") as (temporary,):
-        ...     _ = Path(temporary).write_text("done")
-        >>> Path("run.txt").read_text()
-        'done'
+    They are flushed to the disk before the first is renamed, and deleted if anything is raised. Temporary files of
+    killed processes are deleted too.
     """
     targets = [os.path.realpath(path) for path in paths]  # a link stays a link
     temporary = [f"{target}.{os.getpid()}-{secrets.token_hex(4)}.tmp" for target in targets]
     try:
         for target, new in zip(targets, temporary, strict=True):
-            _delete_leftovers(target)
+            for left in glob.glob(f"{glob.escape(target)}.*-????????.tmp"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(left)
             with open(new, "xb"):
                 pass
         yield temporary
@@ -46,33 +31,21 @@ def replacing(*paths: str | os.PathLike[str]) -> Iterator[list[str]]:
             _sync(new, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
         for target, new in zip(targets, temporary, strict=True):
             os.replace(new, target)
-        for folder in {os.path.dirname(target) for target in targets}:
-            _sync_folder(folder)
+        if os.name == "posix":  # other systems cannot sync folders
+            for folder in {os.path.dirname(target) for target in targets}:
+                _sync(folder, os.O_RDONLY)
     finally:
         for new in temporary:
             with contextlib.suppress(OSError):
                 os.unlink(new)
 
 
-def _delete_leftovers(target: str) -> None:
-    for left in glob.glob(f"{glob.escape(target)}.*-????????.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(left)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the new names survive a loss of power, where the file system can sync folders."""
-    if os.name == "posix":
-        try:
-            _sync(folder, os.O_RDONLY)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-
-
 def _sync(path: str, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # not every file system can
+            raise
     finally:
         os.close(descriptor)

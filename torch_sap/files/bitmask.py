@@ -1,8 +1,8 @@
-"""Pack masks into bits, in the layout of compressed-tensors' "sparse-bitmask" for a matrix.
+"""Pack masks into bits, in the layout that compressed-tensors calls "sparse-bitmask".
 
-A tensor of any shape is a matrix of its rows: dimension 0 by all the others. Each row of the mask starts at a new byte,
-its first entry is the lowest bit, and the bits that fill up its last byte are 0. The row offsets count the entries that
-the rows before keep, so the values of a row can be found without reading the others.
+A tensor of any shape is a matrix: dimension 0 by all the others. Each row of the mask starts at a new byte, with the
+first entry in the lowest bit; the bits after the end of a row are 0. The row offsets count the entries that the rows
+before keep, so the values of a row can be found without reading the others.
 """
 
 from __future__ import annotations
@@ -18,31 +18,12 @@ from torch_sap.decide.keys import INTEGER_OF
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a tensor: (1, n) for one dimension, (1, 1) for a number.
-
-    Example:
-        >>> from torch_sap.files.bitmask import matrix_shape
-        >>> matrix_shape((64, 3, 7, 7))
-        (64, 147)
-    """
+    """Rows and columns of a tensor: (1, n) for one dimension, (1, 1) for a number."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 def pack(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Pack a mask into bits, with its row offsets.
-
-    Args:
-        mask: Bool tensor of any shape on the CPU.
-
-    Returns:
-        uint8 of shape (rows, columns / 8 rounded up), and int64 of shape (rows,).
-
-    Example:
-        >>> from torch_sap.files.bitmask import pack
-        >>> pack(torch.tensor([[True, False, True], [False, True, True]]))
-        (tensor([[5],
-                [6]], dtype=torch.uint8), tensor([0, 2]))
-    """
+    """Pack a bool mask on the CPU: uint8 of shape (rows, columns / 8 rounded up), and its row offsets."""
     rows = mask.reshape(matrix_shape(mask.shape))
     return torch.from_numpy(np.packbits(rows.numpy(), axis=1, bitorder="little")), row_offsets(rows)
 
@@ -54,11 +35,7 @@ def row_offsets(rows: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """Unpack the bits (uint8) of a mask of a shape.
-
-    Raises:
-        ValueError: if the bits are too few or too many for the shape, or one after the end of a row is set.
-    """
+    """Unpack the bits of a mask; ValueError unless they are uint8, fit the shape, and are 0 after each row."""
     columns = shape[-1]
     expected = (*shape[:-1], -(-columns // 8))
     if bits.dtype is not torch.uint8 or tuple(bits.shape) != expected:

@@ -1,13 +1,12 @@
-"""The file that a run resumes from: plain values and tensors, written so that the last good file is never lost.
+"""Write and read the file that a run resumes from: plain values and tensors, with checksums.
 
 ``torch.save`` writes it, a zip archive with a checksum per part. ``torch.load(weights_only=True)`` reads it, which
-builds plain values and tensors and calls nothing that the file names. PyTorch does not compare the checksums, so that
-is done here: otherwise a flipped bit in a weight would go unnoticed.
+runs no code from the file. PyTorch does not compare the checksums, so that is done here: otherwise a flipped bit in a
+weight would go unnoticed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import zipfile
@@ -24,16 +23,7 @@ FORMAT = 1
 
 
 def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically.
-
-    Args:
-        path: File to write, in a folder that exists.
-        state: Plain values and tensors by name, see :func:`as_plain`.
-
-    Raises:
-        TypeError: if the state holds anything but plain values and tensors; its place is named.
-        OSError: if the file cannot be written (disk full, no permission). The old one is still there.
-    """
+    """Write a checkpoint atomically. If that raises, the old file is still there."""
     whole = {"format": FORMAT, **as_plain(state)}
     try:
         with replacing(path) as (temporary,):
@@ -49,12 +39,7 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what :func:`write` wrote, without running anything that the file holds.
-
-    Raises:
-        ValueError: if the file is damaged, or of another format, or holds more than plain values and tensors.
-        OSError: if it cannot be opened.
-    """
+    """Read what :func:`write` wrote; ValueError if it is damaged, or anything else."""
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -65,7 +50,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise unreadable(path, "it holds more than plain values and tensors, which could be code") from None
-        except Exception as error:  # corrupt files make zipfile and torch raise nearly anything
+        except Exception as error:  # damaged files make zipfile and torch raise nearly anything
             text = str(error).strip() or type(error).__name__
             raise unreadable(path, text.splitlines()[0]) from None
     if not isinstance(state, dict) or "format" not in state:
@@ -76,7 +61,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def unreadable(path: str | os.PathLike[str], reason: str) -> ValueError:
-    """The error for a file that is not a checkpoint, with the reason and what to do."""
+    """The error for a file that is not a checkpoint."""
     return ValueError(
         f"checkpoint must be a file that torch_sap wrote, but {os.fspath(path)!r} is not or is damaged: {reason}. "
         "Nothing was loaded. Move it away to start over, or pass another path"
@@ -84,20 +69,7 @@ def unreadable(path: str | os.PathLike[str], reason: str) -> ValueError:
 
 
 def as_plain(value: Any, place: str = "") -> Any:
-    """Turn a value into dicts, lists, tuples, strings, numbers, None and tensors, so that reading it runs no code.
-
-    Args:
-        value: Mappings and Parameters in it become dicts and tensors.
-        place: Where the value is, for the error.
-
-    Raises:
-        TypeError: if it holds anything else; its place is named.
-
-    Example:
-        >>> from torch_sap.files.checkpoint import as_plain
-        >>> as_plain({"momentum": (0.9, None)})
-        {'momentum': (0.9, None)}
-    """
+    """Convert mappings and Parameters to dicts and tensors; TypeError for anything that would need code to be read."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in (Tensor, nn.Parameter, nn.Buffer):
@@ -112,18 +84,7 @@ def as_plain(value: Any, place: str = "") -> Any:
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any], source: str) -> str:
-    """List the keys whose values differ, with both values; nested keys are joined by dots.
-
-    Args:
-        here: The values asked for now.
-        there: The values found.
-        source: Where those were found, as in "in the file".
-
-    Example:
-        >>> from torch_sap.files.checkpoint import differences
-        >>> differences({"p": 0.5, "tensors": {"0": [3]}}, {"p": 0.2, "tensors": {}}, "in the file")
-        'p: 0.5 here, 0.2 in the file; tensors.0: [3] here, nothing in the file'
-    """
+    """List the keys whose values differ, with both values; ``source`` says where the other ones were found."""
     own, other = dict(_flat(here)), dict(_flat(there))
     different = sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
     return "; ".join(
@@ -140,12 +101,20 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def save(value: Any, path: str | os.PathLike[str]) -> None:
-    """Write a value by torch.save, with checksums; a full disk raises the OSError that says so."""
-    with open(path, "wb") as file, _checksums():
-        writer = _Writer(file)
-        torch.save(value, writer)  # type: ignore[arg-type]
-        if writer.error is not None:
-            raise writer.error
+    """Write a value by torch.save, with checksums even if the user has turned them off; OSError on a full disk."""
+    serialization: Any = torch.serialization
+    turned_off = hasattr(serialization, "get_crc32_options") and not serialization.get_crc32_options()
+    if turned_off:
+        serialization.set_crc32_options(True)
+    try:
+        with open(path, "wb") as file:
+            writer = _Writer(file)
+            torch.save(value, writer)  # type: ignore[arg-type]
+            if writer.error is not None:
+                raise writer.error
+    finally:
+        if turned_off:
+            serialization.set_crc32_options(False)
 
 
 class _Writer:
@@ -165,17 +134,3 @@ class _Writer:
 
     def flush(self) -> None:
         """Do nothing: the whole file is flushed once, at its end."""
-
-
-@contextlib.contextmanager
-def _checksums() -> Iterator[None]:
-    """Make torch.save write checksums, even if the user has turned them off to save time."""
-    serialization: Any = torch.serialization
-    if not hasattr(serialization, "get_crc32_options") or serialization.get_crc32_options():
-        yield
-        return
-    serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        serialization.set_crc32_options(False)

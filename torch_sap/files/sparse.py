@@ -1,6 +1,6 @@
 """Save pruned models as small safetensors files, with the remaining values and one bit per weight, and load them.
 
-The tensors of a pruned weight are named and laid out as in compressed-tensors' format "sparse-bitmask"
+The tensors of a pruned weight have the names and the layout of compressed-tensors' "sparse-bitmask" format
 (:mod:`torch_sap.files.bitmask`); docs/ship.md describes the file to the byte.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
@@ -22,7 +22,7 @@ from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.files.atomic import replacing
 from torch_sap.files.bitmask import gather_values, matrix_shape, not_zero, pack, row_offsets, scatter_values, unpack
 from torch_sap.masks.guards import guard
-from torch_sap.masks.mask import hold_masks
+from torch_sap.masks.mask import finish, hold_masks
 from torch_sap.masks.parameters import Pair, Prunable
 
 PathLike = str | os.PathLike[str]
@@ -32,14 +32,15 @@ What = Literal["model", "masks"]
 FORMAT = 1
 """Version of the description in a file. A file with another number is refused."""
 
-PARTS = ("compressed", "bitmask", "shape", "row_offsets")
+PARTS = ("bitmask", "shape", "row_offsets", "compressed")
+"""Of a pruned tensor; a file of masks has the first two."""
 
 
 def save_sparse(model: nn.Module, path: PathLike, *, what: What = "model") -> None:
     """Save a model as the values that pruning left and one bit per weight, bit for bit, in a safetensors file.
 
     A pruned tensor takes its remaining values, one bit per entry and 8 bytes per row. A weight without a mask, as
-    :func:`remove` leaves it, is stored in the same way where that is smaller, with bits for what is not zero.
+    :func:`remove` leaves it, is stored in the same way where that is smaller, with bits for the nonzero entries.
     Everything else in the state_dict is stored as it is, shared tensors once. The file is written under another name
     and renamed when it is complete.
 
@@ -64,10 +65,7 @@ def save_sparse(model: nn.Module, path: PathLike, *, what: What = "model") -> No
         >>> torch.equal(again[0].weight, model[0].weight)
         True
     """
-    check_model(model)
-    check_path("path", path)
-    check_choice("what", what, get_args(What))
-    everything = _held_tensors(model, "save_sparse")
+    everything = _held_tensors(model, path, what, "save_sparse")
     about: dict[str, Any] = {"format": FORMAT, "kind": what, "tensors": {}}
     about["shared"] = {alias: held.name for held in everything for alias in held.aliases}
     pieces: list[tuple[str, Tensor]] = []
@@ -75,13 +73,13 @@ def save_sparse(model: nn.Module, path: PathLike, *, what: What = "model") -> No
         masked, kept = _kept(held)
         if kept is not None and (masked or what == "model"):
             prefix = held.name.removesuffix(".weight")  # as compressed-tensors has it
-            found = {"shape": list(kept.shape), "remaining": int(count_true(kept)), "masked": masked}
+            found = {"shape": list(kept.shape), "remaining": count_true(kept), "masked": masked}
             about["tensors"][held.name] = {"prefix": prefix, **found}
             bits, offsets = pack(kept)
-            pieces += [(f"{prefix}.bitmask", bits), (f"{prefix}.shape", torch.tensor(matrix_shape(kept.shape)))]
+            parts = [bits, torch.tensor(matrix_shape(kept.shape))]
             if what == "model":
-                values = gather_values(held.tensor.detach().cpu(), kept)
-                pieces += [(f"{prefix}.row_offsets", offsets), (f"{prefix}.compressed", values)]
+                parts += [offsets, gather_values(held.tensor.detach().cpu(), kept)]
+            pieces += [(f"{prefix}.{part}", tensor) for part, tensor in zip(PARTS, parts, strict=False)]
         elif what == "model":
             pieces.append((held.name, held.tensor.detach().cpu()))
     if what == "masks" and not pieces:
@@ -93,8 +91,8 @@ def load_sparse(model: Model, path: PathLike, *, what: What = "model") -> Model:
     """Load a file of :func:`save_sparse` into a model of the same architecture, in place, bit for bit.
 
     Tensors that had a mask get it: the model is then pruned as the saved one was, whether it was dense or pruned
-    before, and can be trained and pruned on. Everything is checked (names, shapes, types, counts) and unpacked before
-    the first value is written. A "sparse-bitmask" file of compressed-tensors can be loaded too.
+    before, and can be trained and pruned further. Names, shapes, types and counts are checked before the first value
+    is written. A "sparse-bitmask" file of compressed-tensors can be loaded too.
 
     Args:
         model: The module to load into.
@@ -107,43 +105,29 @@ def load_sparse(model: Model, path: PathLike, *, what: What = "model") -> Model:
 
     Raises:
         FileNotFoundError: if there is no file.
-        ImportError: if safetensors is not installed (extra "safetensors").
         ValueError: if the file is truncated or inconsistent, or does not fit the model; the tensor is named.
-        TypeError, NotImplementedError: as in :func:`save_sparse`.
+        TypeError, NotImplementedError, ImportError: as in :func:`save_sparse`.
             The model is as before if anything is raised.
     """
-    check_model(model)
-    check_path("path", path)
-    check_choice("what", what, get_args(What))
-    everything = _held_tensors(model, "load_sparse")
+    everything = _held_tensors(model, path, what, "load_sparse")
     pairs = _pair(everything, _read(path, what), path, what)
-    masks = {}
+    masks: dict[Prunable, Tensor | None] = {}
     for held, there in pairs:
-        _check_fit(held, there, path)
-        if there.mask is not None:
-            masks[held.name] = there.mask.reshape(held.tensor.shape).to(held.tensor.device)
-    changed = [(held.prunable, masks.get(held.name)) for held in everything if held.prunable is not None]
-    changed = [(one, mask) for one, mask in changed if mask is not None or one.mask is not None]
-    values = [(held.tensor, there.value) for held, there in pairs if there.value is not None and what == "model"]
+        if held.prunable is not None and there.mask is not None:
+            masks[held.prunable] = there.mask.reshape(held.tensor.shape).to(held.tensor.device)
+    pruned = [held.prunable for held in everything if held.prunable is not None and held.prunable.mask is not None]
+    masks = dict.fromkeys(pruned) | masks  # None: nothing of the tensor is pruned in the file
 
     def change() -> None:
-        hold_masks([one for one, _ in changed], [mask for _, mask in changed])
+        hold_masks(list(masks), list(masks.values()))
         with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value.reshape(tensor.shape))
+            for held, there in pairs:
+                if there.value is not None and what == "model":
+                    held.tensor.copy_(there.value.reshape(held.tensor.shape))
         guard(model)
 
-    _finish(change)
+    finish(change)
     return model
-
-
-def _finish(change: Callable[[], None]) -> None:
-    """Make a change that can be repeated; if it is interrupted, finish it and raise again."""
-    try:
-        change()
-    except BaseException:
-        change()
-        raise
 
 
 class _Held(NamedTuple):
@@ -155,39 +139,37 @@ class _Held(NamedTuple):
     prunable: Prunable | None
 
 
-def _held_tensors(model: nn.Module, function: str) -> list[_Held]:
-    """The parameters and buffers of a state_dict in its order, each once, without masks."""
+def _held_tensors(model: nn.Module, path: PathLike, what: What, function: str) -> list[_Held]:
+    """Check the arguments, and list the parameters and buffers of a state_dict, each once, without masks."""
+    check_model(model)
+    check_path("path", path)
+    check_choice("what", what, get_args(What))
     model = unwrap(model)
     holders: dict[int, list[Pair]] = {}
     masks, pruned = set(), set()
     for module in model.modules():
-        for now, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            name = now.removesuffix("_orig")
-            if name != now and (mask := module._buffers.get(f"{name}_mask")) is not None:
+        for name, parameter in module._parameters.items():
+            own = name.removesuffix("_orig")
+            if own != name and (mask := module._buffers.get(f"{own}_mask")) is not None:
                 masks.add(id(mask))
                 pruned.add(id(parameter))
-            else:
-                name = now
-            holders.setdefault(id(parameter), []).append((module, name))
+                name = own
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, name))
     buffers = {id(buffer) for buffer in model.buffers()}
     found: dict[int, _Held] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in masks:
             continue
         if id(tensor) not in holders and id(tensor) not in buffers:
-            raise TypeError(
-                f"{function} needs a state_dict of parameters and buffers, but {key} is a {type(tensor).__name__} that "
-                "is neither; keep it apart"
-            )
-        key = key.removesuffix("_orig") if id(tensor) in pruned else key
+            found_type = f"{key} is a {type(tensor).__name__} that is neither; keep it apart"
+            raise TypeError(f"{function} needs a state_dict of parameters and buffers, but {found_type}")
+        if id(tensor) in pruned:
+            key = key.removesuffix("_orig")
         if is_dtensor(tensor):
-            raise NotImplementedError(
-                f"{key} is sharded (a DTensor), which {function} cannot handle; use a model on one process with the "
-                "full state_dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
-                "full_state_dict=True)"
-            )
+            get = "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
+            advice = f"use a model on one process with the full state_dict ({get})"
+            raise NotImplementedError(f"{key} is sharded (a DTensor), which {function} cannot handle; {advice}")
         if is_lazy(tensor) or tensor.is_meta:
             raise ValueError(f"{key} must have values, but it is on the meta device or not initialized yet")
         if id(tensor) in found:
@@ -208,7 +190,7 @@ def _kept(held: _Held) -> tuple[bool, Tensor | None]:
         return False, None
     kept = not_zero(tensor.cpu())
     rows, columns = matrix_shape(kept.shape)
-    packed = int(count_true(kept)) * tensor.itemsize + rows * (-(-columns // 8) + 8) + 16
+    packed = count_true(kept) * tensor.itemsize + rows * (-(-columns // 8) + 8) + 16
     return False, kept if packed < tensor.nbytes else None
 
 
@@ -233,10 +215,10 @@ def _write(path: PathLike, pieces: list[tuple[str, Tensor]], metadata: dict[str,
         try:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:
-            raise OSError(f"{os.fspath(path)} could not be written: {error}") from error
+            raise OSError(f"{path} could not be written: {error}") from error
         except KeyError as error:  # safetensors has no name for a type
-            kind = error.args[0]
-            name = next((name for name, tensor in tensors.items() if str(tensor.dtype) == str(kind)), "a tensor")
+            (kind,) = error.args
+            name = next(name for name, tensor in tensors.items() if tensor.dtype is kind)
             raise TypeError(f"{name} must be of a type that safetensors can hold, got {kind}") from None
         os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
 
@@ -260,12 +242,17 @@ def _read(path: PathLike, what: What) -> dict[str, _Stored]:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = json.loads(metadata["torch_sap"]) if "torch_sap" in metadata else _of_another_program(tensors)
-        kind, version, packed, shared = (about[key] for key in ("kind", "format", "tensors", "shared"))
+        if "torch_sap" in metadata:
+            about = json.loads(metadata["torch_sap"])
+            kind, version, packed, shared = (about[key] for key in ("kind", "format", "tensors", "shared"))
+        else:  # of compressed-tensors
+            prefixes = [name.removesuffix(".bitmask") for name in tensors if name.endswith(".bitmask")]
+            packed = {f"{prefix}.weight": {"prefix": prefix, "masked": True} for prefix in prefixes}
+            kind, version, shared = "model", FORMAT, {}
         if version != FORMAT:
-            raise ValueError(f"{os.fspath(path)} must be of format {FORMAT}, got {version!r}")
+            raise ValueError(f"{path} must be of format {FORMAT}, got {version!r}")
         if what == "model" and kind != "model":
-            raise ValueError(f'{os.fspath(path)} has masks alone: load them by what="masks", or save the whole model')
+            raise ValueError(f'{path} has masks alone: load them by what="masks", or save the whole model')
         found = {}
         for name, one in packed.items():
             parts = {part: tensors.pop(key) for part in PARTS if (key := f"{one['prefix']}.{part}") in tensors}
@@ -273,23 +260,15 @@ def _read(path: PathLike, what: What) -> dict[str, _Stored]:
                 found[name] = _unpack(name, parts, one, values=what == "model")
             except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
                 raise _damaged(path, f"{name}: {error}") from error
-        for name, tensor in tensors.items():
-            found[name] = _Stored(name, tensor, None, tuple(tensor.shape))
-        return {**found, **{alias: found[name] for alias, name in shared.items()}}
+        found |= {name: _Stored(name, tensor, None, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        return found | {alias: found[name] for alias, name in shared.items()}
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, str(error)) from error
 
 
-def _of_another_program(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The description that torch_sap would give of the tensors in a file of compressed-tensors."""
-    prefixes = [name.removesuffix(".bitmask") for name in tensors if name.endswith(".bitmask")]
-    found = {f"{prefix}.weight": {"prefix": prefix, "masked": True} for prefix in prefixes}
-    return {"format": FORMAT, "kind": "model", "tensors": found, "shared": {}}
-
-
 def _unpack(name: str, parts: Mapping[str, Tensor], about: Mapping[str, Any], *, values: bool) -> _Stored:
-    """Make a tensor from its parts, or raise a ValueError if they do not fit together."""
-    for part in PARTS if values else ("bitmask", "shape"):
+    """Make a tensor from its parts; ValueError if they do not fit together."""
+    for part in PARTS if values else PARTS[:2]:
         if part not in parts:
             raise ValueError(f"{about['prefix']}.{part} is missing")
     rows = tuple(parts["shape"].tolist())
@@ -297,7 +276,7 @@ def _unpack(name: str, parts: Mapping[str, Tensor], about: Mapping[str, Any], *,
     if "shape" in about and rows != matrix_shape(shape):
         raise ValueError(f"its rows and columns must be {matrix_shape(shape)}, got {rows}")
     mask = unpack(parts["bitmask"], rows)
-    remaining = int(count_true(mask))
+    remaining = count_true(mask)
     if about.get("remaining", remaining) != remaining:
         raise ValueError(f"{about['remaining']} entries must remain by its description, but {remaining} do by its bits")
     value = None
@@ -313,40 +292,33 @@ def _unpack(name: str, parts: Mapping[str, Tensor], about: Mapping[str, Any], *,
 
 
 def _damaged(path: PathLike, why: str) -> ValueError:
-    return ValueError(f"{os.fspath(path)} is truncated or damaged: {why}. Nothing was loaded; write or copy it again")
+    return ValueError(f"{path} is truncated or damaged: {why}. Nothing was loaded; write or copy it again")
 
 
 def _pair(
     everything: list[_Held], stored: Mapping[str, _Stored], path: PathLike, what: What
 ) -> list[tuple[_Held, _Stored]]:
-    """Each tensor of the model with what the file has of it, once."""
+    """Pair each tensor of the model with its counterpart in the file, once, and check that they fit."""
     held = {name: one for one in everything for name in (one.name, *one.aliases)}
     known = stored if what == "model" else {name: there for name, there in stored.items() if there.mask is not None}
     missing = sorted(set(held) - set(known)) if what == "model" else []
     unknown = sorted(set(known) - set(held))
     if missing or unknown:
-        raise ValueError(f"{os.fspath(path)} must fit the model, but lacks {missing} and has unknown {unknown}")
+        raise ValueError(f"{path} must fit the model, but lacks {missing} and has unknown {unknown}")
     pairs: dict[int, tuple[_Held, _Stored]] = {}
     for name, there in known.items():
         before = pairs.setdefault(id(held[name]), (held[name], there))[1]
         if before is not there:
-            raise ValueError(f"{before.name} and {name} are one tensor in the model, but two in {os.fspath(path)}")
+            raise ValueError(f"{before.name} and {name} are one tensor in the model, but two in {path}")
+    for one, there in pairs.values():
+        if there.mask is not None:
+            check_dtype(one.tensor, there.name)
+            if one.prunable is None:
+                raise ValueError(f"{there.name} has a mask in {path}, but is no parameter of the model")
+        dtype, shape, rule = one.tensor.dtype, tuple(one.tensor.shape), f"{there.name} must have the model's"
+        if there.value is not None and there.value.dtype is not dtype:
+            advice = "convert the model first, as by model.to(dtype)"
+            raise ValueError(f"{rule} type {dtype}, but is {there.value.dtype} in {path}; {advice}")
+        if there.shape != shape:
+            raise ValueError(f"{rule} shape {shape}, but has {there.shape} in {path}")
     return list(pairs.values())
-
-
-def _check_fit(held: _Held, there: _Stored, path: PathLike) -> None:
-    """Raise a ValueError unless a tensor of a file fits the model's."""
-    if there.mask is not None:
-        check_dtype(held.tensor, there.name)
-        if held.prunable is None:
-            raise ValueError(f"{there.name} has a mask in {os.fspath(path)}, but is no parameter of the model")
-    if there.value is not None and there.value.dtype is not held.tensor.dtype:
-        raise ValueError(
-            f"{there.name} must have the model's type {held.tensor.dtype}, but is {there.value.dtype} in "
-            f"{os.fspath(path)}; convert the model first, as by model.to(dtype)"
-        )
-    if there.shape != tuple(held.tensor.shape):
-        raise ValueError(
-            f"{there.name} must have the model's shape {tuple(held.tensor.shape)}, but has {there.shape} in "
-            f"{os.fspath(path)}"
-        )

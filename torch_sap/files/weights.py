@@ -1,21 +1,21 @@
-"""Checkpoint files of other programs: map their tensors into memory, and prune them once.
+"""Prune checkpoint files of other programs: safetensors, PyTorch's zip files, and several of either with an index.
 
-Formats: safetensors, PyTorch's zip files, and several of either with an index. A safetensors file is pruned in a copy
-that is mapped shared, so the file may be larger than memory. A PyTorch file has to fit in memory.
+Tensors are mapped into memory. A safetensors file is pruned in a copy that is mapped shared, so the file may be larger
+than memory. A PyTorch file has to fit in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import mmap
 import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +38,7 @@ SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: its key, shape and type in words, and the tensor itself, mapped into memory.
-
-    The tensor is None if safetensors has it in a type that cannot be pruned.
-    """
+    """A tensor in a file, mapped into memory; None if safetensors has it in a type that cannot be pruned."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,38 +46,32 @@ class Stored(NamedTuple):
     tensor: Tensor | None
     path: Path
 
+    def entry(self) -> Entry:
+        """The tensor as the SAP step sees it."""
+        assert self.tensor is not None
+        return Entry(self.name, self.tensor)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of a checkpoint and the tensors in them.
-
-    Attributes:
-        path: The path that was asked for.
-        files: The files with tensors, in order of name.
-        index: The index of several files, or None.
-        tensors: All tensors in order of position: file by file, in safetensors as they lie in the file, in PyTorch's
-            files as they are in the dictionary.
-        contents: What PyTorch's files hold, by path.
-    """
+    """The files of a checkpoint and the tensors in them."""
 
     path: Path
-    files: tuple[Path, ...]
-    index: Path | None
-    tensors: tuple[Stored, ...]
-    contents: Mapping[Path, Any]
+    """What was asked for."""
+    files: list[Path]
+    """The files with tensors, in order of name, and the index of several."""
+    tensors: list[Stored]
+    """In order of position: file by file, as they lie in a safetensors file or in the dictionary of a PyTorch file."""
+    contents: dict[Path, Any]
+    """What PyTorch's files hold."""
 
     @property
     def is_folder(self) -> bool:
-        """Whether what is written for it is a folder."""
-        return self.index is not None or self.path.is_dir()
+        """Whether the output is a folder."""
+        return self.path.is_dir() or self.path.suffix == ".json"
 
     def weights(self, exclude: str | Iterable[str] = ()) -> list[Stored]:
-        """Choose the tensors that SAP prunes, shared ones once, by the rule of ``prunable_parameters``.
-
-        Raises:
-            TypeError: if one is not of a real floating-point type.
-            ValueError: if there is none, or one cannot be pruned in place.
-        """
+        """Choose the tensors that SAP prunes, shared ones once, by the rule of ``prunable_parameters``."""
         first: dict[str, Stored] = {}
         paths: dict[int, list[str]] = {}
         for stored in self.tensors:
@@ -92,10 +83,9 @@ class Checkpoint:
         excluded = excluded_by(paths, exclude)
         found = [stored for stored in first.values() if id(stored) not in excluded]
         if not found:
-            raise ValueError(
-                f"{self.path} has no weight to prune (more than one dimension and 'weight' in the last part of its "
-                "name)" + (f" that exclude={exclude!r} leaves" if exclude else "")
-            )
+            rule = "more than one dimension and 'weight' in the last part of its name"
+            left = f" that exclude={exclude!r} leaves" if exclude else ""
+            raise ValueError(f"{self.path} has no weight to prune ({rule}){left}")
         _check(found, {stored.name for stored in self.tensors})
         return found
 
@@ -110,40 +100,27 @@ def _check(weights: Sequence[Stored], names: set[str]) -> None:
     for name, _, kind, tensor, _ in weights:
         stem = name.removesuffix("_orig").removesuffix("_mask")
         if {f"{stem}_orig", f"{stem}_mask"} <= names:
-            raise ValueError(
-                f"{name} belongs to a model with masks; save torch_sap.remove(model).state_dict(), which has plain "
-                "weights"
-            )
+            advice = "save torch_sap.remove(model).state_dict(), which has plain weights"
+            raise ValueError(f"{name} belongs to a model with masks; {advice}")
         if tensor is None or tensor.dtype not in SAFETENSORS_TYPES.values():
             types = "float16, bfloat16, float32, float64"
             raise TypeError(f"{name} must be a real floating-point tensor ({types}), got {kind}; exclude it")
         last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
         if tensor.numel() and last + 1 != tensor.numel():
             raise ValueError(f"{name} must fill its memory, but it is a view with gaps or overlaps")
-        spans.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name))
-    end, before = 0, ""
-    for start, stop, name in sorted(span for span in spans if span[0] < span[1]):
+        if tensor.numel():
+            spans.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name))
+    spans.sort()
+    for (_, end, before), (start, _, name) in pairwise(spans):
         if start < end:
             raise ValueError(f"{name} and {before} share a part of their memory; exclude one of them")
-        end, before = stop, name
 
 
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
-    """Map the tensors of a checkpoint into memory, without reading them.
-
-    Args:
-        path: A file, an index (``*.index.json``), or a folder with one checkpoint.
-        key: Name of the state_dict to take from a PyTorch file that holds several.
-
-    Raises:
-        OSError: if a file cannot be read.
-        ValueError: if it is not a checkpoint, or a folder with several.
-        ImportError: if safetensors is needed and not installed (extra "cli").
-    """
+    """Map the tensors of a checkpoint into memory, without reading them; arguments as in :func:`prune_checkpoint`."""
     path = Path(path)
     found = _in_folder(path) if path.is_dir() else path
-    index = found if found.name.endswith(".index.json") else None
-    files = (found,) if index is None else _files_of_index(index)
+    files = _files_of_index(found) if found.name.endswith(".index.json") else [found]
     tensors: list[Stored] = []
     contents: dict[Path, Any] = {}
     for file in files:
@@ -158,7 +135,7 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
             raise ValueError(f"key chooses in PyTorch's files, but {file.name} is a safetensors file; leave it out")
         else:
             tensors += MappedFile(file).tensors
-    return Checkpoint(path, files, index, tuple(tensors), contents)
+    return Checkpoint(path, files if found in files else [*files, found], tensors, contents)
 
 
 def _in_folder(folder: Path) -> Path:
@@ -172,7 +149,7 @@ def _in_folder(folder: Path) -> Path:
     raise ValueError(f"{folder} holds no checkpoint: no *.index.json, no {', '.join('*' + s for s in SUFFIXES)}")
 
 
-def _files_of_index(index: Path) -> tuple[Path, ...]:
+def _files_of_index(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         plain = all(Path(name).name == name for name in names)
@@ -180,22 +157,11 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
         raise ValueError(f"{index} must be an index with a weight_map from tensors to files: {error!r}") from error
     if not plain or not names:
         raise ValueError(f"{index} must name files of its own folder, got {sorted(names)}")
-    return tuple(index.parent / name for name in sorted(names))
+    return [index.parent / name for name in sorted(names)]
 
 
 class MappedFile:
-    """A safetensors file, mapped into memory; its tensors are views of the file.
-
-    Args:
-        path: The file.
-        writable: Whether writes to the tensors go to the file.
-
-    Attributes:
-        tensors: All of them, in the order in which they lie in the file.
-
-    Raises:
-        ValueError: if it is not a safetensors file, or one of :func:`torch_sap.save_sparse`.
-    """
+    """A safetensors file whose ``tensors`` are views of the file, in its order."""
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
         try:
@@ -208,12 +174,10 @@ class MappedFile:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
         if "torch_sap" in strings:
-            raise ValueError(
-                f"{path} was written by save_sparse: load it with load_sparse, and save the state_dict of "
-                "torch_sap.remove(model)"
-            )
+            advice = "load it with load_sparse, and save the state_dict of torch_sap.remove(model)"
+            raise ValueError(f"{path} was written by save_sparse: {advice}")
         with open(path, "r+b" if writable else "rb") as file:
-            # not private: a private map of a file that is larger than memory may be refused
+            # shared: a private map of a file that is larger than memory may be refused
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
         start = 8 + int.from_bytes(self._map[:8], "little")
         header = json.loads(self._map[8:start])
@@ -225,17 +189,17 @@ class MappedFile:
         ]
 
     def _tensor(self, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor | None:
-        if dtype not in SAFETENSORS_TYPES:
+        kind, offset = SAFETENSORS_TYPES.get(dtype), start + data_offsets[0]
+        if kind is None:
             return None
-        kind = SAFETENSORS_TYPES[dtype]
-        offset, count = start + data_offsets[0], math.prod(shape)
-        if not count:
+        if 0 in shape:
             return torch.empty(shape, dtype=kind)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable")
-            if offset % kind.itemsize == 0:
-                return torch.frombuffer(self._map, dtype=kind, count=count, offset=offset).view(shape)
-            there = torch.frombuffer(self._map, dtype=torch.uint8, count=count * kind.itemsize, offset=offset)
+            size = data_offsets[1] - data_offsets[0]
+            there = torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=offset)
+        if offset % kind.itemsize == 0:
+            return there.view(kind).view(shape)
         copy = there.clone()  # the format does not align tensors, and PyTorch needs them aligned
         self._copies.append((copy, there))
         return copy.view(kind).view(shape)
@@ -254,9 +218,8 @@ def _load(path: Path) -> Any:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds other objects than tensors, or is damaged; save model.state_dict() and name that file"
-        ) from error
+        advice = "save model.state_dict() and name that file"
+        raise ValueError(f"{path} holds other objects than tensors, or is damaged; {advice}") from error
     except Exception as error:  # damaged files make torch.load raise nearly anything
         raise ValueError(f"{path} is not a file of torch.save: {type(error).__name__}: {error}") from error
     if not is_zip:
@@ -303,9 +266,9 @@ def prune_checkpoint(
 ) -> PruningReport:
     """Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format.
 
-    The result is what the whole-model function of the scope makes of the same weights in memory, in the file's order
-    of position. A file does not say which weights belong to transposed convolutions: the output channels are dimension
-    0 of each tensor. Several files are pruned together, and none is renamed before all are complete.
+    The result equals that of the scope's whole-model function on the same weights in memory, in the file's order;
+    output channels are dimension 0, since a file does not say which weights belong to transposed convolutions. Several
+    files are pruned together, and none is renamed before all are complete.
 
     Args:
         path: A file, an index of several, or a folder with one checkpoint.
@@ -317,7 +280,7 @@ def prune_checkpoint(
         overwrite: Whether files that exist are replaced, the input included.
 
     Returns:
-        The report, as the whole-model functions give it.
+        The report, as from the whole-model functions.
 
     Raises:
         OSError: if a file cannot be read or written.
@@ -332,37 +295,38 @@ def prune_checkpoint(
         >>> prune_checkpoint("model.pt", "pruned.pt", "global", Hyperparameters()).remaining < 64 * 64
         True
     """
-    checkpoint = open_checkpoint(path, key)
+    checkpoint, out = open_checkpoint(path, key), Path(out)
     weights = checkpoint.weights(exclude)
-    targets = _targets(checkpoint, Path(out), overwrite)
-    with _folder(Path(out), is_needed=checkpoint.is_folder), replacing(*targets.values()) as copies:
-        maps: dict[Path, MappedFile] = {}
-        for source, copy in zip(targets, copies, strict=True):
-            if source not in checkpoint.contents:
-                shutil.copyfile(source, copy)
-                if source != checkpoint.index:
-                    maps[source] = MappedFile(Path(copy), writable=True)
-        in_copy = {(source, one.name): one.tensor for source, mapped in maps.items() for one in mapped.tensors}
-        tensors = ((one.name, in_copy.get((one.path, one.name), one.tensor)) for one in weights)
-        entries = [Entry(name, tensor) for name, tensor in tensors if tensor is not None]
-        groups, remaining = zero_step(entries, scope, rule)
-        for mapped in maps.values():
-            mapped.flush()
-        for source, copy in zip(targets, copies, strict=True):
-            if source in checkpoint.contents:
-                save(checkpoint.contents[source], copy)
-            shutil.copymode(source, copy)
-    records = [
-        TensorRecord(entry.name, entry.shape, left, entry.scores.numel())
-        for entry, left in zip(entries, remaining, strict=True)
-    ]
-    return PruningReport(scope, rule.to_dict(), groups, tuple(records))
+    targets = _targets(checkpoint, out, overwrite)
+    with contextlib.ExitStack() as undo:
+        if checkpoint.is_folder and not out.exists():
+            out.mkdir(parents=True)
+            undo.callback(out.rmdir)
+        with replacing(*targets.values()) as temporary:
+            copies = dict(zip(targets, temporary, strict=True))
+            for source, copy in copies.items():
+                if source not in checkpoint.contents:
+                    shutil.copyfile(source, copy)
+            mapped = {one.path for one in checkpoint.tensors} - checkpoint.contents.keys()
+            maps = {source: MappedFile(Path(copies[source]), writable=True) for source in mapped}
+            in_copy = {(source, one.name): one for source, file in maps.items() for one in file.tensors}
+            entries = [in_copy.get((one.path, one.name), one).entry() for one in weights]
+            groups, remaining = zero_step(entries, scope, rule)
+            for file in maps.values():
+                file.flush()
+            for source, copy in copies.items():
+                if source in checkpoint.contents:
+                    save(checkpoint.contents[source], copy)
+                shutil.copymode(source, copy)
+        undo.pop_all()
+    counts = zip(entries, remaining, strict=True)
+    records = tuple(TensorRecord(entry.name, entry.shape, left, entry.scores.numel()) for entry, left in counts)
+    return PruningReport(scope, rule.to_dict(), groups, records)
 
 
 def _targets(checkpoint: Checkpoint, out: Path, overwrite: bool) -> dict[Path, Path]:
-    """The file to write for each file of a checkpoint, its index included."""
-    sources = [*checkpoint.files, *([] if checkpoint.index is None else [checkpoint.index])]
-    targets = {source: out / source.name if checkpoint.is_folder else out for source in sources}
+    """The file to write for each file of a checkpoint."""
+    targets = {source: out / source.name if checkpoint.is_folder else out for source in checkpoint.files}
     if not checkpoint.is_folder and out.suffix != checkpoint.path.suffix:
         raise ValueError(f"out must end in {checkpoint.path.suffix}, as the input does, got {out}")
     for target in targets.values():
@@ -371,17 +335,3 @@ def _targets(checkpoint: Checkpoint, out: Path, overwrite: bool) -> dict[Path, P
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} exists; choose another name, or overwrite it by --overwrite")
     return targets
-
-
-@contextlib.contextmanager
-def _folder(folder: Path, *, is_needed: bool) -> Iterator[None]:
-    """Make a folder if it is needed and missing, and remove it again if anything is raised."""
-    is_new = is_needed and not folder.exists()
-    if is_new:
-        folder.mkdir(parents=True)
-    try:
-        yield
-    except BaseException:
-        if is_new:
-            folder.rmdir()
-        raise
