@@ -38,6 +38,9 @@ MARGIN = 1.25
 """Half the width of the interval, in square roots of the sample's size. The rank that a sample lets expect spreads by
 0.2 to 0.35 of them for normal, uniform and Laplace weights and (p, q) of (0.5, 1) and (1, 2)."""
 
+BATCH = 16
+"""Histograms in memory at once: half a megabyte each on the CPU."""
+
 MOST_KEPT = NUMPY.chunk // 16
 """Most keys of a piece that are kept; with more in the interval (equal weights) it is given up."""
 
@@ -87,6 +90,7 @@ def _count_in(sample: NDArray[Any], dtype: torch.dtype, rule: Hyperparameters) -
 def _sample(group: Group) -> NDArray[Any]:
     """Keys of unpruned entries, a few neighbors at regular distances."""
     step = RUN * (-(-group.size // max(SAMPLE[0], min(group.size // 128, SAMPLE[1]))) or 1)
+    step += step > RUN  # a multiple of the row length would see a few columns only
 
     def take(scores: Tensor, mask: Tensor | None) -> NDArray[Any]:
         run = min(RUN, scores.numel())
@@ -133,7 +137,8 @@ def find(
         left = count - sum(below for below, _ in seen)
         inside = np.concatenate([keys for _, keys in seen])
         if 0 < left <= len(inside):
-            key = int(np.partition(inside, left - 1)[left - 1])
+            inside.partition(left - 1)
+            key = int(inside[left - 1])
             left -= int(np.count_nonzero(inside < key))
             return Cut(key, left, left == int(np.count_nonzero(inside == key)))
     part = group.part
@@ -149,9 +154,10 @@ def find(
         def count_piece(p: Piece) -> Tensor:
             return backend.histogram(backend.keys(p.scores, p.mask, group.dtype), p.mask, low, shift).to(home)
 
-        bins: Any = sum(
-            backend.map(count_piece, work), torch.zeros(2**backend.bin_bits, dtype=torch.int64, device=home)
-        )
+        bins = torch.zeros(2**backend.bin_bits, dtype=torch.int64, device=home)
+        for start in range(0, len(work), BATCH):
+            for counts in backend.map(count_piece, work[start : start + BATCH]):
+                bins += counts
         return bins if part is None else part.add_up(bins)
 
     last, below, equal = narrow(histogram, count, key_bits(group.dtype), backend.bin_bits)
