@@ -141,8 +141,8 @@ class Pruner:
         self.history = History()
         self.prunables = resolve(model, exclude)
         warn_of_reparametrized(model, stacklevel=3)
-        self.check_finite()
-        if gini and (sharded := [entry.name for entry in self._entries() if entry.part is not None]):
+        check_finite(entries := self._entries())
+        if gini and (sharded := [entry.name for entry in entries if entry.part is not None]):
             raise NotImplementedError(f"gini needs whole tensors, but {sharded[0]} is sharded; leave it out")
         self._rewind_point = rewind_point(model, rewind)
         self._at_rewind_point = rewind == "init"
@@ -184,7 +184,8 @@ class Pruner:
 
         Arguments, result and errors are those of :meth:`step`.
         """
-        return self._record(self._measure(metrics, prune=False)[0])
+        measured, _ = self._measure(metrics, prune=False)
+        return self._record(measured)
 
     def set_rewind_point(self) -> None:
         """Copy the model's present state as the rewind point of later rounds (late rewinding).
@@ -218,8 +219,8 @@ class Pruner:
         """
         types: dict[str, Any] = {"settings": Mapping, "history": Mapping, "seconds": float}
         types |= dict.fromkeys(("rewind_point", "optimizer_start", "kept"), Mapping | None)
-        ours = isinstance(state, Mapping) and state.get("format") == FORMAT and types.keys() <= state.keys()
-        if not ours or not all(isinstance(state[name], kind) for name, kind in types.items()):
+        ours = isinstance(state, Mapping) and state.get("format") == FORMAT
+        if not ours or not all(name in state and isinstance(state[name], kind) for name, kind in types.items()):
             raise ValueError(f"state must be a state_dict of a torch_sap pruner in format {FORMAT}")
         if different := differences(self._settings(), state["settings"], "in the state"):
             raise ValueError(f"state must come from a pruner with the same settings, but they differ: {different}")
@@ -231,10 +232,6 @@ class Pruner:
         self._rewind_point, self._kept, self._at_rewind_point = point, kept, False
         self._optimizer_start = state["optimizer_start"] or self._optimizer_start
         self._ended = time.perf_counter() - state["seconds"]
-
-    def check_finite(self) -> None:
-        """Raise a ValueError that names the first weight with NaN or infinite entries."""
-        check_finite(self._entries())
 
     def _settings(self) -> dict[str, Any]:
         return {

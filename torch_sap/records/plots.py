@@ -1,4 +1,4 @@
-"""Figures of an iterative pruning, in the Okabe-Ito colors; each measure has a marker and a line style of its own."""
+"""Figures of an iterative pruning, in Okabe-Ito colors with a marker and a line style per measure."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def plot_rounds(
 
 
 def shade_phases(axes: Any, phases: Sequence[str | None]) -> None:
-    """Shade the background of axes over rounds by the label of each round; rounds without a label stay white."""
+    """Shade the background by the phase of each round; rounds without a phase stay white."""
     for number, phase in enumerate(phases):
         if phase is not None:
             axes.axvspan(number - 0.5, number + 0.5, color=PHASE_COLORS[phase], alpha=0.15, linewidth=0)
 
 
 def label_bands(figure: Any, phases: Sequence[str]) -> None:
-    """Add a legend of the bands below a figure."""
+    """Add a legend of the phases below a figure."""
     from matplotlib.patches import Patch
 
     if phases:
