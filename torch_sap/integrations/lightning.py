@@ -79,7 +79,7 @@ class SAPCallback(Callback):
         rewind: Literal["init", "none"] | int = "init",
         exclude: str | Iterable[str] = (),
     ) -> None:
-        Hyperparameters(p, q, eta_r, gamma, beta)  # raises here if one is out of its range
+        Hyperparameters(p, q, eta_r, gamma, beta)  # raises here if one is out of range
         check_int("epochs_per_round", epochs_per_round, low=1)
         check_scope(scope)
         late = isinstance(rewind, int) and not isinstance(rewind, bool) and 0 < rewind < epochs_per_round
@@ -121,11 +121,14 @@ class SAPCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the loading hook from the module; its masks stay."""
-        self._release()
+        self._gave_masks = False
+        if self._load_handle is not None:
+            self._load_handle.remove()
+            self._load_handle = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create the pruner, now that the module is on its device with any checkpoint's weights."""
-        self._release()
+        self.teardown(trainer, pl_module, "fit")
         if self.sap is None or self.sap.model is not pl_module:
             rewind: Literal["init", "none"] = "none" if self.rewind == "none" else "init"
             self.sap = SAP(pl_module, rewind=rewind, exclude=self._exclude, **self._settings)
@@ -144,7 +147,11 @@ class SAPCallback(Callback):
         assert self.sap is not None and self._round_start is not None
         epochs = trainer.current_epoch - self._round_start
         if epochs >= self.epochs_per_round:
-            self._prune()
+            self._drop_unpruned_round()
+            _logger.info("%r", self.sap.step(self._metrics))
+            if self.rewind != "none":
+                for each, state in self._fresh:
+                    each.load_state_dict(copy.deepcopy(state))
             self._round_start = trainer.current_epoch
         elif epochs == self.rewind and not any(found.pruned for found in self.history):
             self.sap.set_rewind_point()
@@ -181,8 +188,7 @@ class SAPCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`; the Trainer calls it before or after ``on_fit_start``."""
         self._loaded = state_dict
-        if self.sap is not None:
-            self._resume()
+        self._resume()
 
     def _match_masks(self, module: nn.Module, state: Mapping[str, Any], *_: Any) -> None:
         """Before the module loads a state: add masks, or remove those of :meth:`setup`, as the state needs."""
@@ -191,28 +197,12 @@ class SAPCallback(Callback):
         elif self._gave_masks:
             remove(module)
 
-    def _release(self) -> None:
-        self._gave_masks = False
-        if self._load_handle is not None:
-            self._load_handle.remove()
-            self._load_handle = None
-
     def _resume(self) -> None:
-        if self._loaded:
-            assert self.sap is not None
+        if self._loaded and self.sap is not None:
             self.sap.load_state_dict(self._loaded["sap"])
             self._metrics = dict(self._loaded["metrics"])
-            self._epochs_before = self._loaded["epochs_before"]
-            self._round_start = self._loaded["round_start"]
+            self._epochs_before, self._round_start = self._loaded["epochs_before"], self._loaded["round_start"]
             self._loaded = {}
-
-    def _prune(self) -> None:
-        assert self.sap is not None
-        self._drop_unpruned_round()
-        _logger.info("%r", self.sap.step(self._metrics))
-        if self.rewind != "none":
-            for each, state in self._fresh:
-                each.load_state_dict(copy.deepcopy(state))
 
     def _end(self, trainer: Trainer) -> None:
         assert self.sap is not None

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +29,7 @@ from torch_sap.decide.sums import check_finite, power_sums
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import share, wrapper_of
 from torch_sap.files.checkpoint import differences
-from torch_sap.iterate.rewinding import (
-    Rewind,
-    State,
-    check_state,
-    copier,
-    masks_of,
-    modes_of,
-    rewind_point,
-    set_modes,
-    snapshot,
-)
+from torch_sap.iterate.rewinding import Rewind, State, check_state, copier, masks_of, modes_of, set_modes, snapshot
 from torch_sap.masks.guards import guard, unguard
 from torch_sap.masks.mask import check_copies, finish, hold_masks, hooks_of
 from torch_sap.masks.parameters import entries_of, resolve
@@ -89,14 +79,6 @@ class SAPSettings(Settings, total=False):
     beta: float
 
 
-class Kept(NamedTuple):
-    """A trained model that may be given back: the round's number, the state, and the mask of each tensor."""
-
-    number: int
-    state: State
-    masks: list[Tensor | None]
-
-
 class Pruner:
     """Iterative pruning by a rule, one round per call, like a learning-rate scheduler; base of SAP and the baselines.
 
@@ -144,11 +126,15 @@ class Pruner:
         check_finite(entries := self._entries())
         if gini and (sharded := [entry.name for entry in entries if entry.part is not None]):
             raise NotImplementedError(f"gini needs whole tensors, but {sharded[0]} is sharded; leave it out")
-        self._rewind_point = rewind_point(model, rewind)
+        if isinstance(rewind, str) and rewind not in ("init", "none"):
+            raise ValueError(f'rewind must be "init", "none" or a state_dict, got rewind={rewind!r}')
+        self._rewind_point: State | None = None
+        if rewind != "none":
+            self._rewind_point = snapshot(model) if rewind == "init" else check_state(model, rewind)
         self._at_rewind_point = rewind == "init"
         self._optimizer_start = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
         self._new = [prunable for prunable in self.prunables if prunable.mask is None]
-        self._kept: Kept | None = None
+        self._kept: dict[str, Any] | None = None  # number, state and masks of a model that may be given back
         self._ended = time.perf_counter()
         try:
             hold_masks(self.prunables, [prunable.mask for prunable in self.prunables])
@@ -206,7 +192,7 @@ class Pruner:
             "settings": self._settings(),
             "rewind_point": None if self._rewind_point is None else dict(self._rewind_point),
             "optimizer_start": self._optimizer_start,
-            "kept": None if self._kept is None else self._kept._asdict(),
+            "kept": self._kept,
             "history": self.history.to_dict(),
             "seconds": time.perf_counter() - self._ended,
         }
@@ -227,7 +213,7 @@ class Pruner:
         kept = state["kept"]
         point = None if state["rewind_point"] is None else check_state(self.model, state["rewind_point"])
         if kept is not None:
-            kept = Kept(kept["number"], check_state(self.model, kept["state"]), kept["masks"])
+            kept = {"number": kept["number"], "state": check_state(self.model, kept["state"]), "masks": kept["masks"]}
         self.history = History.from_dict(state["history"])
         self._rewind_point, self._kept, self._at_rewind_point = point, kept, False
         self._optimizer_start = state["optimizer_start"] or self._optimizer_start
@@ -299,7 +285,7 @@ class Pruner:
         optimizer, start = self.optimizer, self._optimizer_start
         if optimizer is None or start is None or self._rewind_point is None:
             return lambda: None
-        fresh = {**optimizer.state_dict(), "state": copy.deepcopy(start["state"])}  # it writes into what it loads
+        fresh = {**optimizer.state_dict(), "state": copy.deepcopy(start["state"])}  # optimizers write into it
         return lambda: optimizer.load_state_dict(fresh)
 
     def _record(self, measured: Measured) -> Round:
@@ -317,13 +303,13 @@ class Pruner:
     def _keep(self) -> None:
         """Copy the trained model, so that :meth:`_give_back` can return it after later rounds."""
         masks = [None if mask is None else mask.clone() for mask in masks_of(self.prunables)]
-        self._kept = Kept(len(self.history), snapshot(self.model), masks)
+        self._kept = {"number": len(self.history), "state": snapshot(self.model), "masks": masks}
 
     def _give_back(self) -> None:
         """Give the model the weights, buffers and masks that were kept last, if any were."""
         if self._kept is not None:
-            finish(copier(self.model, self._kept.state, self.prunables, self._kept.masks))
-            self.history.returned = self._kept.number
+            finish(copier(self.model, self._kept["state"], self.prunables, self._kept["masks"]))
+            self.history.returned = self._kept["number"]
             self._kept = None
 
     @contextmanager

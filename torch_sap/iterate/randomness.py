@@ -32,19 +32,10 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Set the generators to a :func:`random_state`; an error on corrupt input changes nothing.
+    """Set the generators to a :func:`random_state`.
 
     Where the number of CUDA devices differs, the devices that both have are set, and the log says so.
     """
-    before = random_state()
-    try:
-        _set(state)
-    except Exception:
-        _set(before)
-        raise
-
-
-def _set(state: Mapping[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["numpy"])

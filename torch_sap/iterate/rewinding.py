@@ -60,15 +60,6 @@ def set_modes(modes: Mapping[nn.Module, bool]) -> None:
         module.training = training
 
 
-def rewind_point(model: nn.Module, rewind: Rewind) -> State | None:
-    """Copy the state that the argument ``rewind`` asks for: the model's own, a state_dict, or none."""
-    if not isinstance(rewind, str):
-        return check_state(model, rewind)
-    if rewind not in ("init", "none"):
-        raise ValueError(f'rewind must be "init", "none" or a state_dict, got rewind={rewind!r}')
-    return snapshot(model) if rewind == "init" else None
-
-
 def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
     """Copy the tensors of a model's state_dict, from before or after pruning, by their names before pruning.
 
