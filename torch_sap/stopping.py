@@ -7,9 +7,9 @@ to judge (number, metrics, density, PQ Index, and ``pruned_count``, the entries 
 Example:
     >>> from torch_sap.stopping import NothingLeft, TargetDensity, WithinTolerance
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    >>> rules = [WithinTolerance(0.01), TargetDensity(0.5), NothingLeft()]
+    >>> rules = [WithinTolerance(0.01), TargetDensity(0.8), NothingLeft()]
     >>> history = iterative_sap(model, train_fn=lambda model: {"accuracy": 0.9}, iterations=20, stop=rules)
-    >>> history[-1].density <= 0.5 < history[-2].density
+    >>> history[-1].density <= 0.8 < history[-2].density
     True
 """
 

@@ -289,7 +289,7 @@ class Pruner:
         return lambda: optimizer.load_state_dict(fresh)
 
     def _record(self, measured: Measured) -> Round:
-        """Add a round that prunes nothing."""
+        """Add a round without pruning."""
         groups = {name: replace(group, c=group.c * 0) for name, group in measured.groups.items()}
         return self._append(measured, groups=groups, tensors_after=measured.tensors, pruned=None, pruned_metrics={})
 

@@ -187,8 +187,9 @@ def _table(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _about_rule(rule: StoppingRule) -> dict[str, Any]:
     """Describe a rule by its class and its plain public attributes."""
-    plain = {key: value for key, value in vars(rule).items() if value is None or isinstance(value, (int, float, str))}
-    return {"class": type(rule).__name__, **{key: value for key, value in plain.items() if not key.startswith("_")}}
+    public = {key: value for key, value in vars(rule).items() if not key.startswith("_")}
+    plain = {key: value for key, value in public.items() if isinstance(value, (int, float, str, type(None)))}
+    return {"class": type(rule).__name__, **plain}
 
 
 def _group_of(model: nn.Module) -> Any:
