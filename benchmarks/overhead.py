@@ -4,9 +4,10 @@
     python benchmarks/overhead.py --out docs/results/overhead    # as committed
     python benchmarks/overhead.py --device cuda --models resnet18 vit_tiny_patch16_224 resnet50
 
-Three copies of a model take a step (forward, backward, SGD with momentum) in turn, in one process: dense, pruned by
-torch_sap, and pruned at the same counts by PyTorch's hooks. Reported are medians, and the median over the turns of the
-ratio to the dense step just before. After every step of the pruned model its zeros are checked, outside the clock.
+Four copies of a model take a step (forward, backward, optimizer) in turn, in one process: dense, dense again (what the
+measurement itself is worth), pruned by torch_sap, and pruned at the same counts by PyTorch's hooks. Reported are
+medians, and the median over the turns of the ratio to the dense step just before. After every step of the pruned model
+its zeros are checked, outside the clock. "tiny" is 60 layers Linear(8, 8), where all that counts is Python.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from torch.nn.utils import prune
 
 import torch_sap
 
-CASES = {"resnet18": (16, 64), "vit_tiny_patch16_224": (8, 224), "resnet50": (64, 224)}
-"""Images a batch and their side, by model. The first two are so small that a GPU waits for Python all the time."""
+CASES = {"tiny": (4, 8), "resnet18": (16, 64), "vit_tiny_patch16_224": (8, 224), "resnet50": (64, 224)}
+"""Images per batch and their side, by model; for "tiny" rows and features. All but the last are so small that a GPU
+waits for Python all the time."""
 
-MODELS = ["resnet18", "vit_tiny_patch16_224"]
+MODELS = ["tiny", "resnet18", "vit_tiny_patch16_224"]
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4),
@@ -42,12 +44,15 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def contestants(name: str, device: str) -> dict[str, nn.Module]:
     """The same model dense, pruned in place by torch_sap, and pruned at the same counts by PyTorch."""
     torch.manual_seed(0)
-    dense = timm.create_model(name, num_classes=10).to(device).train()
-    ours, theirs = copy.deepcopy(dense), copy.deepcopy(dense)
+    if name == "tiny":
+        dense: nn.Module = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(60))).to(device)
+    else:
+        dense = timm.create_model(name, num_classes=10).to(device).train()
+    again, ours, theirs = (copy.deepcopy(dense) for _ in range(3))
     torch_sap.layer_unstructured(ours, gamma=3.0)
     for (module, attribute), mask in zip(torch_sap.prunable_parameters(theirs), masks_of(ours), strict=True):
         prune.custom_from_mask(module, attribute, mask.to(torch.float32))
-    return {"dense": dense, "torch_sap": ours, "torch": theirs}
+    return {"dense": dense, "dense again": again, "torch_sap": ours, "torch": theirs}
 
 
 def masks_of(model: nn.Module) -> list[Tensor]:
@@ -77,8 +82,9 @@ def assert_zeros(model: nn.Module) -> None:
 def measure(name: str, optimizer: str, device: str, turns: int) -> list[dict[str, Any]]:
     """Time the contestants in turn; a row of results each."""
     batch_size, side = CASES[name]
-    images = torch.randn(batch_size, 3, side, side, device=device)
-    batch = images, torch.arange(batch_size, device=device) % 10
+    shape = (batch_size, side) if name == "tiny" else (batch_size, 3, side, side)
+    batch = torch.randn(shape, device=device), torch.arange(batch_size, device=device) % 8
+    turns = 4 * turns if name == "tiny" else turns
     models = contestants(name, device)
     steps = {key: stepper(model, OPTIMIZERS[optimizer](model.parameters()), batch) for key, model in models.items()}
     times: dict[str, list[float]] = {key: [] for key in models}
@@ -111,12 +117,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=list(CASES))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--turns", type=int, default=40, help="steps that count")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write OUT.csv")
     parser.add_argument("--quick", action="store_true", help="resnet18 and SGD, ten turns")
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.models, arguments.optimizers, arguments.turns = ["resnet18"], ["sgd"], 10
+    torch.set_num_threads(arguments.threads)
     print(machine(arguments.device))
     rows = []
     for name in arguments.models:
@@ -124,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for row in measure(name, optimizer, arguments.device, arguments.turns):
                 rows.append(row)
                 print(
-                    f"{name:22} {optimizer:6} {row['contestant']:10} {row['milliseconds']:8.1f} ms "
+                    f"{name:22} {optimizer:6} {row['contestant']:11} {row['milliseconds']:8.1f} ms "
                     f"{row['ratio_to_dense']:6.3f} x dense",
                     flush=True,
                 )

@@ -7,7 +7,7 @@ import torch
 from torch_sap.decide import threshold
 from torch_sap.decide.backends import NUMPY, TORCH, NumPy, Torch
 from torch_sap.decide.bounds import FixedRatio, Hyperparameters
-from torch_sap.decide.groups import Entry
+from torch_sap.decide.groups import Entry, split
 from torch_sap.decide.keys import key_bits
 from torch_sap.decide.step import prune_step, zero_step
 
@@ -218,7 +218,7 @@ def test_a_sample_is_of_unpruned_entries_zeros_among_them(size):
     scores, mask = torch.ones(size), torch.zeros(size, dtype=torch.bool)
     mask[::2] = True
     scores[::4] = 0
-    sample = threshold._sample([Entry("a", scores, mask)], size, torch.float32)
+    sample = threshold._sample(split([Entry("a", scores, mask)], "global")[0])
     zeros = np.count_nonzero(sample == 0)
     assert len(sample) >= min(size, 2**11) / 2
     assert abs(zeros - len(sample) / 2) <= 1

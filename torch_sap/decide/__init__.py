@@ -1,1 +1,1 @@
-"""Which weights go: tensors in, masks out. Knows no model and changes nothing in place."""
+"""Decide which weights go: tensors in, masks out, without models or process groups."""

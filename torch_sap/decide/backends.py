@@ -1,4 +1,4 @@
-"""The arithmetic on many numbers, for the CPU (NumPy) and for other devices (PyTorch): the same methods twice.
+"""Backends: the arithmetic on many numbers, for the CPU (NumPy) and for other devices (PyTorch).
 
 :func:`backend_of` chooses once per step; nothing else asks where a tensor lies. NumPy's loops on pieces that fit the
 cache are several times faster than PyTorch's on a CPU. On a device everything is queued, and read once at the end.
@@ -27,11 +27,11 @@ BLOCK = 2**12
 """Entries that are summed in one go. Pieces are a whole number of blocks, so that sums do not depend on their size."""
 
 LONG_ROW = 2**10
-"""Entries of a row from which on a partition is faster than a sort, if few go."""
+"""Row length above which a partition beats a sort, if few entries go."""
 
 
 class NumPy:
-    """Works on arrays of CPU tensors, in several threads."""
+    """Arithmetic on arrays of CPU tensors, in several threads."""
 
     chunk = 2**19
     """Fewer would keep float64 copies closer to the core, but each NumPy call takes the GIL for a moment, and a thread
@@ -41,7 +41,7 @@ class NumPy:
     view = staticmethod(as_array)
     map = staticmethod(map_pieces)
 
-    def keys(self, scores: Any, mask: Any, dtype: torch.dtype) -> NDArray[Any]:
+    def keys(self, scores: Any, mask: Any, dtype: torch.dtype) -> Any:
         """Keys of scores in a type, flat, 0 where the mask is False; the next call may overwrite them."""
         source = self._bits(scores, dtype)
         out = scratch("keys", source.shape, source.dtype)
@@ -50,14 +50,14 @@ class NumPy:
             np.multiply(out, mask.view(np.int8), out=out)
         return out.reshape(-1)
 
-    def _bits(self, scores: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
+    def _bits(self, scores: NDArray[Any], dtype: torch.dtype) -> Any:
         if scores.dtype == np.int16:  # the bits of bfloat16
             if dtype is torch.bfloat16:
                 return scores
             scores = self._floats(scores, torch.bfloat16)
         return scores.astype(f"f{dtype.itemsize}", copy=False).view(f"i{dtype.itemsize}")
 
-    def _floats(self, keys: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
+    def _floats(self, keys: NDArray[Any], dtype: torch.dtype) -> Any:
         if dtype is not torch.bfloat16:
             return keys.view(f"f{dtype.itemsize}")
         out = scratch("floats", keys.shape, np.int32)  # bfloat16 is the upper half of a float32
@@ -65,7 +65,7 @@ class NumPy:
         np.left_shift(out, 16, out=out)
         return out.view(np.float32)
 
-    def magnitudes(self, keys: NDArray[Any], dtype: torch.dtype) -> NDArray[np.float64]:
+    def magnitudes(self, keys: NDArray[Any], dtype: torch.dtype) -> Any:
         """The float64 magnitudes that keys stand for; the next call overwrites them."""
         out = scratch("magnitudes", keys.shape, np.float64)
         if dtype is torch.float16:  # NumPy converts half precision bit by bit
@@ -73,7 +73,7 @@ class NumPy:
         np.copyto(out, self._floats(keys, dtype))
         return out
 
-    def row_counts(self, mask: Any, shape: tuple[int, int, int]) -> NDArray[np.int64]:
+    def row_counts(self, mask: Any, shape: tuple[int, int, int]) -> Any:
         """Unpruned entries of each row, by a mask of shape (A, C, K) with rows in dimension 1; shape (C,)."""
         if mask is None:
             return np.full(shape[1], shape[0] * shape[2])
@@ -83,7 +83,7 @@ class NumPy:
 
     def block_sums(
         self, keys: Any, dtype: torch.dtype, shape: tuple[int, int, int], exponents: Sequence[float], shift: Any
-    ) -> NDArray[np.float64]:
+    ) -> Any:
         """Sums of ``(|w| * 2 ** -shift) ** exponent`` of blocks of each row.
 
         Args:
@@ -108,12 +108,12 @@ class NumPy:
                 sums[i] = _sums_of_blocks(_power(values, exponents[i], out))
             return np.stack(sums)
 
-    def largest(self, keys: Any, dtype: torch.dtype, shape: tuple[int, int, int]) -> NDArray[np.float64]:
-        """The largest magnitude of each row, float64 of shape (C,); NaN if one is NaN."""
+    def largest(self, keys: Any, dtype: torch.dtype, shape: tuple[int, int, int]) -> Any:
+        """Largest magnitude of each row, float64 of shape (C,); NaN if there is one."""
         values = self.magnitudes(keys, dtype).reshape(shape)
         return values.max(axis=(0, 2), initial=0.0)
 
-    def kth(self, keys: Any, rank: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def kth(self, keys: Any, rank: Any) -> tuple[Any, Any]:
         """For each row of keys (R, L) the rank-th smallest (from 1) and how many are smaller; -1 and 0 for rank 0."""
         ordered = scratch("ordered", keys.shape, keys.dtype)
         ordered[...] = keys
@@ -127,7 +127,7 @@ class NumPy:
         return key, np.where(rank > 0, (ordered == key).argmax(axis=1, keepdims=True), 0)
 
     def keep(self, keys: Any, key: Any, left: Any, mask: Any, out: Any) -> int:
-        """Write which entries stay: those above a key, and those equal to it but for the first ``left`` unpruned ones.
+        """Write which entries stay: those above a key, and those equal to it except the first ``left`` unpruned ones.
 
         Args:
             keys: Shape (R, L).
@@ -168,12 +168,12 @@ class NumPy:
             np.logical_and(equal, mask.reshape(-1), out=equal)
         return int(np.count_nonzero(equal))
 
-    def join(self, keys: Iterable[Any]) -> NDArray[Any]:
+    def join(self, keys: Iterable[Any]) -> Any:
         """Keys of several pieces, one after the other, in new memory."""
         return np.concatenate([of_piece.copy() for of_piece in keys])
 
-    def numbers(self, values: Any, like: Any) -> NDArray[np.int64]:
-        """Integers on the CPU as int64 where some keys are."""
+    def numbers(self, values: Any, like: Any) -> Any:
+        """int64 numbers on the device of some keys."""
         return np.asarray(values, np.int64)
 
     def histogram(self, keys: Any, mask: Any, low: Any, shift: int) -> Tensor:
@@ -190,7 +190,7 @@ class NumPy:
 
 
 class Torch:
-    """Works on tensors of any device, without waiting for it."""
+    """The same methods on tensors of any device, without waiting for it."""
 
     chunk = 2**22
     """Large enough to hide the launches."""
@@ -198,39 +198,39 @@ class Torch:
     """As many bins as a GPU's multiprocessor can count in its own memory."""
 
     @staticmethod
-    def view(tensor: Tensor) -> Tensor:
+    def view(tensor: Tensor) -> Any:
         return tensor
 
     @staticmethod
     def map(work: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> list[Any]:
         return list(starmap(work, pieces))
 
-    def keys(self, scores: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def keys(self, scores: Any, mask: Any, dtype: torch.dtype) -> Any:
         keys = scores.reshape(-1).to(dtype).view(INTEGER_OF[dtype]) & (2 ** key_bits(dtype) - 1)
         return keys if mask is None else keys.mul_(mask.reshape(-1))
 
-    def row_counts(self, mask: Tensor | None, shape: tuple[int, int, int]) -> Any:
+    def row_counts(self, mask: Any, shape: tuple[int, int, int]) -> Any:
         return np.full(shape[1], shape[0] * shape[2]) if mask is None else mask.reshape(shape).sum((0, 2))
 
     def block_sums(
-        self, keys: Tensor, dtype: torch.dtype, shape: tuple[int, int, int], exponents: Sequence[float], shift: Any
-    ) -> Tensor:
+        self, keys: Any, dtype: torch.dtype, shape: tuple[int, int, int], exponents: Sequence[float], shift: Any
+    ) -> Any:
         values = keys.view(dtype).double().view(shape)
         if shift is not None:
             for half in (shift // 2, shift - shift // 2):
                 values = values * torch.exp2(-torch.as_tensor(half, device=keys.device).double())[:, None]
         return torch.stack([_power(values, exponent, None).sum(2).sum(0, keepdim=True) for exponent in exponents])
 
-    def largest(self, keys: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor:
+    def largest(self, keys: Any, dtype: torch.dtype, shape: tuple[int, int, int]) -> Any:
         values = keys.view(dtype).double().view(shape)
         return values.amax((0, 2)) if values.numel() else values.new_zeros(shape[1])
 
-    def kth(self, keys: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    def kth(self, keys: Any, rank: Any) -> tuple[Any, Any]:
         ordered, rank = keys.sort(dim=1).values, rank[:, None]
         key = torch.where(rank > 0, ordered.gather(1, (rank - 1).clamp_min(0)), -1).to(keys.dtype)
         return key, (keys < key).sum(1, keepdim=True)
 
-    def keep(self, keys: Tensor, key: Any, left: Any, mask: Tensor | None, out: Tensor) -> Tensor:
+    def keep(self, keys: Any, key: Any, left: Any, mask: Any, out: Any) -> Any:
         key, left = (torch.as_tensor(number, device=keys.device) for number in (key, left))
         keep, equal = keys > key, keys == key
         if mask is not None:
@@ -239,17 +239,17 @@ class Torch:
         out.copy_(keep.view(out.shape))
         return keep.sum()
 
-    def ties(self, keys: Tensor, mask: Tensor | None, key: Tensor) -> Tensor:
+    def ties(self, keys: Any, mask: Any, key: Any) -> Any:
         equal = keys == key.to(keys.device)
         return (equal if mask is None else equal & mask.reshape(-1)).sum()
 
-    def join(self, keys: Iterable[Tensor]) -> Tensor:
+    def join(self, keys: Iterable[Any]) -> Any:
         return torch.cat(list(keys))
 
-    def numbers(self, values: Any, like: Tensor) -> Tensor:
+    def numbers(self, values: Any, like: Any) -> Any:
         return torch.as_tensor(values, dtype=torch.int64).to(like.device, non_blocking=True)
 
-    def histogram(self, keys: Tensor, mask: Tensor | None, low: Any, shift: int) -> Tensor:
+    def histogram(self, keys: Any, mask: Any, low: Any, shift: int) -> Any:
         bins = 2**self.bin_bits
         places = (keys - low.to(keys.device, keys.dtype)) >> shift
         if mask is not None:
@@ -303,7 +303,7 @@ def _power(x: Any, exponent: float, out: Any) -> Any:
     return np.power(x, exponent, out=out)
 
 
-def _sums_of_blocks(x: NDArray[np.float64]) -> NDArray[np.float64]:
+def _sums_of_blocks(x: Any) -> Any:
     """Sums of the blocks of each row of values (A, C, K): shape (blocks, C)."""
     slices, count, length = x.shape
     if slices > 1:
@@ -314,7 +314,7 @@ def _sums_of_blocks(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([_sum_rows(rows[:, start : start + BLOCK]) for start in range(0, max(1, length), BLOCK)])
 
 
-def _sum_rows(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+def _sum_rows(rows: Any) -> Any:
     """The sum of each row. einsum is a third faster than sum, and as exact for rows of some thousand entries."""
     if len(rows) == 1:  # einsum adds up a long row in another order if it is alone
         return np.einsum("ij->i", np.broadcast_to(rows, (2, rows.shape[1])))[:1]

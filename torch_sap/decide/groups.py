@@ -1,4 +1,4 @@
-"""What is measured and pruned together: entries, groups by scope, and the pieces that entries are read in.
+"""Entries to measure and prune, the groups that a scope makes of them, and the pieces they are read in.
 
 :func:`split` knows the scopes. Behind it there are two kinds of groups: whole tensors taken together, and the rows
 (output channels) of one tensor, each for itself.
@@ -24,10 +24,15 @@ SLICES = 64
 
 
 class Shard(Protocol):
-    """Where a local tensor lies in a whole that several processes hold, and how they exchange small tables."""
+    """A local tensor's place in a whole that several processes hold, and their exchanges of small tables."""
 
-    dim: int
-    shape: tuple[int, ...]
+    @property
+    def dim(self) -> int:
+        """The dimension of the whole that is cut."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole."""
 
     @property
     def rank(self) -> int:
@@ -48,7 +53,7 @@ class Shard(Protocol):
     def own(self, whole: Tensor) -> Tensor:
         """The part of this process."""
 
-    def same_processes(self, other: Shard) -> bool:
+    def same_processes(self, other: Any) -> bool:
         """Whether the same processes hold the parts of another tensor."""
 
 
@@ -65,6 +70,7 @@ class Entry:
         channel_groups: Parts that dimension 0 is cut into, each with output channels of its own (transposed
             convolutions).
         part: Where the scores lie in a tensor that is cut over several processes; None if they are all of it.
+        out: What a step writes to, of the shape of the scores: a new mask, or the weights themselves.
     """
 
     name: str
@@ -74,6 +80,7 @@ class Entry:
     channel_dim: int = 0
     channel_groups: int = 1
     part: Shard | None = None
+    out: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,44 +116,54 @@ class Entry:
 
 
 class Group(NamedTuple):
-    """Entries whose d, I, r and c are computed together, or the rows of one entry.
-
-    Attributes:
-        name: "global", or the name of the tensor.
-        members: Numbers of the entries.
-        by_row: Whether each row is a group of its own.
-        dtype: Type in which the magnitudes of all members compare.
-    """
+    """Entries with one d, I, r and c together, or one entry with its own for each row (``by_row``)."""
 
     name: str
-    members: list[int]
+    """ "global", or the name of the tensor."""
+    entries: Sequence[Entry]
     by_row: bool
     dtype: torch.dtype
+    """Type in which the magnitudes of all entries compare."""
+
+    @property
+    def part(self) -> Shard | None:
+        """A part that stands for the processes that hold the group; None if nothing of it is sharded.
+
+        Raises:
+            NotImplementedError: if its tensors are sharded over different processes.
+        """
+        parts = [entry.part for entry in self.entries if entry.part is not None]
+        if any(not part.same_processes(parts[0]) for part in parts):
+            raise NotImplementedError(
+                "parameters of one group must be sharded over the same processes; use scope 'layer' or 'neuron'"
+            )
+        return parts[0] if parts else None
+
+    @property
+    def size(self) -> int:
+        """Local entries, pruned or not."""
+        return sum(entry.scores.numel() for entry in self.entries)
 
 
 def split(entries: Sequence[Entry], scope: Scope) -> list[Group]:
-    """Split entries into the groups of a scope.
+    """Split entries, in order of position, into the groups of a scope.
 
-    Args:
-        entries: Tensors in order of position, at least one.
-        scope: "global": one group of all; "layer": one per tensor; "neuron": one per output channel.
-
-    Returns:
-        Groups whose members, taken together, are the entries in their order.
+    "global": one group of all; "layer": one per tensor; "neuron": one per output channel, of which those of a tensor
+    are one Group with ``by_row``.
 
     Raises:
         ValueError: if there is no such scope, or a tensor has no rows; it is named.
     """
     check_scope(scope)
     if scope == "global":
-        return [Group("global", list(range(len(entries))), False, common_dtype(e.scores for e in entries))]
+        return [Group("global", entries, False, common_dtype(entry.scores for entry in entries))]
     for entry in entries:
         if scope == "neuron" and len(entry.shape) < 2:
             raise ValueError(
                 f"{entry.name} must have more than one dimension to have rows, got shape {entry.shape}; "
                 "leave it out, or take another scope"
             )
-    return [Group(entry.name, [i], scope == "neuron", entry.scores.dtype) for i, entry in enumerate(entries)]
+    return [Group(entry.name, [entry], scope == "neuron", entry.scores.dtype) for entry in entries]
 
 
 def check_scope(scope: object) -> None:
@@ -155,27 +172,22 @@ def check_scope(scope: object) -> None:
 
 
 class Piece(NamedTuple):
-    """A part of an entry that is worked on at once.
-
-    Attributes:
-        rows: The rows of the entry that it has entries of.
-        shape: (A, C, K): C rows; the entries of each row are dimensions 0 and 2.
-        views: Of each tensor (or None) the part, of any shape with as many entries: arrays on the CPU.
-    """
+    """A part of an entry's scores, mask and output to work on at once; arrays on the CPU."""
 
     rows: slice
+    """Its rows in the entry."""
     shape: tuple[int, int, int]
-    views: tuple[Any, ...]
+    """(A, C, K): C rows, whose entries are dimensions 0 and 2. The parts have any shape with as many entries."""
+    scores: Any
+    mask: Any
+    out: Any
 
 
-def pieces(
-    entry: Entry, tensors: Sequence[Tensor | None], size: int, view: Callable[[Tensor], Any], *, by_row: bool = False
-) -> Iterator[Piece]:
-    """Cut tensors of the shape of an entry into pieces, together.
+def pieces(entry: Entry, size: int, view: Callable[[Tensor], Any], *, by_row: bool = False) -> Iterator[Piece]:
+    """Cut an entry into pieces.
 
     Args:
-        entry: Says which dimension the rows are.
-        tensors: At least one tensor; None stays None.
+        entry: The entry.
         size: Entries per piece, a multiple of ``backends.BLOCK``.
         view: What a backend works on: an array for a tensor on the CPU, or the tensor itself.
         by_row: Cut into whole rows. Otherwise pieces are in order of position (of the flat index), and long rows are
@@ -184,37 +196,29 @@ def pieces(
     Yields:
         Pieces that cover the entry.
     """
-    if by_row or entry.channel_dim == 0 or entry.scores.dim() < 2:
-        chunks = zip(*([None] * entry.channel_groups if t is None else entry.rows(t) for t in tensors), strict=True)
-        for number, chunk in enumerate(chunks):
-            yield from _pieces_of_rows(chunk, number, size, view, whole=by_row)
-        return
-    for number in range(entry.channel_groups):
-        chunk = tuple(None if t is None else view(t.chunk(entry.channel_groups)[number]) for t in tensors)
-        lead, channels, *rest = next(t for t in chunk if t is not None).shape
+    tensors, groups = (entry.scores, entry.mask, entry.out), entry.channel_groups
+    rows_lead = by_row or entry.channel_dim == 0 or entry.scores.dim() < 2
+    cut = entry.rows if rows_lead else lambda tensor: list(tensor.chunk(groups))
+    for number, chunk in enumerate(zip(*([None] * groups if t is None else cut(t) for t in tensors), strict=True)):
+        lead, *rest = chunk[0].shape
         inner = math.prod(rest)
-        step = max(1, size // max(1, channels * inner) // SLICES) * SLICES
+        if rows_lead and inner > size and not by_row and all(t is None or t.is_contiguous() for t in chunk):
+            flat = [None if t is None else view(t.reshape(lead, -1)) for t in chunk]
+            for row in range(lead):
+                here = slice(number * lead + row, number * lead + row + 1)
+                for start in range(0, inner, size):
+                    parts = (None if t is None else t[row, start : start + size] for t in flat)
+                    yield Piece(here, (1, 1, min(size, inner - start)), *parts)
+            continue
+        step = max(1, size // max(1, inner)) if rows_lead else max(1, size // max(1, inner) // SLICES) * SLICES
+        opened = [None if t is None else view(t) for t in chunk]
         for start in range(0, lead, step):
-            views = tuple(None if t is None else t[start : start + step] for t in chunk)
-            rows = slice(number * channels, (number + 1) * channels)
-            yield Piece(rows, (min(step, lead - start), channels, inner), views)
-
-
-def _pieces_of_rows(
-    chunk: Sequence[Tensor | None], number: int, size: int, view: Callable[[Tensor], Any], *, whole: bool
-) -> Iterator[Piece]:
-    count, *rest = next(t for t in chunk if t is not None).shape
-    length = math.prod(rest)
-    first = number * count
-    if length > size and not whole and all(t is None or t.is_contiguous() for t in chunk):
-        flat = [None if t is None else view(t.reshape(count, -1)) for t in chunk]
-        for row in range(count):
-            for start in range(0, length, size):
-                views = tuple(None if t is None else t[row, start : start + size] for t in flat)
-                yield Piece(slice(first + row, first + row + 1), (1, 1, min(size, length - start)), views)
-        return
-    opened, step = [None if t is None else view(t) for t in chunk], max(1, size // max(1, length))
-    for start in range(0, count, step):
-        here = min(step, count - start)
-        views = tuple(None if t is None else t[start : start + step] for t in opened)
-        yield Piece(slice(first + start, first + start + here), (1, here, length), views)
+            count = min(step, lead - start)
+            parts = (None if t is None else t[start : start + step] for t in opened)
+            if rows_lead:
+                first = number * lead + start
+                yield Piece(slice(first, first + count), (1, count, inner), *parts)
+            else:
+                channels = rest[0]
+                rows = slice(number * channels, (number + 1) * channels)
+                yield Piece(rows, (count, channels, inner // max(1, channels)), *parts)

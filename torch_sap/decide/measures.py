@@ -139,11 +139,11 @@ def gini(entries: Sequence[Entry], scope: Scope) -> dict[str, Float64]:
     found = {}
     for group in split(entries, scope):
         if group.by_row:
-            blocks = [_gini_of_rows(*rows) for rows in _rows(entries[group.members[0]])]
+            blocks = [_gini_of_rows(*rows) for rows in _rows(group.entries[0])]
             found[group.name] = np.concatenate([np.zeros(0), *blocks])
         else:
-            members = [entries[i] for i in group.members]
-            values = torch.cat([_unpruned(entry).to(members[0].scores.device) for entry in members])
+            home = group.entries[0].scores.device
+            values = torch.cat([_unpruned(entry).to(home) for entry in group.entries])
             found[group.name] = _gini_of_rows(values[None], torch.tensor([len(values)], device=values.device))
     return found
 

@@ -6,7 +6,7 @@ Source: Algorithm 1 of Diao et al., ICLR 2023 (arXiv 2302.05601).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import starmap
 from typing import Any, NamedTuple
 
@@ -20,11 +20,11 @@ from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Entry, Group, Piece, Scope, pieces, split
 from torch_sap.decide.sums import PowerSums, Visit, distinct, index_from_sums, join_blocks, out_of_range, visit_sums
 from torch_sap.decide.threads import scratch
-from torch_sap.decide.threshold import Window, apply, expected_window, find, first_to_stay
+from torch_sap.decide.threshold import Window, apply, expected_window, find, last_to_go
 
 Store = Callable[[Piece, Any, Any, Any], Any]
-"""Called with a piece, its keys as rows, the last key to go of each row, and how many entries with just that key go;
-stores what stays and returns how many entries that are."""
+"""Called with a piece, its keys as rows, the last key to go of each row, and how many entries with just that key go
+(None: all); stores what stays and returns its number of entries."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,25 +72,19 @@ def prune_step(
         ValueError: if an entry holds NaN or infinity, or has no rows to prune; it is named.
     """
     backend = backend_of(entries) if backend is None else backend
-    given = list(entries)
-    if scope == "neuron":
-        entries = [entry.with_whole_rows() for entry in entries]
-    masks = [torch.empty_like(e.scores, dtype=torch.bool, memory_format=torch.preserve_format) for e in entries]
+    whole = [entry.with_whole_rows() for entry in entries] if scope == "neuron" else entries
+    given = [replace(entry, out=torch.empty_like(entry.scores, dtype=torch.bool)) for entry in whole]
 
     def write(piece: Piece, keys: Any, key: Any, left: Any) -> Any:
-        _, mask, out = piece.views
-        return backend.keep(keys, key, left, None if mask is None else mask.reshape(keys.shape), out)
+        return backend.keep(keys, key, left, None if piece.mask is None else piece.mask.reshape(keys.shape), piece.out)
 
-    groups, sums, kept = _step(entries, scope, rule, backend, masks, write)
-    found: list[Tensor | None] = [
-        entry.mask if number is None else mask for entry, mask, number in zip(entries, masks, kept, strict=True)
-    ]
-    remaining = _count(entries, sums, kept, backend)
-    for i, (before, entry) in enumerate(zip(given, entries, strict=True)):
-        if before is not entry and (mask := found[i]) is not None:
-            assert before.part is not None
-            found[i] = before.part.own(mask).contiguous()
-    return StepResult(found, groups, sums, remaining)
+    groups, sums, kept = _step(given, scope, rule, backend, write)
+    masks = [entry.mask if number is None else entry.out for entry, number in zip(given, kept, strict=True)]
+    remaining = _count(given, sums, kept, backend)
+    for i, (before, entry) in enumerate(zip(entries, whole, strict=True)):
+        if before is not entry and before.part is not None and (mask := masks[i]) is not None:
+            masks[i] = before.part.own(mask).contiguous()
+    return StepResult(masks, groups, sums, remaining)
 
 
 def zero_step(
@@ -115,22 +109,17 @@ def zero_step(
     def zero(piece: Piece, keys: Any, key: Any, left: Any) -> Any:
         keep = scratch("stays", keys.shape, np.bool_)
         kept = NUMPY.keep(keys, key, left, None, keep)
-        values = piece.views[2]
-        bits = values.view(f"i{values.itemsize}")
+        bits = piece.out.view(f"i{piece.out.itemsize}")
         np.multiply(bits, keep.view(np.int8).reshape(bits.shape), out=bits)
         return kept
 
-    groups, sums, kept = _step(entries, scope, rule, NUMPY, [entry.scores for entry in entries], zero)
+    given = [replace(entry, out=entry.scores) for entry in entries]
+    groups, sums, kept = _step(given, scope, rule, NUMPY, zero)
     return groups, _count(entries, sums, kept, NUMPY)
 
 
 def _step(
-    entries: Sequence[Entry],
-    scope: Scope,
-    rule: Hyperparameters,
-    backend: Backend,
-    outputs: Sequence[Tensor],
-    store: Store,
+    entries: Sequence[Entry], scope: Scope, rule: Hyperparameters, backend: Backend, store: Store
 ) -> tuple[dict[str, GroupValues], PowerSums, list[Any]]:
     """Measure, decide, and store what stays; the last result is the kept entries per tensor, None if nothing goes."""
     groups = split(entries, scope)
@@ -140,22 +129,22 @@ def _step(
     if backend is NUMPY and apart and groups[0].by_row:
         visits = [_row_visit(rule, group.dtype, backend, store) for group in groups]
     elif backend is NUMPY and apart:
-        windows = NUMPY.map(lambda group: expected_window(entries, group, rule), [(group,) for group in groups])
+        windows = [expected_window(group, rule) for group in groups]
         visits = [None if window is None else window.look for window in windows]
-    sums, seen = visit_sums(entries, groups, rule.p, rule.q, backend, visits, outputs)
+    sums, seen = visit_sums(groups, rule.p, rule.q, backend, visits)
     values = group_values(sums, scope, rule)
 
-    def store_group(number: int, group: Group) -> list[Any]:
-        """How many entries of each member stay, None if nothing goes."""
+    def store_group(group: Group, window: Window | None, seen: list[Any]) -> list[Any]:
+        """How many entries of each tensor stay, None if nothing goes."""
         found = values[group.name]
         if not found.c.any():
-            return [None] * len(group.members)
+            return [None] * len(group.entries)
         if group.by_row:
-            return [_store_rows(entries[number], found, backend, outputs[number], store, seen[number])]
-        cut = find(entries, group, int(found.c[0]), int(found.d[0]), backend, windows[number], seen[number])
-        return apply(entries, group, cut, backend, outputs, store)
+            return [_store_rows(group.entries[0], found, backend, store, seen)]
+        cut = find(group, int(found.c[0]), int(found.d[0]), backend, window, seen)
+        return apply(group, cut, backend, store)
 
-    jobs = list(enumerate(groups))  # threads must not mix up exchanges between processes
+    jobs = list(zip(groups, windows, seen, strict=True))  # threads must not mix up exchanges between processes
     kept = backend.map(store_group, jobs) if apart else list(starmap(store_group, jobs))
     return values, sums, [number for of_group in kept for number in of_group]
 
@@ -185,11 +174,11 @@ def _store_row_piece(piece: Piece, keys: Any, count: Any, d: Any, backend: Backe
     if 0 in piece.shape:
         return 0
     rows = keys.reshape(piece.shape[1:])
-    return store(piece, rows, *first_to_stay(backend, rows, count, piece.shape[2] - d))
+    return store(piece, rows, *last_to_go(backend, rows, count, piece.shape[2] - d))
 
 
 def _store_rows(
-    entry: Entry, found: GroupValues, backend: Backend, output: Tensor, store: Store, seen: Sequence[tuple[Any, Any]]
+    entry: Entry, found: GroupValues, backend: Backend, store: Store, seen: Sequence[tuple[Any, Any] | None]
 ) -> Any:
     """Store what stays of the rows of an entry, unless it was stored while they were measured; how many stay."""
     own = slice(None) if entry.part is None else slice(*entry.part.bounds(entry.part.rank))
@@ -198,10 +187,10 @@ def _store_rows(
     def store_piece(piece: Piece, stored: tuple[Any, Any] | None) -> Any:
         if stored is not None and stored[0] is not None:
             return stored[1]
-        keys = backend.keys(*piece.views[:2], entry.scores.dtype)
+        keys = backend.keys(piece.scores, piece.mask, entry.scores.dtype)
         return _store_row_piece(piece, keys, count[piece.rows], d[piece.rows], backend, store)
 
-    cut = pieces(entry, (entry.scores, entry.mask, output), backend.chunk, backend.view, by_row=True)
+    cut = pieces(entry, backend.chunk, backend.view, by_row=True)
     return sum(backend.map(store_piece, list(zip(cut, seen, strict=True))))
 
 

@@ -1,4 +1,4 @@
-"""Power sums in float64, and the PQ Index from them: all that SAP needs to know of a group's weights.
+"""Power sums in float64, and the PQ Index from them: all that SAP needs to know about a group.
 
 One accumulator serves tensors, shards, files and all scopes: a pass adds the pieces of each row (output channel), the
 processes' tables are merged, and the rows of a tensor and the tensors of a model are joined without rounding.
@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from torch_sap.decide.backends import Backend, backend_of
-from torch_sap.decide.groups import Entry, Group, Piece, Scope, Shard, pieces
+from torch_sap.decide.groups import Entry, Group, Piece, Scope, Shard, pieces, split
 from torch_sap.decide.keys import INTEGER_OF
 
 Float64 = NDArray[np.float64]
@@ -34,7 +33,7 @@ class PowerSums:
     """What one pass found in the unpruned entries of some tensors.
 
     Args:
-        entries: The tensors.
+        names: The names of the tensors.
         p: The smaller norm.
         q: The larger norm.
         tables: Of each tensor float64 of shape (4, rows): d, the sum of (|w| / s)^p, that of (|w| / s)^q, and log2(s).
@@ -43,37 +42,35 @@ class PowerSums:
         remaining: Unpruned entries of each whole tensor.
     """
 
-    def __init__(self, entries: Sequence[Entry], p: float, q: float, tables: Sequence[Float64]) -> None:
-        self.entries, self.p, self.q = entries, p, q
-        self._tables = {"neuron": list(tables), "layer": [self._join(table) for table in tables]}
-        self.remaining = [int(table[0, 0]) for table in self._tables["layer"]]
+    def __init__(self, names: Sequence[str], p: float, q: float, tables: Sequence[Float64]) -> None:
+        self.p, self.q = p, q
+        layers = [self._join(table) for table in tables]
+        self.remaining = [int(table[0, 0]) for table in layers]
+        self._tables: dict[str, dict[str, Float64]] = {
+            "neuron": dict(zip(names, tables, strict=True)),
+            "layer": dict(zip(names, layers, strict=True)),
+            "global": {"global": self._join(np.hstack(layers))},
+        }
 
     def _join(self, table: Float64) -> Float64:
         """The table of one group of all rows, of shape (4, 1), added without rounding."""
-        d, scale = table[0].sum(), table[3].max(initial=-np.inf, where=table[2] > 0)
-        sums = table[1:3]
-        if scale == -np.inf or not table[3].any():
+        scale, sums = table[3].max(initial=-np.inf, where=table[2] > 0), table[1:3]
+        if not np.isfinite(scale) or not table[3].any():
             scale = 0.0
         else:
             with np.errstate(under="ignore"):
                 sums = sums * np.exp2(np.minimum(table[3] - scale, 0) * np.array([[self.p], [self.q]]))
-        return np.array([[d], [math.fsum(sums[0])], [math.fsum(sums[1])], [scale]])
-
-    def tables(self, scope: Scope) -> dict[str, Float64]:
-        """Tables of the groups of a scope by their names, see ``tables`` of the class."""
-        if scope == "global":
-            return {"global": self._join(np.hstack(self._tables["layer"]))}
-        return {entry.name: table for entry, table in zip(self.entries, self._tables[scope], strict=True)}
+        return np.array([[table[0].sum()], [math.fsum(sums[0])], [math.fsum(sums[1])], [scale]])
 
     def d(self, scope: Scope) -> dict[str, NDArray[np.int64]]:
         """Unpruned entries of each group of a scope, by the group's name; arrays with one value per group."""
-        return {name: table[0].astype(np.int64) for name, table in self.tables(scope).items()}
+        return {name: table[0].astype(np.int64) for name, table in self._tables[scope].items()}
 
     def index(self, scope: Scope) -> dict[str, Float64]:
         """PQ Index of each group of a scope, by the group's name; NaN where a group is empty or all zero."""
         return {
             name: index_from_sums(table[1], table[2], table[0], p=self.p, q=self.q)
-            for name, table in self.tables(scope).items()
+            for name, table in self._tables[scope].items()
         }
 
 
@@ -83,29 +80,20 @@ def power_sums(entries: Sequence[Entry], p: float, q: float) -> PowerSums:
     Raises:
         ValueError: if an entry holds NaN or infinity; it is named.
     """
-    groups = [Group("", [i], False, entry.scores.dtype) for i, entry in enumerate(entries)]
-    return visit_sums(entries, groups, p, q, backend_of(entries))[0]
+    return visit_sums(split(entries, "layer"), p, q, backend_of(entries))[0]
 
 
 def visit_sums(
-    entries: Sequence[Entry],
-    groups: Sequence[Group],
-    p: float,
-    q: float,
-    backend: Backend,
-    visits: Sequence[Visit | None] = (),
-    outputs: Sequence[Tensor | None] = (),
+    groups: Sequence[Group], p: float, q: float, backend: Backend, visits: Sequence[Visit | None] | None = None
 ) -> tuple[PowerSums, list[list[Any]]]:
-    """Measure entries in one pass, and let somebody look at the keys in the same pass.
+    """Measure groups in one pass, and visit the keys in the same pass.
 
     Args:
-        entries: The tensors.
-        groups: Say in which type keys are compared, and whether pieces are whole rows.
+        groups: What is measured; they say in which type keys are compared, and whether pieces are whole rows.
         p: The smaller norm.
         q: The larger norm.
         backend: The arithmetic.
-        visits: One per group, or none at all.
-        outputs: A tensor per entry whose pieces a visit gets too, or none at all.
+        visits: One per group.
 
     Returns:
         The sums, and for each group what its visits returned, in order of position.
@@ -113,54 +101,45 @@ def visit_sums(
     Raises:
         ValueError: if an entry holds NaN or infinity; it is named.
     """
-    work: list[tuple[int, int, Piece]] = []
-    for number, group in enumerate(groups):
-        for i in group.members:
-            entry = entries[i]
-            tensors = (entry.scores, entry.mask, outputs[i] if outputs else None)
-            cut = pieces(entry, tensors, backend.chunk, backend.view, by_row=group.by_row)
-            work += [(number, i, piece) for piece in cut]
+    entries = [entry for group in groups for entry in group.entries]
+    work = [
+        (number, entry, piece)
+        for number, group in enumerate(groups)
+        for entry in group.entries
+        for piece in pieces(entry, backend.chunk, backend.view, by_row=group.by_row)
+    ]
 
-    def add(number: int, i: int, piece: Piece) -> tuple[Any, Any, Any]:
-        scores, mask, _ = piece.views
-        keys, dtype = backend.keys(scores, mask, groups[number].dtype), groups[number].dtype
-        d = backend.row_counts(mask, piece.shape)
-        visit = visits[number] if visits else None
-        if visit is None:
-            return d, backend.block_sums(keys, dtype, piece.shape, (p, q), None), None
+    def add(number: int, entry: Entry, piece: Piece) -> tuple[Any, Any, Any]:
+        dtype, visit = groups[number].dtype, visits[number] if visits else None
+        keys, d = backend.keys(piece.scores, piece.mask, dtype), backend.row_counts(piece.mask, piece.shape)
         sums = backend.block_sums(keys, dtype, piece.shape, (p, q), None)
-        return d, sums, visit(piece, keys, d, sums)
+        return d, sums, None if visit is None else visit(piece, keys, d, sums)
 
     found = backend.map(add, work)
-    counts = backend.read([d for d, _, _ in found])
-    sums = backend.read([s for _, s, _ in found])
-    tables = _tables(entries, [(i, piece) for _, i, piece in work], counts, sums)
-    tables = _merged(entries, tables)
+    read = backend.read([table for d, sums, _ in found for table in (d, sums)])
+    parts: dict[int, list[tuple[Piece, Any, Any]]] = {id(entry): [] for entry in entries}
+    seen: list[list[Any]] = [[] for _ in groups]
+    for (number, entry, piece), d, sums, (*_, result) in zip(work, read[::2], read[1::2], found, strict=True):
+        parts[id(entry)].append((piece, d, sums))
+        seen[number].append(result)
+    tables = _merged(entries, [_table(entry.row_count, parts[id(entry)]) for entry in entries])
     for entry, table in zip(entries, tables, strict=True):
         if (unsafe := out_of_range(table[1:3], table[0], entry.scores.dtype, q)).any():
             table[:, unsafe] = _scaled_table(entry, p, q, backend)[:, unsafe]
-    seen: list[list[Any]] = [[] for _ in groups]
-    for (number, _, _), (_, _, result) in zip(work, found, strict=True):
-        seen[number].append(result)
-    return PowerSums(entries, p, q, tables), seen
+    return PowerSums([entry.name for entry in entries], p, q, tables), seen
 
 
-def _tables(
-    entries: Sequence[Entry], order: Sequence[tuple[int, Piece]], counts: Sequence[Any], sums: Sequence[Any]
-) -> list[Float64]:
-    """Put the rows of the local tensors together from their pieces, each row's blocks in order."""
-    blocks: list[dict[tuple[int, int], list[tuple[Any, Any]]]] = [{} for _ in entries]
-    for (i, piece), d, of_piece in zip(order, counts, sums, strict=True):
-        blocks[i].setdefault((piece.rows.start, piece.rows.stop), []).append((d, of_piece))
-    tables = []
-    for entry, of_entry in zip(entries, blocks, strict=True):
-        table = np.zeros((4, entry.row_count))
-        for (start, stop), found in of_entry.items():
-            table[0, start:stop] = sum(d for d, _ in found)
-            parts = found[0][1] if len(found) == 1 else np.concatenate([part for _, part in found], 1)
-            table[1:3, start:stop] = join_blocks(parts)
-        tables.append(table)
-    return tables
+def _table(row_count: int, parts: Sequence[tuple[Piece, Any, Any]]) -> Float64:
+    """Put the rows of a local tensor together from its pieces, the blocks of each row in order."""
+    table, blocks = np.zeros((4, row_count)), {}  # type: ignore[var-annotated]
+    for piece, d, sums in parts:
+        blocks.setdefault((piece.rows.start, piece.rows.stop), []).append((d, sums))
+    for (start, stop), found in blocks.items():
+        table[0, start:stop] = sum(d for d, _ in found)
+        table[1:3, start:stop] = join_blocks(
+            found[0][1] if len(found) == 1 else np.concatenate([sums for _, sums in found], 1)
+        )
+    return table
 
 
 def join_blocks(sums: Float64) -> Float64:
@@ -193,7 +172,7 @@ def distinct(parts: Sequence[Shard | None]) -> list[Shard]:
 
 def out_of_range(sums: Float64, d: NDArray[Any], dtype: torch.dtype, q: float) -> NDArray[np.bool_]:
     """The rows whose sums overflowed or are not finite, or may have lost digits to underflow."""
-    unsafe = ~(sums < SAFE).all(0)  # NaN, too
+    unsafe = np.asarray(~(sums < SAFE).all(0))  # NaN, too
     if dtype is torch.float64 or q > 6:
         unsafe |= (d > 0) & (sums < 1 / SAFE).any(0)
     return unsafe
@@ -205,18 +184,15 @@ def _scaled_table(entry: Entry, p: float, q: float, backend: Backend) -> Float64
     Raises:
         ValueError: if a weight is NaN or infinite, in every process.
     """
-    whole = entry.with_whole_rows()
+    whole, dtype = entry.with_whole_rows(), entry.scores.dtype
     table = np.zeros((4, whole.row_count))
-    for piece in pieces(whole, (whole.scores, whole.mask), backend.chunk, backend.view, by_row=True):
-        scores, mask = piece.views
-        keys = backend.keys(scores, mask, whole.scores.dtype)
-        top = backend.largest(keys, whole.scores.dtype, piece.shape)
-        d, top = backend.read([backend.row_counts(mask, piece.shape), top])
+    for piece in pieces(whole, backend.chunk, backend.view, by_row=True):
+        top = backend.largest(backend.keys(piece.scores, piece.mask, dtype), dtype, piece.shape)
+        d, top = backend.read([backend.row_counts(piece.mask, piece.shape), top])
         shift = np.frexp(top)[1].astype(np.int64)
-        keys = backend.keys(scores, mask, whole.scores.dtype)
-        (sums,) = backend.read([backend.block_sums(keys, whole.scores.dtype, piece.shape, (p, q), shift)])
-        sums = np.where(np.isfinite(top), sums.sum(1), top)
-        table[:, piece.rows] = d, *sums, shift
+        keys = backend.keys(piece.scores, piece.mask, dtype)
+        (sums,) = backend.read([backend.block_sums(keys, dtype, piece.shape, (p, q), shift)])
+        table[:, piece.rows] = d, *np.where(np.isfinite(top), sums.sum(1), top), shift
     (table,) = _merged([whole], [table])
     if not np.isfinite(table).all():
         kind = "NaN" if np.isnan(table).any() else "infinite"
@@ -227,15 +203,16 @@ def _scaled_table(entry: Entry, p: float, q: float, backend: Backend) -> Float64
 def check_finite(entries: Sequence[Entry]) -> None:
     """Raise a ValueError that names the tensor if an unpruned entry is NaN or infinite, faster than the sums do."""
     backend = backend_of(entries)
-    work = []
-    for i, entry in enumerate(entries):
-        infinity = int(torch.tensor(torch.inf, dtype=entry.scores.dtype).view(INTEGER_OF[entry.scores.dtype]))
-        cut = pieces(entry, (entry.scores, entry.mask), backend.chunk, backend.view)
-        work += [(i, piece, infinity) for piece in cut if math.prod(piece.shape)]
+    work = [
+        (i, entry.scores.dtype, piece)
+        for i, entry in enumerate(entries)
+        for piece in pieces(entry, backend.chunk, backend.view)
+        if math.prod(piece.shape)
+    ]
 
-    def is_bad(i: int, piece: Piece, infinity: int) -> Any:
-        scores, mask = piece.views
-        return backend.keys(scores, mask, entries[i].scores.dtype).max() >= infinity
+    def is_bad(i: int, dtype: torch.dtype, piece: Piece) -> Any:
+        infinity = int(torch.tensor(torch.inf, dtype=dtype).view(INTEGER_OF[dtype]))
+        return backend.keys(piece.scores, piece.mask, dtype).max() >= infinity
 
     bad = np.zeros((1, len(entries)))
     for (i, *_), found in zip(work, backend.read(backend.map(is_bad, work)), strict=True):

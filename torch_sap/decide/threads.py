@@ -1,4 +1,4 @@
-"""How the CPU works through large tensors: pieces that fit the cache, a few threads, and scratch memory."""
+"""Threads that work through pieces of large tensors on the CPU, and their scratch memory."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ in it are kept, and mostly the k-th is among them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +25,10 @@ from torch_sap.decide.sums import index_from_sums
 from torch_sap.decide.threads import scratch
 
 WORTHWHILE = 2**16
-"""Entries of a group from which on a sample is worth its time."""
+"""Group size above which a sample is worth its time."""
 
 SAMPLE = (2**12, 2**17)
-"""The sample is one in 128 entries of a group, but so many at least and at most."""
+"""Least and most entries of a sample, which is one in 128 of a group in between."""
 
 RUN = 8
 """Neighbors that a sample takes: they come from memory together. More of them would say less, since they are often of
@@ -38,7 +39,7 @@ MARGIN = 1.25
 0.2 to 0.35 of them for normal, uniform and Laplace weights and (p, q) of (0.5, 1) and (1, 2)."""
 
 MOST_KEPT = NUMPY.chunk // 16
-"""Keys of a piece that are kept; where more lie in the interval (equal weights) it is given up."""
+"""Most keys of a piece that are kept; with more in the interval (equal weights) it is given up."""
 
 
 class Window(NamedTuple):
@@ -57,16 +58,14 @@ class Window(NamedTuple):
         return below, keys.take(places) if len(places) <= MOST_KEPT else None
 
 
-def expected_window(entries: Sequence[Entry], group: Group, rule: Hyperparameters) -> Window | None:
-    """The window for what a rule will prune of a group on the CPU, judged by a sample; None if there is none.
+def expected_window(group: Group, rule: Hyperparameters) -> Window | None:
+    """Estimate a window for what a rule will prune of a group on the CPU, from a sample.
 
-    Groups that are small, sharded, or lose nothing by the sample have no window, and those that lose zeros.
+    None for groups that are small or sharded, lose nothing by the sample, or lose zeros.
     """
-    members = [entries[i] for i in group.members]
-    total = sum(entry.scores.numel() for entry in members)
-    if total < WORTHWHILE or any(entry.part is not None for entry in members):
+    if group.size < WORTHWHILE or group.part is not None:
         return None
-    sample = _sample(members, total, group.dtype)
+    sample = _sample(group)
     count = _count_in(sample, group.dtype, rule)
     if count == 0:
         return None
@@ -85,18 +84,18 @@ def _count_in(sample: NDArray[Any], dtype: torch.dtype, rule: Hyperparameters) -
     return int(rule.count(index, d))
 
 
-def _sample(entries: Sequence[Entry], total: int, dtype: torch.dtype) -> NDArray[Any]:
+def _sample(group: Group) -> NDArray[Any]:
     """Keys of unpruned entries, a few neighbors at regular distances."""
-    step = RUN * (-(-total // max(SAMPLE[0], min(total // 128, SAMPLE[1]))) or 1)
+    step = RUN * (-(-group.size // max(SAMPLE[0], min(group.size // 128, SAMPLE[1]))) or 1)
 
     def take(scores: Tensor, mask: Tensor | None) -> NDArray[Any]:
         run = min(RUN, scores.numel())
-        keys: NDArray[Any] = NUMPY.keys(NUMPY.view(_flat(scores).unfold(0, run, step)), None, dtype)
+        keys: NDArray[Any] = NUMPY.keys(NUMPY.view(_flat(scores).unfold(0, run, step)), None, group.dtype)
         if mask is None:
             return keys.copy()
         return keys.take(np.flatnonzero(_flat(mask).unfold(0, run, step).numpy()))
 
-    return np.concatenate([take(entry.scores, entry.mask) for entry in entries if entry.scores.numel()])
+    return np.concatenate([take(entry.scores, entry.mask) for entry in group.entries if entry.scores.numel()])
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -118,18 +117,11 @@ class Cut(NamedTuple):
 
 
 def find(
-    entries: Sequence[Entry],
-    group: Group,
-    count: int,
-    unpruned: int,
-    backend: Backend,
-    window: Window | None = None,
-    seen: Sequence[tuple[int, Any]] = (),
+    group: Group, count: int, unpruned: int, backend: Backend, window: Window | None, seen: Sequence[tuple[int, Any]]
 ) -> Cut:
     """Find the ``count`` smallest of a group's unpruned entries.
 
     Args:
-        entries: All entries.
         group: The group, not by row.
         count: Entries to take away, at least 1 and at most ``unpruned``.
         unpruned: Unpruned entries of the group, in all processes.
@@ -144,32 +136,36 @@ def find(
             key = int(np.partition(inside, left - 1)[left - 1])
             left -= int(np.count_nonzero(inside < key))
             return Cut(key, left, left == int(np.count_nonzero(inside == key)))
-    work, part = _work(entries, group, backend), shared_part(entries, group)
-    if part is None and sum(entries[i].scores.numel() for i in group.members) <= backend.chunk:
-        pruned = sum(entries[i].scores.numel() for i in group.members) - unpruned
-        keys = backend.join(backend.keys(*piece.views[:2], group.dtype) for piece, _ in work)
-        key, left = first_to_stay(backend, keys[None], [count], [pruned])
-        return Cut(key[0, 0], left[0, 0], False)
-    if part is not None:  # whole tensors are counted once, by the first process
-        work = [(piece, i) for piece, i in work if entries[i].part is not None or part.rank == 0]
+    part = group.part
+    if part is None and group.size <= backend.chunk:
+        keys = backend.join(backend.keys(p.scores, p.mask, group.dtype) for p, _ in _pieces(group, backend))
+        key, of_this = last_to_go(backend, keys[None], [count], [group.size - unpruned])
+        return Cut(key[0, 0], of_this[0, 0], False)
+    # whole tensors are counted once, by the first process
+    work = [(p,) for p, entry in _pieces(group, backend) if part is None or entry.part is not None or part.rank == 0]
+    home = group.entries[0].scores.device
 
-    def histogram(low: Any, shift: int) -> Tensor:
-        def count_piece(piece: Piece, i: int) -> Tensor:
-            scores, mask = piece.views[:2]
-            return backend.histogram(backend.keys(scores, mask, group.dtype), mask, low, shift)
+    def histogram(low: Tensor, shift: int) -> Tensor:
+        def count_piece(p: Piece) -> Tensor:
+            return backend.histogram(backend.keys(p.scores, p.mask, group.dtype), p.mask, low, shift).to(home)
 
-        bins = torch.zeros(2**backend.bin_bits, dtype=torch.int64, device=entries[group.members[0]].scores.device)
-        for counts in backend.map(count_piece, work):
-            bins += counts.to(bins.device)
+        bins: Any = sum(
+            backend.map(count_piece, work), torch.zeros(2**backend.bin_bits, dtype=torch.int64, device=home)
+        )
         return bins if part is None else part.add_up(bins)
 
-    key, below, equal = narrow(histogram, count, key_bits(group.dtype), backend.bin_bits)
+    last, below, equal = narrow(histogram, count, key_bits(group.dtype), backend.bin_bits)
     if backend is NUMPY:
-        return Cut(int(key), count - int(below), count - int(below) == int(equal))
-    return Cut(key, count - below, False)
+        return Cut(int(last), count - int(below), count - int(below) == int(equal))
+    return Cut(last, count - below, False)
 
 
-def first_to_stay(backend: Backend, keys: Any, count: Any, pruned: Any) -> tuple[Any, Any]:
+def _pieces(group: Group, backend: Backend) -> list[tuple[Piece, Entry]]:
+    """The pieces of a group in order of position, each with its entry."""
+    return [(p, entry) for entry in group.entries for p in pieces(entry, backend.chunk, backend.view)]
+
+
+def last_to_go(backend: Backend, keys: Any, count: Any, pruned: Any) -> tuple[Any, Any]:
     """For rows of keys (R, L) the last key to go of each row, and how many entries with just this key go.
 
     Args:
@@ -212,115 +208,79 @@ def narrow(
     return low, below, bins.gather(0, chosen)
 
 
-def shared_part(entries: Sequence[Entry], group: Group) -> Shard | None:
-    """A part that stands for the processes that hold a group; None if nothing of it is sharded.
-
-    Raises:
-        NotImplementedError: if its tensors are sharded over different processes.
-    """
-    parts = [part for i in group.members if (part := entries[i].part) is not None]
-    if any(not part.same_processes(parts[0]) for part in parts):
-        raise NotImplementedError(
-            "parameters of one group must be sharded over the same processes; use scope 'layer' or 'neuron'"
-        )
-    return parts[0] if parts else None
-
-
-def _work(
-    entries: Sequence[Entry], group: Group, backend: Backend, outputs: Sequence[Tensor | None] = ()
-) -> list[tuple[Piece, int]]:
-    """The pieces of a group in order of position, each with the number of its entry."""
-    work = []
-    for i in group.members:
-        tensors = (entries[i].scores, entries[i].mask, outputs[i] if outputs else None)
-        work += [(piece, i) for piece in pieces(entries[i], tensors, backend.chunk, backend.view)]
-    return work
-
-
-def apply(
-    entries: Sequence[Entry],
-    group: Group,
-    cut: Cut,
-    backend: Backend,
-    outputs: Sequence[Tensor],
-    store: Callable[[Piece, Any, Any, Any], Any],
-) -> list[Any]:
+def apply(group: Group, cut: Cut, backend: Backend, store: Callable[[Piece, Any, Any, Any], Any]) -> list[Any]:
     """Store what stays of a group, piece by piece.
 
     Args:
-        entries: All entries.
         group: The group, not by row.
         cut: What goes.
         backend: The arithmetic.
-        outputs: Per entry, a tensor whose pieces ``store`` gets.
-        store: Called with a piece, its keys (1, L), the last key to go, and how many entries with just this key go.
+        store: Called with a piece, its keys (1, L), the last key to go, and how many entries with just this key go
+            (None: all).
 
     Returns:
-        What ``store`` returned for each entry, added up; in the order of the members.
+        What ``store`` returned for each entry, added up.
     """
-    work, part = _work(entries, group, backend, outputs), shared_part(entries, group)
+    work, part = _pieces(group, backend), group.part
 
-    def keys_of(piece: Piece) -> Any:
-        return backend.keys(piece.views[0], None, group.dtype)  # pruned ones are left out by their mask
+    def keys_of(p: Piece) -> Any:
+        return backend.keys(p.scores, None, group.dtype)  # pruned ones are left out by their mask
 
     lefts: list[Any] = [None] * len(work)
     interleaved: dict[int, int] = {}
     if not cut.all_ties:
-        found = backend.map(lambda piece, i: backend.ties(keys_of(piece), piece.views[1], cut.key), work)
-        starts = {group.members[0]: cut.left}
+        ties = backend.map(lambda p, _: backend.ties(keys_of(p), p.mask, cut.key), work)
+        starts = {id(group.entries[0]): cut.left}
         if part is not None:
-            starts, interleaved = _shares(entries, group, int(cut.left), [i for _, i in work], found, part)
+            starts, interleaved = _shares(group, int(cut.left), [entry for _, entry in work], ties, part)
         lefts, left = [], cut.left
-        for number, ((_, i), here) in enumerate(zip(work, found, strict=True)):
-            if i in starts and (number == 0 or work[number - 1][1] != i):
-                left = starts[i]
+        for (_, entry), here in zip(work, ties, strict=True):
+            left = starts.pop(id(entry), left)
             lefts.append(left if isinstance(left, Tensor) else max(0, left))
             left = left - here
-    jobs = [(piece, i, left) for (piece, i), left in zip(work, lefts, strict=True)]
-    kept = backend.map(lambda piece, i, left: store(piece, keys_of(piece)[None], cut.key, left), jobs)
-    totals: dict[int, Any] = dict.fromkeys(group.members, 0)
-    for (_, i), number in zip(work, kept, strict=True):
-        totals[i] = totals[i] + number
-    for i, left in interleaved.items():
-        totals[i] = totals[i] - _take_interleaved(entries[i], group.dtype, cut.key, left, backend, outputs[i])
+    jobs = [(p, left) for (p, _), left in zip(work, lefts, strict=True)]
+    kept = backend.map(lambda p, left: store(p, keys_of(p)[None], cut.key, left), jobs)
+    totals: dict[int, Any] = dict.fromkeys(map(id, group.entries), 0)
+    for (_, entry), number in zip(work, kept, strict=True):
+        totals[id(entry)] = totals[id(entry)] + number
+    for entry in group.entries:
+        if (left := interleaved.get(id(entry))) is not None:
+            totals[id(entry)] -= _take_interleaved(entry, group.dtype, cut.key, left, backend)
     return list(totals.values())
 
 
 def _shares(
-    entries: Sequence[Entry], group: Group, left: int, members: Sequence[int], ties: Sequence[Any], part: Shard
+    group: Group, left: int, owners: Sequence[Entry], ties: Sequence[Any], part: Shard
 ) -> tuple[dict[int, int], dict[int, int]]:
-    """How many ties of each entry go in this process, in the order of the unsharded tensors.
+    """Count the ties of each entry that go in this process, in the order of the unsharded tensors.
 
     Returns:
-        By entry, the ties that go here; and, for those whose parts interleave in that order, the ties that go of the
-        whole (none of them is to go here for now).
+        By the id of the entry, the ties that go here; and, for those whose parts interleave in that order, the ties
+        that go of the whole (none of them is to go here for now).
     """
-    table = torch.zeros(1, len(group.members), dtype=torch.int64)
-    for i, here in zip(members, ties, strict=True):
-        table[0, group.members.index(i)] += int(here)
-    every = torch.cat(part.gather(table))
+    own = torch.tensor([[sum(int(n) for o, n in zip(owners, ties, strict=True) if o is e) for e in group.entries]])
+    every = torch.cat(part.gather(own))
     shares, interleaved = {}, {}
-    for number, i in enumerate(group.members):
-        own = entries[i].part
-        total = int(every[0, number] if own is None else every[:, number].sum())
-        shares[i] = left
-        if own is not None and own.dim == 0:
-            shares[i] = left - int(every[: own.rank, number].sum())
-        elif own is not None:
-            shares[i], interleaved[i] = 0, left
-        left = max(0, left - total)
+    for number, entry in enumerate(group.entries):
+        held = entry.part
+        shares[id(entry)] = left
+        if held is not None and held.dim == 0:
+            shares[id(entry)] = left - int(every[: held.rank, number].sum())
+        elif held is not None:
+            shares[id(entry)], interleaved[id(entry)] = 0, left
+        left = max(0, left - int(every[0, number] if held is None else every[:, number].sum()))
     return shares, interleaved
 
 
-def _take_interleaved(entry: Entry, dtype: torch.dtype, key: Any, left: int, backend: Backend, keep: Tensor) -> int:
+def _take_interleaved(entry: Entry, dtype: torch.dtype, key: Any, left: int, backend: Backend) -> int:
     """Take the first ``left`` ties of a whole tensor, of which every process has a slice of each row, out of a mask."""
-    assert entry.part is not None
-    magnitude = torch.empty_like(entry.scores, dtype=torch.bool)
-    for piece in pieces(entry, (entry.scores, entry.mask, magnitude), backend.chunk, backend.view):
-        scores, mask, out = piece.views
-        equal = backend.keys(scores, mask, dtype) == key
-        out[...] = (equal if mask is None else equal & mask.reshape(-1)).reshape(out.shape)
-    whole = entry.part.gather_along(magnitude)
+    assert entry.part is not None and entry.out is not None
+    tied = replace(entry, out=torch.empty_like(entry.out))
+    for p in pieces(tied, backend.chunk, backend.view):
+        equal = (backend.keys(p.scores, None, dtype) == key).reshape(p.out.shape)
+        p.out[...] = equal if p.mask is None else equal & p.mask
+    assert tied.out is not None
+    whole = entry.part.gather_along(tied.out)
     go = entry.part.own(whole & (whole.reshape(-1).cumsum(0).view(whole.shape) <= left))
-    keep &= ~go
+    entry.out.logical_and_(~go)
     return int(go.sum())

@@ -1,4 +1,4 @@
-"""What torch_sap has to know of FSDP2: which modules it shards, and under which name it puts a parameter back.
+"""FSDP2's records: which modules it shards, and under which name it puts a parameter back.
 
 ``fully_shard`` replaces a module's Parameter by a DTensor, and for a forward and a backward by the gathered weight,
 each time under the name that the parameter had when the model was sharded. Pruning renames it, so FSDP has to be told.
@@ -15,20 +15,20 @@ from torch import nn
 
 
 def is_fsdp(module: nn.Module) -> TypeGuard[Any]:
-    """Whether fully_shard was applied to this very module."""
+    """Whether fully_shard was applied to the module itself."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
-    """Let modules have the sharded parameters, if a forward has left them with gathered ones."""
+    """Put the sharded parameters back where a forward has left gathered ones."""
     wanted = set(modules)
     for owner in {owner for owner, record in _records() if any(module in wanted for module, _ in _places(record))}:
         owner.reshard()
 
 
 def rename(module: nn.Module, old: str, new: str) -> None:
-    """Tell FSDP that a parameter of a module has another name now."""
+    """Tell FSDP the new name of a parameter."""
     parameter = module._parameters[new]
     for _, record in _records():
         info = record._module_info

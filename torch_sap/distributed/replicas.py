@@ -1,4 +1,4 @@
-"""Whether all processes that hold copies of the same weights prune the same entries, and rewind to the same values."""
+"""Replicas: find the processes with copies of the same weights, and check that they prune alike."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def wrapper_of(model: nn.Module) -> nn.Module:
-    """The DistributedDataParallel of this program that holds a module, also one made later; without one, the module.
+    """Find the DistributedDataParallel that wraps a module, also one made later; without one, return the module.
 
-    Nothing in a module tells who holds it, so all objects are looked through: some tenths of a second, and only where
-    there are several processes. Those that nobody uses any more are cleared away first, since what the processes agree
-    on must not depend on when each of them does so.
+    A module does not know who holds it, so all objects are searched: some tenths of a second, and only where there are
+    several processes. Garbage is collected first: what the processes agree on must not depend on when each does so.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if isinstance(model, DistributedDataParallel) or not distributed:
@@ -42,7 +41,7 @@ def wrapper_of(model: nn.Module) -> nn.Module:
 
 
 def groups_of_copies(model: object, weights: Iterable[Tensor]) -> list[Any]:
-    """Process groups in which every process is known to take part and has the same values as the others.
+    """Process groups whose members are known to have the same values and to make the same calls.
 
     Those of DistributedDataParallel, and those along which DTensors are replicated. Of plain tensors nothing is known:
     a program may prune them on one process only.
@@ -73,7 +72,7 @@ def check_agreement(masks: Sequence[Tensor | None], groups: Iterable[Any], home:
 def share(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give every process the values of the first one, in place, as DistributedDataParallel gave it the weights.
 
-    A state that was copied before the model was wrapped may be another one on each process.
+    A state that was copied before the model was wrapped may differ between processes.
 
     Args:
         model: What :func:`wrapper_of` found; of a model without DistributedDataParallel nothing is changed.
@@ -98,7 +97,7 @@ def _are_equal(tensors: Sequence[Tensor | None], group: Any, home: torch.device)
 
 
 def _checksum(tensors: Sequence[Tensor | None], home: torch.device) -> Tensor:
-    """A 64-bit number that changes, but for chance, with every byte of the tensors and with their order."""
+    """64-bit checksum of the bytes of the tensors and of their order."""
     total = torch.zeros((), dtype=torch.int64, device=home)
     for number, tensor in enumerate(tensors):
         if tensor is not None:

@@ -1,4 +1,4 @@
-"""Tensors that several processes hold together: where the local part lies, and the few exchanges that a step needs.
+"""DTensors: the local part, its place in the whole, and the few exchanges that a step needs.
 
 Sums, counts and small tables travel between the processes, weights do not. Nothing here is imported by a process that
 has no DTensor: torch.distributed.tensor is looked up among the modules that are loaded already.
@@ -24,7 +24,7 @@ def is_dtensor(tensor: object) -> TypeGuard[Any]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a DTensor, sharing its memory; a plain tensor as it is."""
+    """Local part of a DTensor, sharing its memory; a plain tensor as it is."""
     if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
@@ -33,14 +33,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def same_placement(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape lie on the processes in the same way, so that local parts fit together."""
+    """Whether two tensors are placed alike, so that their local parts fit together."""
     if not (is_dtensor(one) and is_dtensor(other)):
         return is_dtensor(one) == is_dtensor(other)
     return bool(one.device_mesh == other.device_mesh and one.placements == other.placements)
 
 
 def wrap(part: Tensor, like: Tensor) -> Tensor:
-    """The DTensor whose local part this is, placed like another one; a plain tensor if that is plain."""
+    """Make a DTensor of a local part, placed like another tensor; a plain tensor if that is plain."""
     if not is_dtensor(like) or is_dtensor(part):
         return part
     whole: Tensor = type(like).from_local(
@@ -50,7 +50,7 @@ def wrap(part: Tensor, like: Tensor) -> Tensor:
 
 
 def place(whole: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has whole, cut and placed like another one, without communication."""
+    """Shard a tensor that every process has whole like another one, without communication."""
     if not is_dtensor(like):
         return whole
     if is_dtensor(whole):
@@ -82,17 +82,17 @@ class Part:  # a decide.groups.Shard
 
     @property
     def group(self) -> Any:
-        """The process group of those that hold the parts."""
+        """Process group of the mesh dimension."""
         return self.mesh.get_group(self.mesh_dim)
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Those processes."""
+        """Global ranks of its processes."""
         return tuple(torch.distributed.get_process_group_ranks(self.group))
 
     @property
     def rank(self) -> int:
-        """The place of this process among them."""
+        """Rank of this process in the group."""
         return int(self.mesh.get_local_rank(self.mesh_dim))
 
     def bounds(self, rank: int) -> tuple[int, int]:
@@ -102,13 +102,13 @@ class Part:  # a decide.groups.Shard
         return min(length, piece * rank), min(length, piece * (rank + 1))
 
     def own(self, whole: Tensor) -> Tensor:
-        """This process's part of a whole."""
+        """Cut this process's part out of a whole."""
         start, end = self.bounds(self.rank)
         return whole.narrow(self.dim, start, end - start)
 
-    def same_processes(self, other: Part) -> bool:
+    def same_processes(self, other: Any) -> bool:
         """Whether the same processes hold the parts of another tensor."""
-        return self.ranks == other.ranks
+        return bool(self.ranks == other.ranks)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all processes, in order of rank; their last dimension may differ."""
@@ -137,8 +137,9 @@ class Part:  # a decide.groups.Shard
     def _device(self) -> torch.device:
         """Where the backend of the processes communicates."""
         kind = str(self.mesh.device_type)
-        index = None if kind == "cpu" else torch.get_device_module(kind).current_device()
-        return torch.device(kind, index)
+        return (
+            torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+        )
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of one shape of all processes, on the device where this one is."""
@@ -149,7 +150,7 @@ class Part:  # a decide.groups.Shard
 
 
 def part_of(tensor: Tensor, name: str) -> Part | None:
-    """Where the local part of a tensor lies, None if every process has all of it.
+    """Find where the local part of a tensor lies; None if every process has all of it.
 
     Raises:
         NotImplementedError: if it is cut in another way than along one dimension over one dimension of the mesh.

@@ -1,1 +1,1 @@
-"""Masks in a model, in PyTorch's form: where they are, what keeps their zeros in training, and how that is checked."""
+"""Pruned modules: which tensors of a model have masks, and what keeps their zeros."""

@@ -62,11 +62,12 @@ class Guard:
             self.link(module, inputs)
 
     def after(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Forward hook: of a root always, of others while they are the outermost."""
+        """Forward hook, permanent on a root and temporary on another outermost module."""
         for hook, inner in self.held if self.is_root else self._covering:
             hook.covered = False
-            hook.give_back(inner)
-            hook.relink(inner)
+            if hook.changes:
+                hook.give_back(inner)
+                hook.relink(inner)
         if self._handle is not None:
             self._handle.remove()
             self._covering, self._handle = [], None
@@ -86,7 +87,7 @@ class Guard:
 
 
 def guard(model: nn.Module) -> None:
-    """Give a model, and the modules in it that could read a weight inside them without a call, guards."""
+    """Install guards on a model and on the modules in it that may read an inner weight without calling its module."""
     root, found = unwrap(model), {}  # type: ignore[var-annotated]
     for module in root.modules():
         held = [(h, inner) for h, inner in _hooks_in(module, found).items() if inner is not module or is_fsdp(module)]
@@ -108,18 +109,18 @@ def _install(module: nn.Module, new: Guard) -> None:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Whether the forward may read weights itself. That of Sequential calls each module, and lists have none."""
+    """Whether the forward may read weights itself: Sequential's only calls modules, and module lists have none."""
     return type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
 
 
 def unguard(model: nn.Module) -> None:
-    """Take all guards of a model away."""
+    """Remove all guards of a model."""
     for module in model.modules():
         _release(module)
 
 
 def _hooks_in(module: nn.Module, found: dict[nn.Module, dict[InPlaceMask, nn.Module]]) -> dict[InPlaceMask, nn.Module]:
-    """The hooks of a module and of those inside it, with the modules that have them; it adds them to ``found``."""
+    """Collect the hooks of a module and its children, each with the module that has it; ``found`` is a cache."""
     if module not in found:
         hooks = module._forward_pre_hooks.values()
         found[module] = {hook: module for hook in hooks if isinstance(hook, InPlaceMask)}

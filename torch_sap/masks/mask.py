@@ -72,20 +72,23 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def _find(self, module: nn.Module) -> Pair | None:
         weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
-        if weight is None or mask is None or module._forward_pre_hooks.get(self.number) is not self:
+        hook: Any = module._forward_pre_hooks.get(self.number)
+        if weight is None or mask is None or hook is not self:
             return None
-        if not self.sharded and is_dtensor(weight):  # since fully_shard came after the pruning
+        if (
+            type(weight) is not nn.Parameter and not self.sharded and is_dtensor(weight)
+        ):  # since fully_shard came after the pruning
             mask = self._place_mask(module)
         return weight, mask
 
     def attached(self, module: nn.Module) -> Pair | None:
-        """Let the module read the Parameter and mask its gradients; return it and its mask, None if there is none."""
+        """Make the module read the Parameter and mask its gradients; return both tensors, None if there are none."""
         weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
-        if weight is None or mask is None or self.sharded:
+        if weight is None or mask is None or self.sharded or (self._gradient is None and weight.requires_grad):
             return self._attach(module)
-        if weight is not self.weight or weight is not module.__dict__.get(self._tensor_name):
-            return self._attach(module)
-        return self._attach(module) if self._gradient is None and weight.requires_grad else (weight, mask)
+        pair = weight, mask
+        known = weight is self.weight and weight is module.__dict__.get(self._tensor_name)
+        return pair if known else self._attach(module)
 
     def _attach(self, module: nn.Module) -> Pair | None:
         name = self._tensor_name
@@ -111,7 +114,7 @@ class InPlaceMask(prune.BasePruningMethod):
         return weight, mask
 
     def _place_mask(self, module: nn.Module) -> Tensor:
-        """The mask, cut as the weight is if fully_shard came after the pruning."""
+        """The mask, sharded like the weight even if fully_shard came after the pruning."""
         weight, mask = module._parameters[self._weight_key], module._buffers[self._mask_key]
         assert weight is not None and mask is not None
         if is_dtensor(weight) and not is_dtensor(mask):
@@ -120,7 +123,7 @@ class InPlaceMask(prune.BasePruningMethod):
         return mask
 
     def _check_gathered(self, module: nn.Module) -> None:
-        """A weight that does not lie as its mask does is one that FSDP has gathered from the masked parts."""
+        """Raise a RuntimeError unless FSDP explains why weight and mask are placed differently."""
         self._managed = self._managed or manages(module, self._weight_key)
         if not self._managed:
             raise RuntimeError(
@@ -128,8 +131,13 @@ class InPlaceMask(prune.BasePruningMethod):
                 "alike, but one is a DTensor and the other is none or lies elsewhere; load or distribute both"
             )
 
+    @property
+    def changes(self) -> bool:
+        """Whether ``module.weight`` is another tensor during a forward than after it."""
+        return self.sharded or self._lent is not None
+
     def relink(self, module: nn.Module) -> None:
-        """Let ``module.weight`` be the tensor that is there now: FSDP exchanges it for a forward and a backward."""
+        """Point ``module.weight`` at the current tensor: FSDP swaps it for a forward and a backward."""
         if self.sharded and (found := self._find(module)):
             link(module, self._tensor_name, found[0])
 
@@ -149,7 +157,7 @@ class InPlaceMask(prune.BasePruningMethod):
             module.register_forward_hook(self.give_back, always_call=True)
 
     def trace(self, module: nn.Module) -> None:
-        """Let a traced forward compute with zeros at pruned entries: they become a part of its graph."""
+        """Make the zeros a part of the graph of a traced forward."""
         weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
         if torch.compiler.is_dynamo_compiling() and weight is not None and mask is not None:
             with torch.no_grad():  # where ``.data`` is not allowed
@@ -158,14 +166,14 @@ class InPlaceMask(prune.BasePruningMethod):
             self._lend(module)
 
     def _lend(self, module: nn.Module) -> None:
-        """Compute one call with a product: what functional_call or torch.export have put there is not written to."""
+        """Compute one call with weight * mask: tensors given by functional_call or torch.export are not written to."""
         found, own = self._find(module), module.__dict__.get(self._tensor_name)
         if found is not None and own is not None:
             self._lent = own
             link(module, self._tensor_name, found[0] * found[1])
 
     def give_back(self, module: nn.Module, *_: Any) -> None:
-        """Let the module read its Parameter again. A forward hook too."""
+        """Forward hook that points ``module.weight`` back at the Parameter."""
         if self._lent is not None:
             link(module, self._tensor_name, self._lent)
             self._lent = None
@@ -176,7 +184,7 @@ class InPlaceMask(prune.BasePruningMethod):
             self._place_mask(module)
 
     def after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
-        """load_state_dict post-hook. ``assign=True`` may have brought a mask of another type, and another Parameter."""
+        """load_state_dict post-hook. ``assign=True`` may have brought another Parameter, and a mask of another type."""
         mask = module._buffers.get(self._mask_key)
         if mask is not None and mask.dtype is not torch.bool and self._find(module):
             module._buffers[self._mask_key] = mask != 0
@@ -189,7 +197,7 @@ class InPlaceMask(prune.BasePruningMethod):
             restore_zeros_([pair])
 
     def remove(self, module: nn.Module) -> None:
-        """Make the pruning permanent, for PyTorch's prune.remove: the same Parameter, its old name, its old place."""
+        """Make the pruning permanent, for prune.remove: the same Parameter under its old name in its old place."""
         self.hold(module)
         fold_(module)
         self.release(module)
@@ -198,7 +206,7 @@ class InPlaceMask(prune.BasePruningMethod):
         rename_parameter(module, self._weight_key, self._tensor_name)
 
     def release(self, module: nn.Module) -> None:
-        """Take away all that holds the mask, but for the forward pre-hook."""
+        """Remove everything but the forward pre-hook."""
         self._release_gradient()
         self.weight = None
         unwatch(self)
@@ -214,7 +222,7 @@ class InPlaceMask(prune.BasePruningMethod):
 
 
 def runs_eagerly() -> bool:
-    """Whether a forward runs now, and no trace of one."""
+    """Whether the forward runs eagerly, not in a trace."""
     return not (torch.compiler.is_compiling() or torch._C._is_tracing())
 
 
@@ -225,7 +233,7 @@ def hooks_of(module: nn.Module, name: str) -> list[prune.BasePruningMethod]:
 
 
 def load_hooks_of(module: nn.Module) -> set[InPlaceMask]:
-    """Our hooks that look after the loading of a module, also of tensors that others hold by now.
+    """Our hooks on the loading of a module, including those whose tensor another method has taken over.
 
     PyTorch tells a hook neither that another method was applied on top of it nor that the two were removed.
     """
@@ -234,14 +242,14 @@ def load_hooks_of(module: nn.Module) -> set[InPlaceMask]:
 
 
 def link(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Let ``module.name`` be the tensor."""
+    """Set ``module.name`` to a tensor, past nn.Module's own bookkeeping."""
     module.__dict__[name] = tensor
     if name in (flat_names := module.__dict__.get("_flat_weights_names", ())):  # recurrent modules read this list
         module.__dict__["_flat_weights"][flat_names.index(name)] = tensor
 
 
 def rename_parameter(module: nn.Module, old: str, new: str) -> None:
-    """Rename a parameter and keep its place, so that optimizers and averages that go by order fit."""
+    """Rename a parameter and keep its place, for optimizers and averages that go by order."""
     parameters = [(new if key == old else key, value) for key, value in module._parameters.items()]
     module._parameters.clear()
     module._parameters.update(parameters)
@@ -249,7 +257,7 @@ def rename_parameter(module: nn.Module, old: str, new: str) -> None:
 
 
 def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:
-    """Prune tensors in place with masks, wherever they are used; None stands for nothing pruned.
+    """Prune tensors in place in every module that uses them; None means nothing is pruned.
 
     What can fail for lack of memory is done first. If an exception of any kind comes in the rest, the rest is finished
     and the exception raised again.
@@ -262,15 +270,14 @@ def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) ->
             for module, name in prunable.holders:
                 _hold_mask(module, name, mask)
                 mask_standardized(module)
-        restore_zeros_(
-            (p.weight, mask) for p in prunables if (mask := p.mask) is not None and same_placement(p.weight, mask)
-        )
+        pairs = [(prunable.weight, prunable.mask) for prunable in prunables]
+        restore_zeros_((weight, mask) for weight, mask in pairs if mask is not None and same_placement(weight, mask))
 
     finish(hold)
 
 
 def finish(change: Callable[[], object]) -> None:
-    """Make a change to its end, whatever comes in between.
+    """Run a change; if it raises, run it once more to complete it, and raise.
 
     Args:
         change: Only copies values to where they belong, so that making it twice is the same as making it once.
@@ -286,7 +293,7 @@ def finish(change: Callable[[], object]) -> None:
 
 
 def _hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
-    """Give a tensor of a module a mask that is held in place, from whatever form it is in.
+    """Give a tensor of a module a mask that is held in place.
 
     Args:
         module: Module that has the tensor, unpruned, pruned in place, or pruned by one of PyTorch's methods.

@@ -1,4 +1,4 @@
-"""Which tensors of a model are pruned, and where they are: all knowledge of models, names, ``_orig`` and ``_mask``."""
+"""Which tensors of a model are pruned, and which modules hold them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
+from torch_sap.arguments import check_model
 from torch_sap.decide.groups import Entry
 from torch_sap.decide.keys import check_dtype
 from torch_sap.distributed.fsdp import reshard
@@ -25,7 +26,7 @@ ImportanceScores = Mapping[Pair, Tensor]
 
 @dataclass(frozen=True)
 class Prunable:
-    """One tensor to prune, with all the places where it is used.
+    """One tensor to prune, with all modules that use it.
 
     Attributes:
         name: Dotted path of the parameter before it was pruned, by its first holder.
@@ -37,12 +38,12 @@ class Prunable:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The Parameter itself, ``weight_orig`` once it is pruned."""
+        """The Parameter, named ``weight_orig`` once it is pruned."""
         return _parameter(*self.holders[0])[1]
 
     @property
     def mask(self) -> Tensor | None:
-        """What all holders leave unpruned, bool, sharded as the weight is; None if nobody has pruned it yet."""
+        """Bool mask of what all holders leave unpruned, sharded like the weight; None before any pruning."""
         mask = None
         for module, name in self.holders:
             if (here := module._buffers.get(name + "_mask")) is not None:
@@ -51,7 +52,7 @@ class Prunable:
         return mask
 
     def entry(self, scores: Tensor | None = None) -> Entry:
-        """The tensor as the SAP step sees it, ranked by scores of its shape if there are some."""
+        """Entry for the SAP step, ranked by the scores if given."""
         weight, mask = self.weight.detach(), self.mask
         module = self.holders[0][0]
         return Entry(
@@ -65,7 +66,7 @@ class Prunable:
         )
 
     def whole(self, mask: Tensor | None) -> Tensor:
-        """A mask that the SAP step made for the entry, as the module holds it: sharded as the weight is."""
+        """A mask from the SAP step as the module holds it: sharded like the weight, all True for None."""
         if mask is None:
             return torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
         return wrap(mask, like=self.weight)
@@ -74,9 +75,9 @@ class Prunable:
 def prunable_parameters(model: nn.Module, exclude: str | Iterable[str] = ()) -> list[Pair]:
     """The parameters of a model that SAP prunes, in the form that torch.nn.utils.prune takes.
 
-    Every parameter whose own name contains "weight" and that has more than one dimension: of Linear, Conv, Embedding
-    and recurrent modules, ``in_proj_weight``. Norm scales, biases, position embeddings and class tokens are none (the
-    paper's rule).
+    Every parameter whose own name contains "weight" and that has more than one dimension: those of Linear, Conv,
+    Embedding and recurrent modules, and ``in_proj_weight``; not norm scales, biases, position embeddings and class
+    tokens (the paper's rule).
 
     Args:
         model: Any module, pruned or not.
@@ -88,7 +89,7 @@ def prunable_parameters(model: nn.Module, exclude: str | Iterable[str] = ()) -> 
         several.
 
     Raises:
-        TypeError: if ``model`` is no module, or ``exclude`` holds something else than strings.
+        TypeError: if ``model`` is not a module, or ``exclude`` holds anything but strings.
         ValueError: if a pattern matches nothing.
 
     Example:
@@ -100,7 +101,7 @@ def prunable_parameters(model: nn.Module, exclude: str | Iterable[str] = ()) -> 
 
 
 def resolve(target: nn.Module | Iterable[Pair], exclude: str | Iterable[str] = ()) -> list[Prunable]:
-    """The tensors that a model or pairs of (module, name) stand for, each once, checked.
+    """Find and check the tensors of a model, or of pairs of (module, name), each once.
 
     Raises:
         TypeError: if the target is something else, or a tensor is not of a real floating-point type.
@@ -129,10 +130,10 @@ def resolve(target: nn.Module | Iterable[Pair], exclude: str | Iterable[str] = (
 
 
 def entries_of(prunables: Sequence[Prunable], importance_scores: ImportanceScores | None) -> list[Entry]:
-    """Entries of tensors, ranked by the user's scores where there are some.
+    """Make entries for the SAP step, ranked by the user's scores where given.
 
     Raises:
-        TypeError: if the scores are no mapping of real floating-point tensors.
+        TypeError: if the scores are not a mapping to real floating-point tensors.
         ValueError: if scores have another shape than their tensor, or belong to none.
     """
     scores = {} if importance_scores is None else importance_scores
@@ -157,7 +158,7 @@ def entries_of(prunables: Sequence[Prunable], importance_scores: ImportanceScore
 
 
 def _parameter(module: nn.Module, name: str) -> tuple[str, nn.Parameter]:
-    """The name that a parameter has now, and itself."""
+    """The present name of a parameter, and the parameter."""
     pruned = name + "_mask" in module._buffers
     now = name + "_orig" if pruned else name
     parameter = module._parameters.get(now)
@@ -167,8 +168,7 @@ def _parameter(module: nn.Module, name: str) -> tuple[str, nn.Parameter]:
 
 
 def _in_model(model: nn.Module, exclude: str | Iterable[str]) -> list[Prunable]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     holders: dict[int, list[Pair]] = {}
     paths: dict[int, list[str]] = {}
     for path, module in unwrap(model).named_modules():
@@ -185,7 +185,7 @@ def _in_model(model: nn.Module, exclude: str | Iterable[str]) -> list[Prunable]:
 
 
 def excluded_by(paths: Mapping[int, Sequence[str]], exclude: str | Iterable[str]) -> set[int]:
-    """The parameters that patterns exclude.
+    """Find the parameters that patterns exclude.
 
     Args:
         paths: The dotted paths of each parameter, by its key.
@@ -195,7 +195,7 @@ def excluded_by(paths: Mapping[int, Sequence[str]], exclude: str | Iterable[str]
         Their keys.
 
     Raises:
-        TypeError: if something is no pattern.
+        TypeError: if something is not a pattern.
         ValueError: if a pattern matches nothing.
     """
     if not isinstance(exclude, Iterable):

@@ -1,4 +1,4 @@
-"""Modules that compute their weight from other parameters, so that pruning by names does not do what one expects."""
+"""Warnings about modules that compute their weight from other parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch_sap.distributed.replicas import unwrap
 
 
 def warn_of_reparametrized(model: nn.Module, stacklevel: int) -> None:
-    """Warn of modules whose weight is no parameter of theirs, with their paths and what to do.
+    """Warn about modules whose weight is computed, with their paths and what to do.
 
     ``torch.nn.utils.parametrize`` (its spectral_norm, weight_norm, orthogonal too) keeps the values under another
     name, which is not pruned. The older ``torch.nn.utils.weight_norm`` keeps lengths and directions of the rows as two
@@ -23,7 +23,7 @@ def warn_of_reparametrized(model: nn.Module, stacklevel: int) -> None:
         stacklevel: As for warnings.warn, seen from the caller.
     """
     modules = list(unwrap(model).named_modules())
-    hidden = [path or "the model" for path, module in modules if _is_parametrised(module)]
+    hidden = [path or "the model" for path, module in modules if _is_parametrized(module)]
     if hidden:
         warnings.warn(
             f"these modules compute their weight by torch.nn.utils.parametrize, and it is not pruned: "
@@ -40,7 +40,7 @@ def warn_of_reparametrized(model: nn.Module, stacklevel: int) -> None:
         )
 
 
-def _is_parametrised(module: nn.Module) -> bool:
+def _is_parametrized(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module) and any("weight" in name for name in module.parametrizations)  # type: ignore[union-attr]
 
 

@@ -6,15 +6,16 @@ therefore computes with
 
     ``mask * S(v)``    where    ``v = mask * (w - mean of w over the unpruned entries of the channel)``
 
-``v`` has mean zero, so that S, timm's own formula, leaves its zeros where they are but for rounding, and the last
+``v`` has mean zero, so that S, timm's own formula, keeps its zeros up to rounding, and the last
 product makes them exact. A channel from which nothing is pruned is computed as timm does it, bit for bit.
 
 A plain timm module whose weight is ``v`` computes the same, which is why ``remove`` leaves ``v``
-(:func:`fold_`). Without centring over the unpruned entries there would be no such weight: what a standardized
+(:func:`fold_`). Without centering over the unpruned entries there would be no such weight: what a standardized
 convolution computes with always has mean zero.
 
-The mask is applied in a ``forward`` that the module gets of its own, because the standardized weight is seen nowhere
-else. Source: Qiao et al., "Weight Standardization", arXiv 1903.10520; Brock et al., arXiv 2101.08692 (scaled).
+The mask is applied in a ``forward`` of the module's own, the only place that sees the standardized weight.
+
+Sources: Qiao et al., "Weight Standardization", arXiv 1903.10520; Brock et al., arXiv 2101.08692 (scaled).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _NAMES = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"
 
 
 class StandardizedForward:
-    """What a pruned standardized convolution computes, in the place of its class's ``forward``.
+    """The ``forward`` of a pruned standardized convolution.
 
     Args:
         module: The convolution.
@@ -73,13 +74,13 @@ def is_masked(module: nn.Module) -> bool:
 
 
 def mask_standardized(module: nn.Module) -> None:
-    """Let a module that has a mask now apply it behind the standardization, if it has one."""
+    """Make a masked module apply its mask behind the standardization, if it standardizes."""
     if is_standardized(module):
         module.__dict__["forward"] = StandardizedForward(module).forward  # a method, as torch.export wants it
 
 
 def fold_(module: nn.Module) -> None:
-    """Before a mask is taken away: give the weight the value with which timm's own forward computes the same."""
+    """Before a mask is removed, set the weight to the value with which timm's own forward computes the same."""
     if not is_masked(module):
         return
     del module.__dict__["forward"]
@@ -87,11 +88,11 @@ def fold_(module: nn.Module) -> None:
     if weight is None or mask is None:
         return
     with torch.no_grad():
-        weight.copy_(centred(weight.double(), mask))
+        weight.copy_(centered(weight.double(), mask))
 
 
 def effective_weight(module: Any) -> Tensor:
-    """What a pruned standardized convolution computes with, of the weight's shape: exact zeros where the mask is False.
+    """Weight that a pruned standardized convolution computes with: exact zeros where the mask is False.
 
     Args:
         module: One of timm's standardized convolutions, with ``weight_mask``.
@@ -100,12 +101,12 @@ def effective_weight(module: Any) -> Tensor:
     if is_dtensor(mask) and not is_dtensor(weight):  # FSDP has gathered the weight for this forward
         mask = mask.full_tensor()
     gain = (module.gain * module.scale).view(-1) if hasattr(module, "gain") else None
-    rows = centred(weight, mask).reshape(1, module.out_channels, -1)
+    rows = centered(weight, mask).reshape(1, module.out_channels, -1)
     standardized: Tensor = F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=module.eps)
     return standardized.reshape_as(weight).masked_fill(mask == 0, 0)
 
 
-def centred(weight: Tensor, mask: Tensor) -> Tensor:
+def centered(weight: Tensor, mask: Tensor) -> Tensor:
     """The masked weight, with mean zero over the unpruned entries of each output channel that lost some.
 
     Args:
@@ -113,9 +114,9 @@ def centred(weight: Tensor, mask: Tensor) -> Tensor:
         mask: Bool tensor of its shape, False where an entry is pruned.
 
     Example:
-        >>> from torch_sap.masks.standardized import centred
+        >>> from torch_sap.masks.standardized import centered
         >>> weight = torch.tensor([[1.0, 2.0, 6.0], [1.0, 2.0, 6.0]])
-        >>> centred(weight, torch.tensor([[False, True, True], [True, True, True]]))
+        >>> centered(weight, torch.tensor([[False, True, True], [True, True, True]]))
         tensor([[ 0., -2.,  2.],
                 [ 1.,  2.,  6.]])
     """

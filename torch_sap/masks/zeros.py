@@ -1,4 +1,4 @@
-"""Pruned entries are made zeros, in place, whenever somebody may have written to them. Nothing is inferred.
+"""Make pruned entries zero, in place, whenever somebody may have written to them. Nothing is inferred.
 
 - Gradients are masked once per backward, all together, when the last one has been accumulated.
 - Weights are restored after every step of a ``torch.optim`` optimizer that has them.
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torch_sap.decide.keys import INTEGER_OF
 from torch_sap.distributed.sharded import local, same_placement
@@ -31,7 +31,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def restore_zeros_(pairs: Iterable[Pair]) -> None:
-    """Set the entries of tensors where a bool mask is False to +0.0, in place, whatever is there (NaN and -0.0 too).
+    """Set the entries of tensors where a bool mask is False to +0.0, in place, replacing NaN and -0.0 too.
 
     The bits are multiplied as integers, all tensors in one call: on a CPU that is several times faster per entry than
     ``masked_fill_``. Autograd does not see it: version counters stay, so a forward may do this between another forward
@@ -54,47 +54,65 @@ def restore_zeros_(pairs: Iterable[Pair]) -> None:
 
 
 def _shared_order(tensor: Tensor, mask: Tensor) -> list[int] | None:
-    """The order of dimensions in which both tensors fill their memory, None if there is none."""
+    """Dimension order in which both tensors are contiguous; None if there is none."""
     if tensor.is_contiguous() and mask.is_contiguous():
         return list(range(tensor.dim()))
     order = sorted(range(tensor.dim()), key=lambda dim: tensor.stride()[dim], reverse=True)
     return order if all(t.permute(order).is_contiguous() for t in (tensor, mask)) else None
 
 
-class Keeper(Protocol):
-    """Who keeps the zeros of one pruned weight."""
-
-    weight: Tensor | None
-    """The Parameter whose gradients are masked."""
-    sharded: bool
-    """Whether the mask is a DTensor."""
-    covered: bool
-    """Whether a running forward around the weight's module has restored its zeros."""
-
-    def find(self) -> Pair | None:
-        """The weight and its mask; None if they are gone or another pruning method holds them."""
-
-
 _keepers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""The hooks of :mod:`torch_sap.masks.mask`, called keepers here: each knows a weight and its mask."""
 
 
-def watch(keeper: Keeper) -> None:
-    """Restore the zeros of a weight after every optimizer step from now on."""
+def watch(keeper: Any) -> None:
+    """Start restoring the zeros of a weight after optimizer steps."""
     _keepers[id(keeper)] = keeper
 
 
-def unwatch(keeper: Keeper) -> None:
+def unwatch(keeper: Any) -> None:
     """Stop restoring them."""
     _keepers.pop(id(keeper), None)
+
+
+_small_eps: weakref.WeakKeyDictionary[Optimizer, list[tuple[dict[str, Any], float]]] = weakref.WeakKeyDictionary()
+"""Per optimizer in a step, the groups whose ``eps`` was raised, and its former value."""
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Raise an ``eps`` that its parameters' type rounds to 0 to the smallest number of the type, for this step.
+
+    Adam and its like divide by ``sqrt(v) + eps``. A pruned network has many entries without a gradient, also unpruned
+    ones that feed a neuron nobody reads, and 0 / 0 would make them NaN. Where v is not 0 this changes nothing.
+    """
+    if not _keepers:
+        return
+    _lower_eps(optimizer)  # of a step that failed
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        if not isinstance(eps, float) or eps >= 2**-24:  # the smallest number of float16
+            continue
+        types = {parameter.dtype for parameter in group["params"]}
+        if len(types) == 1 and (dtype := types.pop()).is_floating_point:
+            smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+            if eps <= smallest / 2:
+                _small_eps.setdefault(optimizer, []).append((group, eps))
+                group["eps"] = smallest
+
+
+def _lower_eps(optimizer: Optimizer) -> None:
+    for group, eps in _small_eps.pop(optimizer, ()):
+        group["eps"] = eps
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _keepers:
         return
+    _lower_eps(optimizer)
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     pairs = []
     for reference in _keepers.valuerefs():
-        keeper: Keeper | None = reference()
+        keeper = reference()
         if keeper is None or (found := keeper.find()) is None:
             continue
         keeper.covered = False  # left by a forward that KeyboardInterrupt has ended
@@ -106,13 +124,14 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     restore_zeros_(pairs)
 
 
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
 
 _arrived: dict[int, list[MaskedGradient]] = {}
 """By backward, the weights whose gradients it has accumulated. A backward that fails leaves its list, which holds no
 tensor; a task's number is never used again."""
 
-_queue_callback: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+_queue_callback: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback
 
 
 class MaskedGradient:
@@ -123,7 +142,7 @@ class MaskedGradient:
         keeper: Who knows the mask.
     """
 
-    def __init__(self, weight: Tensor, keeper: Keeper) -> None:
+    def __init__(self, weight: Tensor, keeper: Any) -> None:
         self.keeper = weakref.ref(keeper)
         register: Any = weight.register_post_accumulate_grad_hook
         self.handle = register(self.accumulated)
@@ -166,10 +185,10 @@ def _mask_gradients(arrived: Iterable[MaskedGradient]) -> None:
 
 
 def check_optimizer(optimizer: Any, model: nn.Module) -> None:
-    """Refuse what is not the optimizer of a model; None is fine.
+    """Raise unless this is an optimizer of the model, or None.
 
     Raises:
-        TypeError: if it is no optimizer.
+        TypeError: if it is not an optimizer.
         ValueError: if it holds no parameter of the model.
     """
     if optimizer is None:
