@@ -1,4 +1,4 @@
-"""iterative_sap: what the functions may return, failures, and whole runs."""
+"""iterative_sap: results of the functions, failures, and whole runs."""
 
 import itertools
 
@@ -27,7 +27,7 @@ SHAPE = (6, 6)
         ({"accuracy": 0.9, "loss": 1}, {"accuracy": 0.9, "loss": 1}),
     ],
 )
-def test_what_train_fn_and_eval_fn_may_return(returned, metrics):
+def test_results_of_train_fn_and_eval_fn(returned, metrics):
     history = iterative_sap(mlp(), lambda _: returned, iterations=1, **ARGUMENTS)
     assert [record.metrics for record in history] == [metrics, metrics]
     history = iterative_sap(mlp(), lambda _: None, iterations=1, eval_fn=lambda _: returned, **ARGUMENTS)

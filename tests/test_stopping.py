@@ -160,7 +160,7 @@ class Never(StoppingRule):
         return False
 
 
-def test_a_rule_of_ones_own_that_accepts_nothing_leaves_the_last_model():
+def test_a_custom_rule_that_accepts_nothing_leaves_the_last_model():
     model, training = make_model(), Training([0.9, 0.8])
     history = iterative_sap(model, training, iterations=1, stop=Never())
     assert history.returned is None
@@ -223,7 +223,7 @@ def test_a_resumed_run_still_gives_the_kept_model_back():
     assert same_state(other, training.states[1])
 
 
-def test_the_model_that_comes_back_can_be_trained_on():
+def test_the_returned_model_can_be_trained_further():
     model, training = make_model(), Training([0.9, 0.9, 0.5])
     iterative_sap(model, training, iterations=5, stop=WithinTolerance(0.01))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -1,4 +1,4 @@
-"""The file: what can be in it, what is refused, and that nothing in it runs."""
+"""Checkpoint files: contents, refused files, failures while writing, and no code that runs."""
 
 import os
 import pickle
@@ -46,7 +46,7 @@ def test_round_trip_and_nothing_beside_the_file(tmp_path):
         ({"a": print}, r"\['a'\] is a builtin_function_or_method"),
     ],
 )
-def test_what_is_not_plain_is_refused_when_it_is_written(value, place, tmp_path):
+def test_values_that_are_not_plain_are_refused(value, place, tmp_path):
     write(tmp_path / "run.ckpt", STATE)
     with pytest.raises(TypeError, match=place):
         write(tmp_path / "run.ckpt", value)
@@ -158,7 +158,7 @@ def test_other_files_of_pytorch(state, text, tmp_path):
 
 
 def test_a_file_without_checksums_is_never_written(tmp_path):
-    """The user may have turned them off for his own files; that stays so."""
+    """The user's own setting for checksums stays as it was."""
     if not hasattr(torch.serialization, "set_crc32_options"):
         pytest.skip("needs PyTorch 2.6 or newer, which has set_crc32_options")
     torch.serialization.set_crc32_options(False)

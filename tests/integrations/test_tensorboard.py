@@ -1,4 +1,4 @@
-"""What TensorBoard reads back is what the history has, written live or afterwards."""
+"""TensorBoard reads back the values of the history, written live or afterwards."""
 
 import importlib
 import math
@@ -111,7 +111,7 @@ def test_rounds_are_on_disk_when_they_are_complete(tmp_path):
     assert seen == [1, 2, 3]
 
 
-def test_a_writer_of_yours_stays_open_and_layers_can_be_left_out(tmp_path):
+def test_your_writer_stays_open_and_layers_can_be_left_out(tmp_path):
     writer = SummaryWriter(str(tmp_path))
     with TensorBoardCallback(writer, layers=False) as tensorboard:
         made(tensorboard)

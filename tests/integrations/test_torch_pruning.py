@@ -87,7 +87,7 @@ def test_zero_padding_lets_only_zeros_go(padding):
         model[1].bias[:4] = torch.tensor([1.0, -1.0, 0.0, 2.0])
         model[3].weight.normal_()
     found = shrink(model, images(2, 2, 9, 9))
-    assert found.removed["0.weight"] == 2  # those that the ReLU makes 0
+    assert found.removed["0.weight"] == 2  # the ReLU makes these 0
     assert found.kept["0.weight"] == "3 gets no constant, or pads it with zeros"
     assert_equal(model, found.model, 3, 2, 9, 9)
 
@@ -104,8 +104,8 @@ def test_flattened_channels():
 def test_unread_channels_go_and_then_what_fed_only_them():
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)).double().eval()
     with torch.no_grad():
-        model[4].weight[:, :2] = 0  # nobody reads channels 0 and 1 of 2
-        model[2].weight[2:, :3] = 0  # without them nobody reads channels 0 to 2 of 0
+        model[4].weight[:, :2] = 0  # channels 0 and 1 of layer 2 are not read
+        model[2].weight[2:, :3] = 0  # without them, channels 0 to 2 of layer 0 are not read
     found = shrink(model, images(2, 5))
     assert found.removed == {"2.weight": 2, "0.weight": 3}
     assert_equal(model, found.model, 3, 5)

@@ -34,7 +34,7 @@ def until(number):
 
 
 @pytest.mark.parametrize("pruner", [SAP, LotteryTicket, OneShot])
-def test_a_pruner_of_yours_resumes(pruner, tmp_path):
+def test_every_pruner_resumes(pruner, tmp_path):
     whole = iterative_sap(pruner(mlp()), trainer(SHAPE), iterations=3)
     train, path = trainer(SHAPE), tmp_path / "run.ckpt"
     with pytest.raises(Stop):
@@ -55,7 +55,7 @@ def test_more_iterations_later(tmp_path):
 
 
 class Counting(nn.Linear):
-    """A buffer that is in no state_dict, and an extra state."""
+    """A layer with a non-persistent buffer and an extra state."""
 
     def __init__(self):
         super().__init__(6, 9)
@@ -74,7 +74,7 @@ class Counting(nn.Linear):
         self.extra = state["extra"]
 
 
-def test_everything_of_a_model_comes_back(tmp_path):
+def test_buffers_modes_and_extra_state_are_restored(tmp_path):
     def make():
         torch.manual_seed(0)
         return nn.Sequential(Counting(), nn.Dropout(), nn.Linear(9, 4))

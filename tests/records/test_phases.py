@@ -48,7 +48,7 @@ def test_a_loss_is_better_small():
 
 
 @pytest.mark.parametrize("nan_at", ["pqi", "metric"])
-def test_what_is_not_defined_has_no_label_and_does_no_harm(nan_at):
+def test_nan_has_no_label_and_does_not_affect_later_rounds(nan_at):
     pqi, accuracy = [0.5, 0.4, 0.3, 0.2], [0.9, 0.9, 0.9, 0.9]
     (pqi if nan_at == "pqi" else accuracy)[1] = float("nan")
     labels = label_phases(pqi, accuracy)
