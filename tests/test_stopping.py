@@ -18,7 +18,7 @@ def make_model(seed=0):
 
 
 class Training:
-    """Changes a model in a way of its own each round, and says the next of some accuracies of it."""
+    """Changes a model differently each round, and returns the next accuracy."""
 
     def __init__(self, accuracies):
         self.accuracies, self.states = iter(accuracies), []
@@ -85,15 +85,12 @@ def test_within_tolerance(template):
     assert ends_at(WithinTolerance(0.01, patience=3), history) == (None, [0, 1, 2, 4, 7])
     assert ends_at(WithinTolerance(0.0), history) == (2, [0, 1])
     assert ends_at(WithinTolerance(0.5), history) == (None, list(range(8)))
-
-
-def test_within_tolerance_of_a_metric_that_falls(template):
-    history = synthetic(template, [1.0, 0.5, 1.1, 1.2])
-    assert ends_at(WithinTolerance(0.1, metric="accuracy", mode="min"), history) == (3, [0, 1, 2])
+    falling = synthetic(template, [1.0, 0.5, 1.1, 1.2])
+    assert ends_at(WithinTolerance(0.1, metric="accuracy", mode="min"), falling) == (3, [0, 1, 2])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_no_number_is_not_within_any_tolerance(template, value):
+def test_nan_and_infinity_are_outside_any_tolerance(template, value):
     assert ends_at(WithinTolerance(1e9), synthetic(template, [0.9, value])) == (1, [0])
 
 
@@ -106,34 +103,6 @@ def test_collapse(template):
 def test_nothing_left(template):
     assert ends_at(NothingLeft(), synthetic(template, [0.9, 0.9])) == (None, [0, 1])
     assert ends_at(NothingLeft(), synthetic(template, [0.9], pruned=0)) == (0, [0])
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: TargetDensity(1.5), ValueError, "density must lie in [0, 1], got density=1.5"),
-        (lambda: TargetDensity("half"), TypeError, "density must be a real number, got 'half'"),
-        (lambda: TargetDensity(float("nan")), ValueError, "density must be finite, got density=nan"),
-        (lambda: WithinTolerance(-1), ValueError, "tolerance must not be negative, got tolerance=-1"),
-        (lambda: WithinTolerance(0.1, mode="up"), ValueError, "mode must be one of 'max', 'min', got mode='up'"),
-        (lambda: WithinTolerance(0.1, patience=0), ValueError, "patience must be 1 or more, got patience=0"),
-        (lambda: WithinTolerance(0.1, patience=True), TypeError, "patience must be an int, got True"),
-        (lambda: Collapse(noise=0.1), ValueError, "noise and significant must be 0 <= noise <= significant"),
-    ],
-)
-def test_bad_arguments_of_rules(make, error, message):
-    with pytest.raises(error) as raised:
-        make()
-    assert str(raised.value).startswith(message)
-
-
-@pytest.mark.parametrize("stop", [0.5, [TargetDensity], lambda history: True])
-def test_what_is_no_rule(stop):
-    model = make_model()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(TypeError, match="stop must be a StoppingRule or several, got"):
-        iterative_sap(model, lambda model: None, stop=stop)
-    assert same_state(model, before)
 
 
 def test_without_rules_all_rounds_and_the_last_model():
@@ -191,23 +160,15 @@ class Never(StoppingRule):
         return False
 
 
-def test_a_rule_of_ones_own_that_accepts_nothing_leaves_the_last_model():
+def test_a_custom_rule_that_accepts_nothing_leaves_the_last_model():
     model, training = make_model(), Training([0.9, 0.8])
     history = iterative_sap(model, training, iterations=1, stop=Never())
     assert history.returned is None
     assert same_state(model, training.states[1])
 
 
-def test_a_missing_metric_leaves_the_model_as_it_was():
-    model = make_model()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="metric 'f1' must be recorded in every round"):
-        iterative_sap(model, Training([0.9]), stop=WithinTolerance(0.01, metric="f1"))
-    assert same_state(model, before)
-
-
 class Recording:
-    """A training that changes nothing, and says the next of some metrics."""
+    """A training that changes nothing and returns the next metrics."""
 
     def __init__(self, *metrics):
         self.metrics, self.calls = metrics, 0
@@ -218,10 +179,8 @@ class Recording:
 
 
 @pytest.mark.parametrize("rule", [WithinTolerance(0.01), Collapse()], ids=lambda rule: type(rule).__name__)
-@pytest.mark.parametrize(
-    "metrics", [{"loss": 0.5}, {"test_Loss": 0.5}, {"top1_error": 0.1}, {"perplexity": 9.0}, {"top1": 0.9, "top5": 1.0}]
-)
-def test_what_to_judge_by_is_not_guessed(rule, metrics):
+@pytest.mark.parametrize("metrics", [{"test_Loss": 0.5}, {"top1": 0.9, "top5": 1.0}])
+def test_the_metric_to_judge_by_is_not_guessed(rule, metrics):
     model, training = make_model(), Recording(metrics)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="metric must be named where it is not clear by what to judge") as caught:
@@ -232,7 +191,7 @@ def test_what_to_judge_by_is_not_guessed(rule, metrics):
     assert same_state(model, before)
 
 
-def test_accuracy_is_meant_and_may_not_be_what_falls():
+def test_accuracy_is_the_default_for_max_only():
     both = [{"loss": 0.5, "accuracy": 0.9}, {"loss": 0.1, "accuracy": 0.8}, {}]
     history = iterative_sap(make_model(), Recording(*both), iterations=2, stop=WithinTolerance(0.01))
     assert (len(history), history.returned) == (2, 0)
@@ -240,21 +199,7 @@ def test_accuracy_is_meant_and_may_not_be_what_falls():
         iterative_sap(make_model(), Recording(*both), stop=WithinTolerance(0.01, mode="min"))
 
 
-@pytest.mark.parametrize(
-    ("metrics", "rule"),
-    [
-        ([0.9, 0.95, 0.7], WithinTolerance(0.01)),  # a number is "metric", and the only one
-        ([{"top1": 0.9}, {"top1": 0.95}, {"top1": 0.7}], WithinTolerance(0.01)),
-        ([{"loss": 0.5}, {"loss": 0.4}, {"loss": 0.7}], WithinTolerance(0.01, mode="min")),
-        ([{"a": 1, "loss": 0.5}, {"a": 1, "loss": 0.4}, {"a": 1, "loss": 0.7}], WithinTolerance(0.01, metric="a")),
-    ],
-)
-def test_what_can_only_be_meant_is_judged_by(metrics, rule):
-    history = iterative_sap(make_model(), Recording(*metrics), iterations=2, stop=rule)
-    assert (len(history), history.returned) == (3, 2 if rule.metric else 1)
-
-
-def test_going_on_from_a_saved_run_still_gives_the_kept_model_back():
+def test_a_resumed_run_still_gives_the_kept_model_back():
     accuracies = [0.9, 0.91, 0.7, 0.7]
     rule = WithinTolerance(0.01, patience=2)
     model, training = make_model(), Training(accuracies)
@@ -278,7 +223,7 @@ def test_going_on_from_a_saved_run_still_gives_the_kept_model_back():
     assert same_state(other, training.states[1])
 
 
-def test_the_model_that_comes_back_can_be_trained_on():
+def test_the_returned_model_can_be_trained_further():
     model, training = make_model(), Training([0.9, 0.9, 0.5])
     iterative_sap(model, training, iterations=5, stop=WithinTolerance(0.01))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from torch_sap.arguments import check_callable, check_int
-from torch_sap.iterate.pruner import SAP, Pruner, evaluate
+from torch_sap.iterate.pruner import SAP, Pruner, SAPSettings, evaluate
 from torch_sap.iterate.resuming import Run
 from torch_sap.records.history import History
 from torch_sap.records.metrics import Metrics
 from torch_sap.records.round import Round
 from torch_sap.stopping import StoppingRule, as_rules
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def iterative_sap(
@@ -29,43 +32,41 @@ def iterative_sap(
     callback: Callable[[Round], object] | None = None,
     stop: StoppingRule | Iterable[StoppingRule] = (),
     checkpoint: str | os.PathLike[str] | None = None,
-    **settings: Any,
+    **settings: Unpack[SAPSettings],
 ) -> History:
     """Prune a model by SAP: train, measure, prune, rewind, ``iterations`` times, and train once more.
 
     Args:
-        model: Any module; it is trained and pruned in place, by ``SAP(model, **settings)``. Or a pruner of yours
+        model: Any module; it is trained and pruned in place, by ``SAP(model, **settings)``. Or your own pruner
             (:class:`SAP`, :class:`LotteryTicket`, :class:`OneShot`), without settings: it continues after the rounds
             in its history.
-        train_fn: Called as ``train_fn(model)``; trains the model in place, with an optimizer of its own. It may
-            return a number (recorded as "metric") or a mapping of numbers.
-        iterations: Prunings altogether; 0 or more.
-        eval_fn: Called as ``eval_fn(model)`` after each training and after each pruning, before rewinding. It returns
-            what train_fn may; of equal names its value is recorded. The model's train and eval modes are put back
-            afterwards.
-        callback: Called with each round when it is complete.
+        train_fn: Called as ``train_fn(model)``; trains the model in place, with its own optimizer. It may return a
+            number (recorded as "metric") or a mapping of numbers.
+        iterations: Total number of prunings; 0 or more.
+        eval_fn: Called as ``eval_fn(model)`` after each training and after each pruning, before rewinding. It may
+            return the same as train_fn, and overrides metrics of the same name. The model's train and eval modes are
+            restored afterwards.
+        callback: Called with each complete round.
         stop: When to end early, and which model to give back: one rule of :mod:`torch_sap.stopping` or several. The
             run ends when one of them says so, and the model is the one of the sparsest round that all accept.
-        checkpoint: A file that lets the run outlive its process. If it exists, the run continues from it, bit for bit
-            as if it had not been interrupted; otherwise it begins. It is written at the start, after each training
-            and after each pruning; see ``docs/checkpoints.md``.
-        settings: Keyword arguments of :class:`SAP`: scope ("layer" by default), p, q, eta_r, gamma, beta, rewind,
-            exclude, optimizer, gini.
+        checkpoint: File that lets the run outlive its process. If it exists, the run resumes from it bit for bit;
+            otherwise it begins. It is written at the start, after each training and after each pruning; see
+            ``docs/checkpoints.md``.
+        settings: Keyword arguments of :class:`SAP`.
 
     Returns:
-        ``iterations + 1`` rounds, or fewer if a rule ended it. The model is the trained one of the last round; with
-        ``stop`` it is the last one that the rules accept, whose number is ``history.returned``.
+        ``iterations + 1`` rounds, or fewer if a rule ended the run. The model is the trained one of the last round;
+        with ``stop`` it is the last one that all rules accept, from round ``history.returned``.
 
     Raises:
         ValueError, TypeError: as :class:`SAP` does.
-        ValueError: if a rule of ``stop`` has no metric to judge by, or several; after the first training, since
-            train_fn may return it.
-        TypeError: if train_fn or eval_fn return something else.
+        ValueError: after the first training, if a rule of ``stop`` has no metric to judge by, or several.
+        TypeError: if train_fn or eval_fn returns something else.
         ValueError: if the checkpoint is damaged, or from a run with other arguments or another model; nothing is
             changed.
         OSError: if the checkpoint cannot be written; the previous one stays.
-        Exception: whatever train_fn and eval_fn raise. The model's values are then those from before the training
-            that failed; if it was the first, the model is as if nothing had been called.
+        Exception: any error of train_fn and eval_fn. The model then has its values from before the training that
+            failed; if that was the first one, the model is as before the call.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -92,15 +93,15 @@ def iterative_sap(
                 metrics = run.train(train_fn)
                 if eval_fn is not None:
                     metrics |= evaluate(pruner.model, eval_fn)
-                plan = pruner._measure(metrics) if last else pruner._plan(metrics)
-                rounds = [*pruner.history, plan.measured]
+                measured, pruning = pruner._measure(metrics, prune=not last)
+                rounds = [*pruner.history, measured]
                 accepted = bool(rules) and all(rule.accepts(rounds) for rule in rules)
                 last |= any(rule.ends(rounds) for rule in rules)
             if accepted:
                 pruner._keep()
             if last:
                 pruner._give_back()
-            found = pruner._record(plan) if last else pruner._prune(plan, eval_fn)
+            found = pruner._record(measured) if last else pruner._prune(measured, pruning, eval_fn)
             if callback is not None:
                 callback(found)
             run.end_round(finished=last)

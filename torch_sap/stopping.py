@@ -1,9 +1,16 @@
-"""Rules that say when an iterative pruning is over, and which of its rounds the user gets back.
+"""Rules for when an iterative pruning ends, and which round's model the user gets back.
 
-After each training a rule is asked, before anything more is pruned. It sees the rounds so far, oldest first: complete
-:class:`~torch_sap.records.round.Round` records, and as the last one the
-:class:`~torch_sap.records.round.Measured` model in question (number, metrics, density, PQ Index, and
-``pruned_count``, how many entries its pruning would take). A history of complete rounds will do as well.
+The loop asks each rule after each training, before the next pruning. The rule sees the rounds so far, oldest first:
+complete :class:`~torch_sap.records.round.Round` records, and last the :class:`~torch_sap.records.round.Measured` model
+to judge (number, metrics, density, PQ Index, and ``pruned_count``, the entries that its pruning would take).
+
+Example:
+    >>> from torch_sap.stopping import NothingLeft, TargetDensity, WithinTolerance
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> rules = [WithinTolerance(0.01), TargetDensity(0.8), NothingLeft()]
+    >>> history = iterative_sap(model, train_fn=lambda model: {"accuracy": 0.9}, iterations=20, stop=rules)
+    >>> history[-1].density <= 0.8 < history[-2].density
+    True
 """
 
 from __future__ import annotations
@@ -17,14 +24,14 @@ from torch_sap.records.round import Measured
 
 
 class StoppingRule:
-    """Base of the rules: it accepts every round and never ends. Override one method or both for your own rule."""
+    """Base of the rules: accepts every round and never ends. Override one method or both for your own rule."""
 
     def accepts(self, rounds: Sequence[Measured]) -> bool:
-        """Whether the user may get the model of the last round back."""
+        """Return whether the model of the last round may be given back."""
         return True
 
     def ends(self, rounds: Sequence[Measured]) -> bool:
-        """Whether the run ends with the last round."""
+        """Return whether the run ends with the last round."""
         return False
 
 
@@ -35,12 +42,7 @@ class TargetDensity(StoppingRule):
         density: Unpruned entries / all entries, in [0, 1].
 
     Raises:
-        ValueError: if it is out of its range.
-
-    Example:
-        >>> from torch_sap.stopping import TargetDensity
-        >>> TargetDensity(0.1).ends([])
-        False
+        ValueError: if it is out of range.
     """
 
     def __init__(self, density: float) -> None:
@@ -48,29 +50,22 @@ class TargetDensity(StoppingRule):
         self.density = density
 
     def ends(self, rounds: Sequence[Measured]) -> bool:
-        """Whether the last round has at most this density."""
+        """Return whether the last round has at most this density."""
         return bool(rounds) and rounds[-1].density <= self.density
 
 
 class WithinTolerance(StoppingRule):
-    """Accept models whose metric is at most ``tolerance`` worse than the dense one's; end when no more come.
-
-    The user gets the sparsest of them back.
+    """Accept models whose metric is at most ``tolerance`` worse than the dense model's; end after ``patience`` others.
 
     Args:
         tolerance: Largest loss against round 0, in the units of the metric; 0 or more.
         metric: Its name. By default "accuracy", or else the only one.
         mode: "max" if a larger metric is better, "min" if a smaller one is (a loss, an error, a perplexity).
-        patience: Rounds in a row that may be worse before it ends; 1 or more.
+        patience: Worse rounds in a row that end the run; 1 or more.
 
     Raises:
-        ValueError: if an argument is out of its range. After the first training, if it is not clear which metric is
-            meant (:func:`torch_sap.records.metrics.choose_metric`). Later, if a round lacks the metric.
-
-    Example:
-        >>> from torch_sap.stopping import WithinTolerance
-        >>> WithinTolerance(0.01, metric="accuracy", patience=2).tolerance
-        0.01
+        ValueError: if an argument is out of range. After the first training, if it is not clear which metric to judge
+            by (:func:`torch_sap.records.metrics.choose_metric`). Later, if a round lacks the metric.
     """
 
     def __init__(self, tolerance: float, *, metric: str | None = None, mode: Mode = "max", patience: int = 1) -> None:
@@ -80,11 +75,11 @@ class WithinTolerance(StoppingRule):
         self.tolerance, self.metric, self.mode, self.patience = tolerance, metric, mode, patience
 
     def accepts(self, rounds: Sequence[Measured]) -> bool:
-        """Whether the last round's metric is within the tolerance."""
+        """Return whether the last round's metric is within the tolerance."""
         return self._within(rounds)[-1]
 
     def ends(self, rounds: Sequence[Measured]) -> bool:
-        """Whether the last ``patience`` rounds were not."""
+        """Return whether none of the last ``patience`` rounds was."""
         return bool(rounds) and not any(self._within(rounds)[-self.patience :])
 
     def _within(self, rounds: Sequence[Measured]) -> list[bool]:
@@ -95,15 +90,9 @@ class WithinTolerance(StoppingRule):
 
 
 class Collapse(StoppingRule):
-    """End when the paper's hypothesis says collapse, and do not accept such rounds.
+    """End when :func:`torch_sap.records.phases.label_phases` says collapse, and do not accept that round.
 
-    Arguments and rule are those of :func:`torch_sap.records.phases.label_phases`; ``metric`` is as of
-    :class:`WithinTolerance`.
-
-    Example:
-        >>> from torch_sap.stopping import Collapse
-        >>> Collapse(significant=0.1).significant
-        0.1
+    The arguments are those of that function, and ``metric`` as in :class:`WithinTolerance`.
     """
 
     def __init__(
@@ -113,36 +102,26 @@ class Collapse(StoppingRule):
         self.metric, self.mode, self.noise, self.significant = metric, mode, noise, significant
 
     def accepts(self, rounds: Sequence[Measured]) -> bool:
-        """Whether the last round is not one of collapse."""
+        """Return whether the last round is not a collapse."""
         return not self.ends(rounds)
 
     def ends(self, rounds: Sequence[Measured]) -> bool:
-        """Whether the last round is one of collapse."""
+        """Return whether the last round is a collapse."""
         pqi, values = [found.pqi for found in rounds], metric_values(rounds, self.metric, judge=self.mode)
         labels = label_phases(pqi, values, mode=self.mode, noise=self.noise, significant=self.significant)
         return labels[-1:] == ["collapse"]
 
 
 class NothingLeft(StoppingRule):
-    """End when the pruning would take no further entry: every later round would be the same.
-
-    Example:
-        >>> from torch_sap.stopping import NothingLeft
-        >>> NothingLeft().ends([])
-        False
-    """
+    """End when the pruning would take no further entry, so that every later round would be the same."""
 
     def ends(self, rounds: Sequence[Measured]) -> bool:
-        """Whether the last round prunes nothing."""
+        """Return whether the last round prunes nothing."""
         return bool(rounds) and rounds[-1].pruned_count == 0
 
 
 def as_rules(stop: StoppingRule | Iterable[StoppingRule]) -> tuple[StoppingRule, ...]:
-    """Collect one rule or several in a tuple.
-
-    Raises:
-        TypeError: if something else is among them.
-    """
+    """Collect one rule or several in a tuple; raise a TypeError for anything else."""
     rules = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
     for rule in rules:
         if not isinstance(rule, StoppingRule):

@@ -55,12 +55,18 @@ class TestResume:
             assert_same(fit(2 * EPOCHS, again, train=Resumable(), ckpt_path=path), module)
             assert [each.remaining for each in again.history] == [each.remaining for each in callback.history]
 
-    def test_of_a_module_that_is_made_late(self, tmp_path):
+    @pytest.mark.parametrize("late", ["module", "strategy"])
+    def test_of_what_is_made_or_loaded_late(self, tmp_path, late):
+        class Late(SingleDeviceStrategy):
+            restore_checkpoint_after_setup = True
+
+        kind = LateModule if late == "module" else Module
+        settings = {"strategy": Late(device="cpu")} if late == "strategy" else {}
         saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
         callback, again = SAPCallback(EPOCHS), SAPCallback(EPOCHS)
-        module = fit(2 * EPOCHS, callback, saver, module=LateModule())
+        module = fit(2 * EPOCHS, callback, saver, module=kind())
         path = tmp_path / f"epoch={EPOCHS}.ckpt"
-        assert_same(fit(2 * EPOCHS, again, module=LateModule(), ckpt_path=path), module)
+        assert_same(fit(2 * EPOCHS, again, module=kind(), ckpt_path=path, **settings), module)
         assert history_of(again) == history_of(callback)
 
     def test_with_the_rewind_point_of_late_rewinding(self, tmp_path):
@@ -77,17 +83,6 @@ class TestResume:
         first.save_checkpoint(tmp_path / "after.ckpt")
         module = fit(2 * EPOCHS, again, ckpt_path=tmp_path / "after.ckpt")
         assert_same(module, fit(2 * EPOCHS, callback))
-        assert history_of(again) == history_of(callback)
-
-    def test_under_a_strategy_that_loads_late(self, tmp_path):
-        class Late(SingleDeviceStrategy):
-            restore_checkpoint_after_setup = True
-
-        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-        callback, again = SAPCallback(EPOCHS), SAPCallback(EPOCHS)
-        module = fit(3 * EPOCHS, callback, saver)
-        path = tmp_path / f"epoch={EPOCHS}.ckpt"
-        assert_same(fit(3 * EPOCHS, again, ckpt_path=path, strategy=Late(device="cpu")), module)
         assert history_of(again) == history_of(callback)
 
     def test_with_other_settings_is_refused(self, tmp_path):
@@ -113,7 +108,7 @@ class TestResume:
 
 class TestSecondFit:
     @pytest.mark.parametrize("same_trainer", [True, False])
-    def test_it_goes_on(self, same_trainer):
+    def test_it_continues(self, same_trainer):
         expected, callback, module = SAPCallback(EPOCHS), SAPCallback(EPOCHS), Module()
         whole = fit(3 * EPOCHS, expected)
         first = trainer(EPOCHS, callback)
@@ -145,7 +140,7 @@ class TestSecondFit:
         assert [each.number for each in callback.history] == [0, 1, 2]
         assert starts.lrs[2] == LR
 
-    def test_another_module_starts_anew(self):
+    def test_another_module_starts_again(self):
         callback, alone = SAPCallback(EPOCHS), SAPCallback(EPOCHS)
         fit(2 * EPOCHS - 1, callback)
         module = fit(2 * EPOCHS, callback)

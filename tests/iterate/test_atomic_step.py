@@ -1,4 +1,4 @@
-"""A step is complete or has not happened, whatever is raised in the middle of it.
+"""A step is complete or has not happened, even if an error interrupts it.
 
 The mode below sees the operations of its own thread only; conftest.py lets PyTorch have no other.
 """
@@ -97,7 +97,7 @@ def test_a_step_prunes_rewinds_and_records_or_does_nothing(error, evaluated, rew
     assert found == {0, 1}
 
 
-def test_a_pruner_is_made_or_leaves_no_mask():
+def test_a_failed_pruner_leaves_no_mask():
     model, counting = make_model(), RaiseAt(0, NO_MEMORY)
     with counting:
         SAP(model)
@@ -122,8 +122,8 @@ def test_without_an_evaluation_zeros_are_restored_once(monkeypatch):
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=["error", "interrupt"])
 @pytest.mark.parametrize("where", ["train", "eval", "eval after pruning"])
-def test_a_function_of_the_users_that_raises(where, error):
-    """In the second round: the first one is in the history, and the model is as after it, or after this pruning."""
+def test_an_error_in_a_user_function(where, error):
+    """In the second round, after which the model is as after the first one, or as after the second pruning."""
     thing, calls, after_first = Trained(), [], []
 
     def train_fn(model):

@@ -36,23 +36,20 @@ def test_json_round_trip(history, tmp_path):
     json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     again = History.from_json(path)
     assert isinstance(again, History)
-    for record, other in zip(history, again, strict=True):
-        assert_same_record(record, other)
+    assert_same_record(list(history), list(again))
     again.to_json(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
 
 
-def test_json_of_a_history_with_undefined_groups(tmp_path):
+def test_json_of_a_history_with_undefined_groups():
     model = mlp()
     with torch.no_grad():
         model[0].weight.zero_()
     history = iterative_sap(model, lambda _: None, iterations=1, **ARGUMENTS)
     assert math.isnan(history[0].groups["0.weight"].index[0])
     assert history[0].groups["0.weight"].c.tolist() == [0]
-    history.to_json(tmp_path / "history.json")
-    json.loads((tmp_path / "history.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    for record, other in zip(history, History.from_json(tmp_path / "history.json"), strict=True):
-        assert_same_record(record, other)
+    plain = json.loads(json.dumps(history.to_dict(), allow_nan=False))
+    assert_same_record(list(history), list(History.from_dict(plain)))
 
 
 def test_metrics_that_are_not_finite_are_read_back():
@@ -108,40 +105,22 @@ def test_sequence_frozen_rounds_and_tables(history, tmp_path):
     assert all(record.seconds >= 0 for record in history)
     frame = history.to_frame()
     assert len(frame) == 4
-    assert any(frame[column].tolist() == [record.remaining for record in history] for column in frame.columns)
+    assert frame["remaining"].tolist() == [record.remaining for record in history]
     history.to_csv(tmp_path / "history.csv")
     with (tmp_path / "history.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert len(rows) == 5
     assert len({len(row) for row in rows}) == 1
-    assert any(
-        [float(row[place]) for row in rows[1:]] == [record.pqi for record in history]
-        for place in range(len(rows[0]))
-        if all(row[place].replace(".", "").isdigit() for row in rows[1:])
-    ), "PQI with all its digits"
-
-
-def test_plot(history, tmp_path):
-    history.plot(tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "figure.png").stat().st_size > 5000
-    import matplotlib.pyplot as plt
-
-    assert not plt.get_fignums(), "no figure is left open"
-
-
-def test_the_history_of_a_run_without_gini_or_metrics_can_be_plotted_and_written(tmp_path):
-    history = iterative_sap(mlp(), trainer((6, 6)), iterations=1, **ARGUMENTS)
-    history.plot(tmp_path / "figure.pdf")
-    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
-    history.to_csv(tmp_path / "history.csv")
-    assert len(history.to_frame()) == 2
+    place = rows[0].index("pqi")
+    assert [float(row[place]) for row in rows[1:]] == [record.pqi for record in history], "with all digits"
 
 
 @pytest.mark.parametrize(
     ("metric", "expected"), [(None, None), ("loss", None), ("speed", "metric 'speed' must be recorded in every round")]
 )
 def test_figures(tmp_path, metric, expected):
+    import matplotlib.pyplot as plt
+
     history = iterative_sap(mlp(), lambda model: {"loss": 1.0, "other": 2.0}, iterations=1)
     if expected:
         with pytest.raises(ValueError, match=expected):
@@ -149,9 +128,12 @@ def test_figures(tmp_path, metric, expected):
         assert not (tmp_path / "figure.png").exists()
     else:
         history.plot(tmp_path / "figure.png", metric=metric)
-        assert (tmp_path / "figure.png").stat().st_size > 1000
-    with pytest.raises(ValueError, match="empty"):
-        History().plot(tmp_path / "none.png")
+        assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert not plt.get_fignums(), "no figure is left open"
+    without_metrics = iterative_sap(mlp(), trainer((6, 6)), iterations=1)
+    without_metrics.plot(tmp_path / "figure.pdf")
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+    assert len(without_metrics.to_frame()) == 2
 
 
 def test_a_history_is_read_at_a_glance():

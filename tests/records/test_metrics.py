@@ -1,4 +1,4 @@
-"""Which metric is meant: one rule for pictures, labels and stopping rules."""
+"""One rule chooses the metric for figures, labels and stopping rules."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from torch_sap.records.metrics import choose_metric
         (["Validation_Perplexity"], "Validation_Perplexity", ValueError, "Validation_Perplexity"),
     ],
 )
-def test_the_metric_that_is_meant(names, shown, largest, smallest):
+def test_choice_of_the_metric(names, shown, largest, smallest):
     assert choose_metric(names) == shown
     for judge, expected in (("max", largest), ("min", smallest)):
         assert choose_metric(names, "named", judge=judge) == "named"

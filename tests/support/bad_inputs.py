@@ -149,7 +149,7 @@ CASES = {
         ('iterative_sap(model, train_fn, iterations=1.0)', 'TypeError', 'iterations must be an int, got 1.0'),
         ('iterative_sap(model, train_fn, eval_fn=1)', 'TypeError', 'eval_fn must be callable or None, got 1'),
         ('iterative_sap(model, train_fn, callback="print")', 'TypeError', "callback must be callable or None, got 'print'"),
-        ('iterative_sap(model, train_fn, epochs=3)', 'TypeError', "Pruner.__init__() got an unexpected keyword argument 'epochs'"),
+        ('iterative_sap(model, train_fn, epochs=3)', 'TypeError', "SAP() got an unexpected keyword argument 'epochs'"),
         ('iterative_sap(model, lambda model: "good")', 'TypeError', "train_fn must give None, a number or a mapping from names to numbers, got 'good'"),
         ('iterative_sap(model, raising)', 'RuntimeError', 'the training failed'),
         ('iterative_sap(sap, 3)', 'TypeError', 'train_fn must be callable, got 3'),

@@ -1,4 +1,4 @@
-"""Iterative pruning in small: settings, a training, and states to compare."""
+"""Small iterative prunings: settings, a training, and states to compare."""
 
 import dataclasses
 import io
@@ -12,7 +12,7 @@ ARGUMENTS = {"p": 0.5, "q": 1.0, "eta_r": 0.05, "gamma": 1.0, "beta": 0.6}
 
 
 def trainer(shape, steps=4):
-    """A train_fn with an optimizer of its own and other data each time."""
+    """Make a train_fn with its own optimizer and new data per call."""
 
     def train(model):
         train.rounds += 1
@@ -23,7 +23,7 @@ def trainer(shape, steps=4):
 
 
 def assert_rewound(model, start, masks):
-    """The model is as the state, with zeros where the masks have some."""
+    """Check that the model has the state, with zeros where the masks are False."""
     for key, value in state_without_masks(model).items():
         expected = torch.where(masks[key], start[key], 0) if key in masks else start[key]
         assert torch.equal(value, expected), key
@@ -34,7 +34,7 @@ def state_without_masks(model):
 
 
 def saved(thing):
-    """What torch.load reads of what torch.save wrote."""
+    """Return the thing after torch.save and torch.load."""
     file = io.BytesIO()
     torch.save(thing, file)
     file.seek(0)
@@ -42,7 +42,7 @@ def saved(thing):
 
 
 def assert_same_record(first, second):
-    """Equal records, field by field, with arrays and NaN."""
+    """Check that records are equal field by field, with arrays and NaN."""
     assert type(first) is type(second) or isinstance(first, int | float)
     if dataclasses.is_dataclass(first):
         for field in dataclasses.fields(first):

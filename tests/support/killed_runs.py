@@ -62,26 +62,17 @@ def run(path, epochs):
             noisy = IMAGES + 0.1 * torch.randn_like(IMAGES)
             return {"accuracy": (model(noisy).argmax(1) == LABELS).float().mean()}
 
-    history = torch_sap.iterative_sap(
-        model,
-        train_fn,
-        iterations=ITERATIONS,
-        eval_fn=eval_fn,
-        stop=WithinTolerance(0.2, patience=9),
-        checkpoint=path,
-        optimizer=optimizer,
-    )
+    settings = {"stop": WithinTolerance(0.2, patience=9), "checkpoint": path, "optimizer": optimizer}
+    history = torch_sap.iterative_sap(model, train_fn, iterations=ITERATIONS, eval_fn=eval_fn, **settings)
     with open(path + ".result", "w") as file:
         json.dump(outcome(model, optimizer, history), file)
 
 
 def outcome(model, optimizer, history):
-    """All that must not depend on whether the run was killed."""
+    """Collect everything that must not depend on whether the run was killed."""
     digest = hashlib.sha256()
-    state = {
-        **model.state_dict(),
-        **{f"momentum {i}": s["momentum_buffer"] for i, s in enumerate(optimizer.state.values())},
-    }
+    momenta = {f"momentum {i}": s["momentum_buffer"] for i, s in enumerate(optimizer.state.values())}
+    state = model.state_dict() | momenta
     for name, tensor in state.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.detach().numpy().tobytes())
     rounds = [{**each.to_dict(), "seconds": 0} for each in history]
@@ -96,7 +87,7 @@ def outcome(model, optimizer, history):
 
 
 def start(work):
-    """A process that does some work and ends."""
+    """Fork a process that does some work and ends."""
     process = os.fork()
     if process == 0:
         work()
@@ -105,7 +96,7 @@ def start(work):
 
 
 def finish(process):
-    """Wait for the process, which must not fail; whether it was killed."""
+    """Wait for a process, which must not fail; return whether it was killed."""
     status = os.waitpid(process, 0)[1]
     if os.WIFEXITED(status):
         assert os.WEXITSTATUS(status) == 0, status
@@ -115,7 +106,7 @@ def finish(process):
 
 
 def kill_after(work, seconds):
-    """Start some work and kill it after a time; whether it was still running."""
+    """Start some work and kill it after a time; return whether it was still running."""
     process = start(work)
     time.sleep(seconds)
     os.kill(process, signal.SIGKILL)
@@ -123,7 +114,7 @@ def kill_after(work, seconds):
 
 
 def place_of(path):
-    """Where the file says that the run is."""
+    """Describe how far the run is, by its file."""
     if not os.path.exists(path):
         return "no file"
     state = checkpoint.read(path)
@@ -132,14 +123,14 @@ def place_of(path):
 
 
 def resume(work, path):
-    """Let the run come to its end, and say where it arrived."""
+    """Run to the end and return the outcome."""
     assert not finish(start(work))
     with open(path + ".result") as file:
         return json.load(file)
 
 
 def killed_at_instants(folder, number):
-    """Each run is killed once in its part of the time, then up to two times more, then left alone."""
+    """Kill each run once in its part of the time and up to two times more, then let it end."""
     path, draw = os.path.join(folder, "whole"), random.Random(7)
     began = time.perf_counter()
     whole = resume(partial(run, path, 10), path)
@@ -189,7 +180,7 @@ STEPS = {
 
 
 def run_and_die(path, epochs, step, writing):
-    """A run that kills itself at a step of its n-th writing."""
+    """Run, and die at a step of the n-th writing."""
     real_write, count = checkpoint.write, 0
 
     def write(*arguments):
@@ -206,7 +197,7 @@ def run_and_die(path, epochs, step, writing):
 
 
 def killed_at_steps(folder):
-    """For each step and each writing a run that is killed there and resumed."""
+    """Kill and resume a run at each step of each writing."""
     path = os.path.join(folder, "whole")
     whole = resume(partial(run, path, 1), path)
     results, places = [], {}

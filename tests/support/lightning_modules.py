@@ -1,4 +1,4 @@
-"""A LightningModule, what watches it, and a quiet Trainer: shared by the tests of the callback."""
+"""A LightningModule, a callback that watches it, and a quiet Trainer."""
 
 import copy
 from functools import partial
@@ -17,7 +17,7 @@ IGNORED = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
 ]
 
-EPOCHS = 3  # a round
+EPOCHS = 3  # per round
 LR = 0.05
 BATCHES = 4
 
@@ -33,7 +33,7 @@ def loader():
 
 
 class Resumable:
-    """The batches in order, from where a state says."""
+    """A loader that resumes at the batch of its state."""
 
     def __init__(self):
         self.begin = self.done = 0
@@ -82,7 +82,7 @@ class Module(L.LightningModule):
 
 
 class LateModule(Module):
-    """Made when the Trainer is ready for it."""
+    """A module whose layers are created in configure_model."""
 
     def __init__(self):
         L.LightningModule.__init__(self)
@@ -94,7 +94,7 @@ class LateModule(Module):
 
 
 class Starts(L.Callback):
-    """What each epoch starts from; it comes after the SAPCallback."""
+    """Record the state at the start of each epoch; comes after the SAPCallback."""
 
     def __init__(self):
         self.states, self.lrs, self.optimizers = [], [], []
@@ -134,7 +134,7 @@ def assert_same(module, other):
 
 
 def assert_rewound(state, start):
-    """A state is the start with zeros at pruned entries, bit for bit, batch-norm statistics included."""
+    """Check that a state is the start with zeros at pruned entries, bit for bit."""
     for key, value in state.items():
         if not key.endswith("_mask"):
             mask = state.get(key.removesuffix("_orig") + "_mask", torch.tensor(True))

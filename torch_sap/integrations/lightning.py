@@ -1,7 +1,7 @@
-"""Iterative SAP inside Lightning's Trainer: a callback.
+"""A callback for iterative SAP in Lightning's Trainer.
 
-A round is a fixed number of epochs. It is pruned at the start of the next epoch, not at the end of its last one: every
-checkpoint then holds a trained model, and the metric that it was chosen by belongs to that model.
+A round is a fixed number of epochs. The pruning happens at the start of the next epoch, not at the end of the last one,
+so that every checkpoint holds a trained model and that model's metrics.
 """
 
 from __future__ import annotations
@@ -34,30 +34,29 @@ _logger = logging.getLogger(__name__)
 class SAPCallback(Callback):
     """Sparsity-informed Adaptive Pruning in a Trainer: train, measure, prune, rewind, again.
 
-    Each ``epochs_per_round`` epochs are a round; the last round is trained and not pruned. So
-    ``max_epochs=(iterations + 1) * epochs_per_round`` makes that many prunings. Rewinding puts back the surviving
-    weights, all other parameters, the buffers, the optimizers, and the learning-rate schedulers, which therefore
-    should be made for one round. The history's metrics are ``trainer.callback_metrics``.
+    A round takes ``epochs_per_round`` epochs, and the last one is not pruned: use
+    ``max_epochs=(iterations + 1) * epochs_per_round``. Rewinding restores the surviving weights, all other parameters,
+    the buffers, the optimizers, and the learning-rate schedulers, so create schedulers for one round. The history's
+    metrics are ``trainer.callback_metrics``.
 
-    The callback's state is in the Trainer's checkpoints, and ``fit(ckpt_path=...)`` continues from it, at the end of a
-    round or inside one. A second ``fit`` of the same module continues where the first one ended. With another module
-    the callback starts again.
+    The state is part of the Trainer's checkpoints; ``fit(ckpt_path=...)`` continues at the end of a round or inside
+    one. A second ``fit`` of the same module continues where the first one ended; another module starts again.
 
     Args:
         epochs_per_round: Epochs of each training; 1 or more.
         scope, p, q, eta_r, gamma, beta: As of :class:`SAP`.
         rewind: "init": to the state at the start of the first ``fit``. A number of epochs, less than
-            ``epochs_per_round``: to the weights after that many epochs of the first round (late rewinding); optimizers
-            and schedulers start again all the same. "none": nothing is set back, schedulers continue.
+            ``epochs_per_round``: to the weights after that many epochs of the first round (late rewinding), with fresh
+            optimizers and schedulers. "none": nothing is set back, schedulers continue.
         exclude: Patterns of what not to prune, see :func:`prunable_parameters`; paths are those in the LightningModule.
 
     Attributes:
         sap: The :class:`SAP` pruner; None before the first ``fit``.
 
     Raises:
-        ValueError: if an argument is out of its range; in ``fit`` if the weights are NaN or infinite, if there is
-            nothing to prune, or if a checkpoint comes from a callback with other settings.
-        TypeError: if an argument is of a wrong type.
+        ValueError: if an argument is out of range; in ``fit`` if weights are NaN or infinite, if there is nothing to
+            prune, or if a checkpoint comes from a callback with other settings.
+        TypeError: if an argument has the wrong type.
 
     Example:
         >>> callback = SAPCallback(epochs_per_round=10, scope="layer", rewind=1)
@@ -80,7 +79,7 @@ class SAPCallback(Callback):
         rewind: Literal["init", "none"] | int = "init",
         exclude: str | Iterable[str] = (),
     ) -> None:
-        Hyperparameters(p, q, eta_r, gamma, beta)  # raises here if one is out of its range
+        Hyperparameters(p, q, eta_r, gamma, beta)  # raises here if one is out of range
         check_int("epochs_per_round", epochs_per_round, low=1)
         check_scope(scope)
         late = isinstance(rewind, int) and not isinstance(rewind, bool) and 0 < rewind < epochs_per_round
@@ -97,8 +96,8 @@ class SAPCallback(Callback):
         self._settings: Any = dict(scope=scope, p=p, q=q, eta_r=eta_r, gamma=gamma, beta=beta)
         self._loaded: Mapping[str, Any] = {}
         self._metrics: dict[str, float] = {}
-        self._epochs_before = 0  # epochs of the running round that earlier calls of fit have trained
-        self._round_start: int | None = None  # the Trainer's epoch in which the running round began; None between fits
+        self._epochs_before = 0  # epochs of this round in earlier calls of fit
+        self._round_start: int | None = None  # the Trainer's epoch at its start; None between fits
         self._gave_masks = False  # to a module that has not loaded its state yet
         self._load_handle: RemovableHandle | None = None
         self._fresh: list[tuple[Any, Any]] = []  # optimizers and schedulers, and their states before training
@@ -109,10 +108,10 @@ class SAPCallback(Callback):
         return History() if self.sap is None else self.sap.history
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module masks of ones before other callbacks copy it, and let it load any checkpoint.
+        """Add masks of ones before other callbacks copy the module, and let it load any checkpoint.
 
-        The Trainer loads the module's state before it calls any later hook. Layers that ``configure_model`` creates
-        do not exist yet; they get their masks when masks are loaded, or in ``on_fit_start``.
+        The Trainer loads the module's state before any later hook. Layers from ``configure_model`` do not exist yet;
+        they get their masks when masks are loaded, or in ``on_fit_start``.
         """
         if stage == "fit" and prunable_parameters(pl_module) and not is_pruned(pl_module):
             global_unstructured(pl_module, gamma=0, exclude=self._exclude)  # gamma=0 prunes nothing
@@ -122,11 +121,14 @@ class SAPCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the loading hook from the module; its masks stay."""
-        self._release()
+        self._gave_masks = False
+        if self._load_handle is not None:
+            self._load_handle.remove()
+            self._load_handle = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Create the pruner. The module is on its device, and has the weights of the checkpoint if there is one."""
-        self._release()
+        """Create the pruner, now that the module is on its device with any checkpoint's weights."""
+        self.teardown(trainer, pl_module, "fit")
         if self.sap is None or self.sap.model is not pl_module:
             rewind: Literal["init", "none"] = "none" if self.rewind == "none" else "init"
             self.sap = SAP(pl_module, rewind=rewind, exclude=self._exclude, **self._settings)
@@ -136,7 +138,7 @@ class SAPCallback(Callback):
         self._fresh = [(each, copy.deepcopy(each.state_dict())) for each in stateful]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the round's epochs from where the last fit stopped; the Trainer knows its own epoch only now."""
+        """Continue the round of the last fit; the Trainer knows its own epoch only now."""
         if self._round_start is None:
             self._round_start = trainer.current_epoch - self._epochs_before
 
@@ -145,13 +147,17 @@ class SAPCallback(Callback):
         assert self.sap is not None and self._round_start is not None
         epochs = trainer.current_epoch - self._round_start
         if epochs >= self.epochs_per_round:
-            self._prune()
+            self._drop_unpruned_round()
+            _logger.info("%r", self.sap.step(self._metrics))
+            if self.rewind != "none":
+                for each, state in self._fresh:
+                    each.load_state_dict(copy.deepcopy(state))
             self._round_start = trainer.current_epoch
         elif epochs == self.rewind and not any(found.pruned for found in self.history):
             self.sap.set_rewind_point()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the metrics: those of the validation and of the training are there now."""
+        """Keep the metrics of training and validation, which are complete now."""
         values = trainer.callback_metrics.items()
         self._metrics = {name: float(value) for name, value in values if value.numel() == 1}
 
@@ -160,12 +166,12 @@ class SAPCallback(Callback):
         self._end(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure it even if the Trainer had nothing left to train: a resume from the very last checkpoint."""
+        """Measure the last training if there was none in this fit, after resuming from the last checkpoint."""
         if self._round_start is not None and trainer.current_epoch > self._round_start:
             self._end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let another fit continue after an interruption."""
+        """Let another fit continue after an error."""
         self._pause(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,40 +188,21 @@ class SAPCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`; the Trainer calls it before or after ``on_fit_start``."""
         self._loaded = state_dict
-        if self.sap is not None:
-            self._resume()
+        self._resume()
 
     def _match_masks(self, module: nn.Module, state: Mapping[str, Any], *_: Any) -> None:
-        """Load pre-hook: give the module as many masks as the state has."""
+        """Before the module loads a state: add masks, or remove those of :meth:`setup`, as the state needs."""
         if any(key.endswith("_mask") and key.removesuffix("_mask") + "_orig" in state for key in state):
             global_unstructured(module, gamma=0, exclude=self._exclude)
         elif self._gave_masks:
             remove(module)
 
-    def _release(self) -> None:
-        self._gave_masks = False
-        if self._load_handle is not None:
-            self._load_handle.remove()
-            self._load_handle = None
-
     def _resume(self) -> None:
-        if self._loaded:
-            assert self.sap is not None
+        if self._loaded and self.sap is not None:
             self.sap.load_state_dict(self._loaded["sap"])
             self._metrics = dict(self._loaded["metrics"])
-            self._epochs_before = self._loaded["epochs_before"]
-            self._round_start = self._loaded["round_start"]
+            self._epochs_before, self._round_start = self._loaded["epochs_before"], self._loaded["round_start"]
             self._loaded = {}
-
-    def _prune(self) -> None:
-        assert self.sap is not None
-        self._drop_unpruned_round()
-        found = self.sap.step(self._metrics)
-        pruned, remaining = found.pruned_count, found.remaining - found.pruned_count
-        _logger.info("round %d: pruned %d weights, %d remain", found.number, pruned, remaining)
-        if self.rewind != "none":
-            for each, state in self._fresh:
-                each.load_state_dict(copy.deepcopy(state))
 
     def _end(self, trainer: Trainer) -> None:
         assert self.sap is not None
@@ -224,9 +211,9 @@ class SAPCallback(Callback):
         self._pause(trainer)
 
     def _drop_unpruned_round(self) -> None:
-        """Take back the record of a training that is no longer the last one."""
-        if self.sap is not None:
-            self.sap.history = History(found for found in self.sap.history if found.pruned is not None)
+        """Drop the record of a training that is no longer the last one."""
+        assert self.sap is not None
+        self.sap.history = History(found for found in self.history if found.pruned is not None)
 
     def _pause(self, trainer: Trainer) -> None:
         if self._round_start is not None:

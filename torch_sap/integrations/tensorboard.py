@@ -1,4 +1,4 @@
-"""Rounds of an iterative pruning in TensorBoard, during the run or afterwards."""
+"""A callback that writes rounds to TensorBoard, during a run or afterwards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from torch_sap.records.round import Round, Sparsity
+from torch_sap.records.round import Round, Sparsity, mean_defined
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -17,7 +17,7 @@ except ImportError as error:
 
 
 class TensorBoardCallback:
-    """Write each round that it is called with as event data, with the round's number as the step.
+    """Write each round as TensorBoard events, with the round's number as the step.
 
     Tags of the retrained model and, with the prefix ``pruned_``, of the pruned model before rewinding:
 
@@ -27,16 +27,15 @@ class TensorBoardCallback:
     - for each tensor ``layer_density/NAME``, ``layer_pqi/NAME``, and the histogram ``neuron_pqi/NAME``.
 
     Args:
-        writer: A SummaryWriter of yours, which stays open, or the folder for a new one, which :meth:`close` and the
-            end of a with-block close.
-        layers: Whether each tensor gets its own tags.
+        writer: Your SummaryWriter, which stays open, or the folder for a new one, which :meth:`close` closes.
+        layers: Whether to write tags for each tensor.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> with TensorBoardCallback("runs/sap") as tensorboard:
         ...     history = iterative_sap(model, train_fn=lambda model: None, iterations=2, callback=tensorboard)
 
-        Afterwards, with a history that was saved: ``for found in history: tensorboard(found)``.
+    For a saved history: ``for found in history: tensorboard(found)``.
     """
 
     def __init__(self, writer: SummaryWriter | str | os.PathLike[str], *, layers: bool = True) -> None:
@@ -54,7 +53,13 @@ class TensorBoardCallback:
         if round.pruned is not None:
             self._sparsity("pruned_", round.pruned, round)
         if self.layers:
-            self._layers(round)
+            density = {tensor.name: tensor.density for tensor in round.tensors if tensor.total}
+            self._scalars("layer_density/", density, round)
+            layers = {name: _defined(index) for name, index in round.retrained.pqi["layer"].items()}
+            self._scalars("layer_pqi/", {name: float(index[0]) for name, index in layers.items() if len(index)}, round)
+            for name, index in round.retrained.pqi["neuron"].items():
+                if len(defined := _defined(index)):
+                    self.writer.add_histogram(f"neuron_pqi/{name}", defined, round.number)
         self.writer.flush()
 
     def _scalars(self, prefix: str, values: Mapping[str, float], round: Round) -> None:
@@ -64,24 +69,12 @@ class TensorBoardCallback:
     def _sparsity(self, prefix: str, sparsity: Sparsity, round: Round) -> None:
         for measure, scopes in (("pqi", sparsity.pqi), ("gini", sparsity.gini)):
             for scope, groups in (scopes or {}).items():
-                defined = _defined(np.concatenate(list(groups.values())))
-                if len(defined):
-                    name = f"{prefix}{measure}/{scope}" + ("" if scope == "global" else "_mean")
-                    self.writer.add_scalar(name, float(defined.mean()), round.number)
-
-    def _layers(self, round: Round) -> None:
-        for tensor in round.tensors:
-            if tensor.total:
-                self.writer.add_scalar(f"layer_density/{tensor.name}", tensor.density, round.number)
-        for name, index in round.retrained.pqi["layer"].items():
-            if len(defined := _defined(index)):
-                self.writer.add_scalar(f"layer_pqi/{name}", float(defined[0]), round.number)
-        for name, index in round.retrained.pqi["neuron"].items():
-            if len(defined := _defined(index)):
-                self.writer.add_histogram(f"neuron_pqi/{name}", defined, round.number)
+                if not np.isnan(mean := mean_defined(groups)):
+                    name = scope if scope == "global" else f"{scope}_mean"
+                    self._scalars(f"{prefix}{measure}/", {name: mean}, round)
 
     def close(self) -> None:
-        """Close the writer, unless it is yours."""
+        """Close the writer, unless you passed it."""
         if self._owned:
             self.writer.close()
 

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from torch_sap.arguments import check_model
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.functional import remove
 from torch_sap.inspect.example import arguments_of, as_it_was, tensors_of
 from torch_sap.inspect.summary import summary
+from torch_sap.iterate.rewinding import modes_of, set_modes
 from torch_sap.masks.parameters import resolve
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -45,10 +46,10 @@ PER_CHANNEL = (
 
 @dataclass(frozen=True, eq=False)
 class Shrunk:
-    """What :func:`shrink` made.
+    """The result of :func:`shrink`.
 
     Attributes:
-        model: The smaller model: plain modules without masks.
+        model: The smaller model, with plain modules and no masks.
         removed: Number of removed output channels per weight.
         kept: Why empty output channels are still there, per weight that has some.
         weights_before: Entries of the weights of the given model.
@@ -72,10 +73,10 @@ class Shrunk:
 
 
 def shrink(model: nn.Module, example_input: Any) -> Shrunk:
-    """Make a smaller model with the same outputs, without neurons that are empty or not read.
+    """Copy a model without the neurons that are empty or not read, with the same outputs.
 
-    The given model is not changed. The smaller one is dense, computes the same in eval mode up to rounding, and is
-    compared on the example in float64. In train mode the two differ: batch norm and dropout see other channels.
+    The copy is dense and computes the same in eval mode up to rounding; both are compared on the example in float64.
+    In train mode they differ, because batch norm and dropout see other channels.
 
     Args:
         model: Any module, pruned or with the zeros that :func:`remove` leaves.
@@ -85,8 +86,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
         The smaller model, what it lost, and why empty rows are still there.
 
     Raises:
-        TypeError: if the model is not a module.
-        ValueError: if it has no prunable weight.
+        TypeError, ValueError: if the model is not a module, or has no prunable weight.
         ImportError: if Torch-Pruning is not installed (extra "shrink").
         RuntimeError: if the outputs differ, which would be a bug in torch_sap.
         Exception: any error of the model on the example.
@@ -107,34 +107,28 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
     check_model(model)
     resolve(model)
     small = remove(copy.deepcopy(unwrap(model)))
-    modes = {name: module.training for name, module in small.named_modules()}
+    modes = modes_of(small)
     frozen = [name for name, parameter in small.named_parameters() if not parameter.requires_grad]
     reference = copy.deepcopy(small).double().eval()
-    example = tree_map(_double, example_input)
+    example = tree_map_only(Tensor, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, example_input)
     removed: dict[str, int] = {}
     small.eval().requires_grad_(True)  # autograd's graph is the dependency graph
-    while True:
-        chains = _chains(small, example_input, example, torch_pruning)
-        removable = [chain for chain in chains if len(chain.removable)]
-        for chain in removable:
-            chain.cut()
-            removed[chain.weight] = removed.get(chain.weight, 0) + len(chain.removable)
-        if not removable:
-            break  # a cut can make further channels removable
+    chains = _chains(small, example_input, example, torch_pruning)
+    while any(len(chain.removable) for chain in chains):
+        for chain in chains:
+            if number := len(chain.removable):
+                chain.cut()
+                removed[chain.weight] = removed.get(chain.weight, 0) + number
+        chains = _chains(small, example_input, example, torch_pruning)  # a cut can make further channels removable
     _check_equal(reference, small, example)
     reasons = {chain.weight: chain.why for chain in chains}
     empty = [layer for layer in summary(small).layers if layer.empty_rows]
     kept = {layer.name: reasons.get(layer.name) or f"rows of {layer.module} are not removed" for layer in empty}
-    for name, module in small.named_modules():
-        module.training = modes[name]
+    set_modes(modes)
     for name in frozen:
         small.get_parameter(name).requires_grad_(False)
     before, after = (sum(p.weight.numel() for p in resolve(one)) for one in (reference, small))
     return Shrunk(small, removed, kept, before, after)
-
-
-def _double(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _check_equal(model: nn.Module, small: nn.Module, example: Any) -> None:
@@ -162,17 +156,13 @@ class _Reader:
     channels: Tensor  # the channel of each position
     constants: Tensor = field(default_factory=lambda: torch.zeros(0))  # what arrives at each position; NaN: it varies
 
-    def reads(self) -> Tensor:
-        """Whether an input has any nonzero weight; bool, one value per position."""
-        weight: Tensor = self.module.weight
-        return (weight.transpose(0, 1).flatten(1) != 0).any(1)[self.positions]
-
     def observe_(self, seen: Tensor) -> None:
-        """Keep the number that arrives at each position, if it is one that the bias can absorb."""
+        """Keep the constant that arrives at each position, if the bias can absorb it."""
         values = seen.movedim(-1 if isinstance(self.module, nn.Linear) else 1, 0).flatten(1)[self.positions]
         low, high = values.aminmax(dim=1)
         constant = high - low <= 1e-12 * torch.maximum(low.abs(), high.abs())
-        if _pads_with_zeros(self.module):
+        padding = getattr(self.module, "padding", "valid")
+        if padding != "valid" and any(padding) and self.module.padding_mode == "zeros":
             constant &= high == 0
         self.constants = torch.where(constant, low, torch.nan)
 
@@ -184,17 +174,10 @@ class _Reader:
         if not isinstance(self.module, nn.Linear):
             columns = columns.flatten(2).sum(2)
         shift = columns @ known.to(columns.device)
-        if not shift.any():
-            return
-        if self.module.bias is None:
-            self.module.bias = nn.Parameter(self.module.weight.new_zeros(len(self.module.weight)))
-        self.module.bias.copy_(self.module.bias.double() + shift)
-
-
-def _pads_with_zeros(module: Any) -> bool:
-    if isinstance(module, nn.Linear) or module.padding_mode != "zeros" or module.padding == "valid":
-        return False
-    return module.padding == "same" or any(module.padding)
+        if shift.any():
+            if self.module.bias is None:
+                self.module.bias = nn.Parameter(self.module.weight.new_zeros(len(self.module.weight)))
+            self.module.bias.copy_(self.module.bias.double() + shift)
 
 
 @dataclass(eq=False)
@@ -223,14 +206,16 @@ class _Chain:
             values = seen[reader.name]
             assert values is not None
             reader.observe_(values)
-            free[reader.channels[reader.reads()]] = False
+            is_read = (reader.module.weight.transpose(0, 1).flatten(1) != 0).any(1)[reader.positions]
+            free[reader.channels[is_read]] = False
             constant[reader.channels[reader.constants.isnan()]] = False
         go = free | (empty & constant)
         if go.all():
             go[0] = False
         names = ", ".join(reader.name for reader in self.readers)
-        one_left = bool((free | constant).all())
-        self.why = "one channel has to stay" if one_left else f"{names} gets no constant, or pads it with zeros"
+        self.why = f"{names} gets no constant, or pads it with zeros"
+        if (free | constant).all():
+            self.why = "one channel has to stay"
         self.removable = go.nonzero().flatten()
 
     def cut(self) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +24,12 @@ from torch.optim import Optimizer
 from torch_sap.arguments import check_callable, check_flag, check_model
 from torch_sap.decide.bounds import FixedRatio, Hyperparameters
 from torch_sap.decide.groups import Entry, Scope, check_scope
-from torch_sap.decide.step import GroupValues, StepResult, group_values, prune_step
-from torch_sap.decide.sums import PowerSums, check_finite, power_sums
+from torch_sap.decide.step import StepResult, group_values, prune_step
+from torch_sap.decide.sums import check_finite, power_sums
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import share, wrapper_of
 from torch_sap.files.checkpoint import differences
-from torch_sap.iterate.rewinding import (
-    Rewind,
-    State,
-    check_state,
-    copier,
-    masks_of,
-    modes_of,
-    rewind_point,
-    set_modes,
-    snapshot,
-)
+from torch_sap.iterate.rewinding import Rewind, State, check_state, copier, masks_of, modes_of, set_modes, snapshot
 from torch_sap.masks.guards import guard, unguard
 from torch_sap.masks.mask import check_copies, finish, hold_masks, hooks_of
 from torch_sap.masks.parameters import entries_of, resolve
@@ -50,53 +40,65 @@ from torch_sap.records.metrics import Metrics, as_metrics
 from torch_sap.records.report import tensor_records
 from torch_sap.records.round import Measured, Round, Sparsity
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 FORMAT = 2
 """Of a pruner's state_dict."""
 
 
-class Plan(NamedTuple):
-    """What a round found before its pruning, and what it is to prune; None: nothing."""
+class Settings(TypedDict, total=False):
+    """Keyword arguments of all pruners.
 
-    measured: Measured
-    pruning: StepResult | None
+    Attributes:
+        scope: What one I, r and c are computed over: "global" (all weights), "layer" (a tensor), "neuron" (an output
+            channel). Default "layer": a network that is trained again after each pruning adapts to layers of very
+            different density, and no layer loses everything at once.
+        rewind: What the surviving weights, all other parameters and the buffers are set back to: "init" (default,
+            their state now), "none" (nothing, training continues), or a state_dict from before or after pruning.
+        exclude: Patterns of what not to prune, see :func:`prunable_parameters`.
+        optimizer: An optimizer that lives through all rounds, if there is one. Rewinding sets its state back to the
+            present one; the learning rate stays as your schedule has it.
+        gini: Whether to measure the Gini index in each round, which sorts all weights. Default False.
+    """
+
+    scope: Scope
+    rewind: Rewind
+    exclude: str | Iterable[str]
+    optimizer: Optimizer | None
+    gini: bool
 
 
-class Kept(NamedTuple):
-    """A trained model that may be given back: the number of its round, its state, the mask of each tensor."""
+class SAPSettings(Settings, total=False):
+    """Keyword arguments of :class:`SAP`, which explains p, q, eta_r, gamma and beta."""
 
-    number: int
-    state: State
-    masks: list[Tensor | None]
+    p: float
+    q: float
+    eta_r: float
+    gamma: float
+    beta: float
 
 
 class Pruner:
     """Iterative pruning by a rule, one round per call, like a learning-rate scheduler; base of SAP and the baselines.
 
-    Creating one gives the model the form that it keeps in all rounds (``weight_orig``, ``weight_mask`` of ones): names
-    and Parameter objects do not change any more, so optimizers, averages and compiled models created afterwards keep
-    working. A subclass overrides :meth:`rank` to rank entries by something else than the weights. Methods that begin
-    with an underscore are for the loop in :mod:`torch_sap.iterative`.
+    Creating a pruner gives the model the form that it keeps in all rounds (``weight_orig``, ``weight_mask`` of ones),
+    so create optimizers, averages and compiled models afterwards: names and Parameter objects do not change any more.
+    A subclass overrides :meth:`rank` to rank entries by other scores. :mod:`torch_sap.iterative` is the loop that
+    calls the private methods.
 
     Args:
         model: Any module. It is pruned in place.
         rule: How many entries of a group a round prunes.
-        scope: What one I, r and c are computed over: "global" (all weights), "layer" (a tensor), "neuron" (an output
-            channel). The default is "layer": a network that is trained again after each pruning can do with layers of
-            very different density, and no layer loses everything at once.
-        rewind: What the surviving weights, all other parameters and the buffers are set back to: "init" (their state
-            now), "none" (nothing: training goes on), or a state_dict of the model from before or after pruning.
-        exclude: Patterns of what not to prune, see :func:`prunable_parameters`.
-        optimizer: An optimizer that lives through all rounds, if there is one: rewinding sets its state back to what
-            it is now. Its learning rate stays as the user's schedule has it.
-        gini: Whether to measure the Gini index in each round, too. It needs a sort of all weights.
+        scope, rewind, exclude, optimizer, gini: See :class:`Settings`.
 
     Attributes:
         history: The rounds so far.
         prunables: The tensors that are pruned.
 
     Raises:
-        ValueError: if an argument is out of its range, weights are NaN or infinite, or there is nothing to prune.
-        TypeError: if an argument or a weight is of a wrong type. The model is as before if anything is raised.
+        ValueError: if an argument is out of range, a weight is NaN or infinite, or there is nothing to prune.
+        TypeError: if an argument or a weight has the wrong type. If anything is raised, the model is unchanged.
     """
 
     def __init__(
@@ -109,7 +111,10 @@ class Pruner:
         exclude: str | Iterable[str] = (),
         optimizer: Optimizer | None = None,
         gini: bool = False,
+        **unknown: object,
     ) -> None:
+        if unknown:
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {next(iter(unknown))!r}")
         check_scope(scope)
         check_flag("gini", gini)
         check_model(model)
@@ -118,14 +123,18 @@ class Pruner:
         self.history = History()
         self.prunables = resolve(model, exclude)
         warn_of_reparametrized(model, stacklevel=3)
-        self.check_finite()
-        if gini and (sharded := [entry.name for entry in self._entries() if entry.part is not None]):
+        check_finite(entries := self._entries())
+        if gini and (sharded := [entry.name for entry in entries if entry.part is not None]):
             raise NotImplementedError(f"gini needs whole tensors, but {sharded[0]} is sharded; leave it out")
-        self._rewind_point = rewind_point(model, rewind)
+        if isinstance(rewind, str) and rewind not in ("init", "none"):
+            raise ValueError(f'rewind must be "init", "none" or a state_dict, got rewind={rewind!r}')
+        self._rewind_point: State | None = None
+        if rewind != "none":
+            self._rewind_point = snapshot(model) if rewind == "init" else check_state(model, rewind)
         self._at_rewind_point = rewind == "init"
         self._optimizer_start = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
         self._new = [prunable for prunable in self.prunables if prunable.mask is None]
-        self._kept: Kept | None = None
+        self._kept: dict[str, Any] | None = None  # number, state and masks of a model that may be given back
         self._ended = time.perf_counter()
         try:
             hold_masks(self.prunables, [prunable.mask for prunable in self.prunables])
@@ -135,16 +144,15 @@ class Pruner:
             raise
 
     def rank(self, entries: list[Entry]) -> list[Entry]:
-        """Give the entries the scores that rank them; here the weights themselves."""
+        """Return the entries with the scores that rank them; here the weights themselves."""
         return entries
 
     def step(self, metrics: Metrics = None, eval_fn: Callable[[nn.Module], Metrics] | None = None) -> Round:
         """Measure the trained model, prune it, and rewind what is left.
 
         Args:
-            metrics: Metrics of the trained model, for the history: a number (recorded as "metric") or a mapping of
-                numbers.
-            eval_fn: Called with the pruned model before it is rewound; its result is recorded as ``pruned_metrics``.
+            metrics: Metrics of the trained model: a number (recorded as "metric") or a mapping of numbers.
+            eval_fn: Called with the pruned model before rewinding; its result is recorded as ``pruned_metrics``.
 
         Returns:
             The round, now the last of ``history``.
@@ -152,22 +160,23 @@ class Pruner:
         Raises:
             ValueError: if a weight is NaN or infinite; the parameter is named and nothing is changed.
             TypeError: if the metrics are neither None, a number nor a mapping of numbers; nothing is changed.
-            Exception: whatever eval_fn raises; the round is then complete and in the history, without pruned_metrics.
+            Exception: any error of eval_fn; the round is then complete, in the history without pruned_metrics.
         """
         check_callable("eval_fn", eval_fn)
-        return self._prune(self._plan(metrics), eval_fn)
+        return self._prune(*self._measure(metrics, prune=True), eval_fn)
 
     def record(self, metrics: Metrics = None) -> Round:
         """Measure the trained model and prune nothing: the last training of an iterative pruning.
 
         Arguments, result and errors are those of :meth:`step`.
         """
-        return self._record(self._measure(metrics))
+        measured, _ = self._measure(metrics, prune=False)
+        return self._record(measured)
 
     def set_rewind_point(self) -> None:
-        """Let later rounds rewind to the model's state at this moment (late rewinding), which is copied.
+        """Copy the model's present state as the rewind point of later rounds (late rewinding).
 
-        Call it inside a training, for example after the first epochs.
+        Call it during training, for example after the first epochs.
 
         Raises:
             ValueError: if the pruner does not rewind.
@@ -177,17 +186,13 @@ class Pruner:
         self._rewind_point = snapshot(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Collect what the states of model and optimizer do not hold, as plain values and tensors.
-
-        Settings, rewind point, the optimizer's state at the start, the model that was kept to be given back, the
-        history, and the seconds since the last round.
-        """
+        """Collect what the states of model and optimizer do not hold, as plain values and tensors."""
         return {
             "format": FORMAT,
             "settings": self._settings(),
             "rewind_point": None if self._rewind_point is None else dict(self._rewind_point),
             "optimizer_start": self._optimizer_start,
-            "kept": None if self._kept is None else self._kept._asdict(),
+            "kept": self._kept,
             "history": self.history.to_dict(),
             "seconds": time.perf_counter() - self._ended,
         }
@@ -200,23 +205,19 @@ class Pruner:
         """
         types: dict[str, Any] = {"settings": Mapping, "history": Mapping, "seconds": float}
         types |= dict.fromkeys(("rewind_point", "optimizer_start", "kept"), Mapping | None)
-        ours = isinstance(state, Mapping) and state.get("format") == FORMAT and types.keys() <= state.keys()
-        if not ours or not all(isinstance(state[name], kind) for name, kind in types.items()):
+        ours = isinstance(state, Mapping) and state.get("format") == FORMAT
+        if not ours or not all(name in state and isinstance(state[name], kind) for name, kind in types.items()):
             raise ValueError(f"state must be a state_dict of a torch_sap pruner in format {FORMAT}")
         if different := differences(self._settings(), state["settings"], "in the state"):
             raise ValueError(f"state must come from a pruner with the same settings, but they differ: {different}")
         kept = state["kept"]
         point = None if state["rewind_point"] is None else check_state(self.model, state["rewind_point"])
         if kept is not None:
-            kept = Kept(kept["number"], check_state(self.model, kept["state"]), kept["masks"])
+            kept = {"number": kept["number"], "state": check_state(self.model, kept["state"]), "masks": kept["masks"]}
         self.history = History.from_dict(state["history"])
         self._rewind_point, self._kept, self._at_rewind_point = point, kept, False
         self._optimizer_start = state["optimizer_start"] or self._optimizer_start
         self._ended = time.perf_counter() - state["seconds"]
-
-    def check_finite(self) -> None:
-        """Raise a ValueError that names the first weight with NaN or infinite entries."""
-        check_finite(self._entries())
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -232,51 +233,43 @@ class Pruner:
         reshard(self.model.modules())
         return entries_of(self.prunables, None)
 
-    def _plan(self, metrics: Metrics = None) -> Plan:
-        """Measure the trained model and decide what to prune, changing nothing; argument and errors as of step."""
-        recorded, entries = as_metrics(metrics, "metrics"), self._entries()
+    def _measure(self, metrics: Metrics = None, *, prune: bool) -> tuple[Measured, StepResult | None]:
+        """Measure the trained model and decide what to prune, changing nothing; arguments and errors as of step."""
+        recorded, entries, p, q = as_metrics(metrics, "metrics"), self._entries(), self.rule.p, self.rule.q
         with torch.no_grad():
             ranked = self.rank(entries)
-            found = prune_step(ranked, self.scope, self.rule)
-            sums = found.sums if ranked is entries else power_sums(entries, self.rule.p, self.rule.q)
-            return Plan(self._measured(recorded, entries, sums, found.groups), found)
+            pruning = prune_step(ranked, self.scope, self.rule) if prune else None
+            sums = pruning.sums if pruning else power_sums(ranked, p, q)
+            groups = pruning.groups if pruning else group_values(sums, self.scope, self.rule)
+            if ranked is not entries:
+                sums = power_sums(entries, p, q)
+            measured = Measured(
+                number=len(self.history),
+                scope=self.scope,
+                hyperparameters=self.rule.to_dict(),
+                groups=groups,
+                tensors=tensor_records(self.prunables, sums.remaining),
+                retrained=Sparsity.of(sums, entries if self.gini else None),
+                metrics=recorded,
+            )
+        return measured, pruning
 
-    def _measure(self, metrics: Metrics = None) -> Plan:
-        """Measure the trained model for a round that prunes nothing, without masks; argument and errors as of step."""
-        recorded, entries = as_metrics(metrics, "metrics"), self._entries()
-        with torch.no_grad():
-            ranked = self.rank(entries)
-            found = power_sums(ranked, self.rule.p, self.rule.q)
-            sums = found if ranked is entries else power_sums(entries, self.rule.p, self.rule.q)
-            return Plan(self._measured(recorded, entries, sums, group_values(found, self.scope, self.rule)), None)
-
-    def _measured(
-        self, metrics: Mapping[str, float], entries: list[Entry], sums: PowerSums, groups: Mapping[str, GroupValues]
-    ) -> Measured:
-        return Measured(
-            number=len(self.history),
-            scope=self.scope,
-            hyperparameters=self.rule.to_dict(),
-            groups=groups,
-            tensors=tensor_records(self.prunables, sums.remaining),
-            retrained=Sparsity.of(sums, entries if self.gini else None),
-            metrics=metrics,
-        )
-
-    def _prune(self, plan: Plan, eval_fn: Callable[[nn.Module], Metrics] | None = None) -> Round:
-        """Prune the model for which a plan was made, and rewind what is left; arguments and errors as of step."""
-        assert plan.pruning is not None
-        masks, point, metrics = plan.pruning.masks, self._rewind_point, {}
+    def _prune(
+        self, measured: Measured, pruning: StepResult | None, eval_fn: Callable[[nn.Module], Metrics] | None = None
+    ) -> Round:
+        """Prune the measured model and rewind the rest; errors as of step."""
+        assert pruning is not None
+        masks, point, metrics = pruning.masks, self._rewind_point, {}
         with torch.no_grad():
             copies = wrapper_of(self.model)
             check_copies(copies, self.prunables, masks)
             share(copies, point or {})
             left = [replace(entry, mask=mask) for entry, mask in zip(self._entries(), masks, strict=True)]
             pruned = Sparsity.of(power_sums(left, self.rule.p, self.rule.q), left if self.gini else None)
-        after = tensor_records(self.prunables, plan.pruning.remaining)
+        after = tensor_records(self.prunables, pruning.remaining)
         changes = copier(self.model, point, self.prunables, masks), self._start_optimizer()
         try:
-            if eval_fn is not None:  # else masks and rewound values come together, and zeros are made once
+            if eval_fn is not None:  # else masks and rewound values come together, and zeros are restored once
                 hold_masks(self.prunables, masks)
                 metrics = evaluate(self.model, eval_fn)
         finally:
@@ -284,25 +277,23 @@ class Pruner:
                 finish(lambda: [change() for change in changes])
                 self._at_rewind_point = point is not None
             finally:
-                found = self._append(plan.measured, tensors_after=after, pruned=pruned, pruned_metrics=metrics)
+                found = self._append(measured, tensors_after=after, pruned=pruned, pruned_metrics=metrics)
         return found
 
     def _start_optimizer(self) -> Callable[[], None]:
-        """Prepare to start the optimizer again, with its state of the start and its learning rates of now."""
+        """Prepare to give the optimizer its first state, with the present learning rates."""
         optimizer, start = self.optimizer, self._optimizer_start
         if optimizer is None or start is None or self._rewind_point is None:
             return lambda: None
-        fresh = {**optimizer.state_dict(), "state": copy.deepcopy(start["state"])}  # it writes into what it loads
+        fresh = {**optimizer.state_dict(), "state": copy.deepcopy(start["state"])}  # optimizers write into it
         return lambda: optimizer.load_state_dict(fresh)
 
-    def _record(self, plan: Plan) -> Round:
-        """Add the round of a plan without its pruning."""
-        found = plan.measured
-        groups = {name: replace(group, c=group.c * 0) for name, group in found.groups.items()}
-        return self._append(found, groups=groups, tensors_after=found.tensors, pruned=None, pruned_metrics={})
+    def _record(self, measured: Measured) -> Round:
+        """Add a round without pruning."""
+        groups = {name: replace(group, c=group.c * 0) for name, group in measured.groups.items()}
+        return self._append(measured, groups=groups, tensors_after=measured.tensors, pruned=None, pruned_metrics={})
 
     def _append(self, measured: Measured, **pruning: Any) -> Round:
-        """Complete the record of a round with what its pruning did, and add it to the history."""
         now = time.perf_counter()
         found = Round(**{**vars(measured), **pruning}, seconds=now - self._ended)
         self._ended = now
@@ -312,18 +303,18 @@ class Pruner:
     def _keep(self) -> None:
         """Copy the trained model, so that :meth:`_give_back` can return it after later rounds."""
         masks = [None if mask is None else mask.clone() for mask in masks_of(self.prunables)]
-        self._kept = Kept(len(self.history), snapshot(self.model), masks)
+        self._kept = {"number": len(self.history), "state": snapshot(self.model), "masks": masks}
 
     def _give_back(self) -> None:
         """Give the model the weights, buffers and masks that were kept last, if any were."""
         if self._kept is not None:
-            finish(copier(self.model, self._kept.state, self.prunables, self._kept.masks))
-            self.history.returned = self._kept.number
+            finish(copier(self.model, self._kept["state"], self.prunables, self._kept["masks"]))
+            self.history.returned = self._kept["number"]
             self._kept = None
 
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
-        """Put the model's values and modes back to what they are now if a training fails."""
+        """Restore the model's present values and modes if the training inside fails."""
         start, modes = self._rewind_point if self._at_rewind_point else snapshot(self.model), modes_of(self.model)
         self._at_rewind_point = False
         try:
@@ -334,7 +325,7 @@ class Pruner:
             raise
 
     def _remove_masks(self) -> None:
-        """Take away the masks that this pruner brought, before it has pruned anything."""
+        """Remove the masks that this pruner added, before it has pruned anything."""
         reshard(self.model.modules())
         for prunable in self._new:
             for module, name in prunable.holders:
@@ -348,8 +339,7 @@ class SAP(Pruner):
     """Sparsity-informed Adaptive Pruning: the PQ Index of each group decides how much of it a round prunes.
 
     A round takes ``c = floor(min(gamma * (d - r), beta * d))`` entries of each group, those with the smallest
-    magnitudes. The keyword arguments ``scope``, ``rewind``, ``exclude``, ``optimizer`` and ``gini``, the errors and
-    attributes are those of :class:`torch_sap.iterate.pruner.Pruner`.
+    magnitudes. Errors, attributes and methods are those of :class:`torch_sap.iterate.pruner.Pruner`.
 
     Args:
         model: Any module. It is pruned in place.
@@ -358,7 +348,7 @@ class SAP(Pruner):
         eta_r: Share of the p-th power mass that may be lost; 0 or more. Larger prunes more.
         gamma: Factor on the prunable number ``d - r``; 0 or more. Larger prunes more.
         beta: The largest share of a group that one round prunes, in [0, 1].
-        settings: scope ("layer"), rewind ("init"), exclude, optimizer, gini (False).
+        settings: scope, rewind, exclude, optimizer, gini; see :class:`torch_sap.iterate.pruner.Settings`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -379,7 +369,7 @@ class SAP(Pruner):
         eta_r: float = 0.0,
         gamma: float = 1.0,
         beta: float = 0.9,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
         super().__init__(model, Hyperparameters(p, q, eta_r, gamma, beta), **settings)
 
@@ -398,13 +388,13 @@ class LotteryTicket(Pruner):
     """
 
     def __init__(
-        self, model: nn.Module, *, ratio: float = 0.2, p: float = 0.5, q: float = 1.0, **settings: Any
+        self, model: nn.Module, *, ratio: float = 0.2, p: float = 0.5, q: float = 1.0, **settings: Unpack[Settings]
     ) -> None:
         super().__init__(model, FixedRatio(p, q, ratio=ratio), **settings)
 
 
 class OneShot(LotteryTicket):
-    """One Shot as the paper's authors run it: a :class:`LotteryTicket` always ranked by the first trained weights."""
+    """One Shot as the paper's authors run it: a :class:`LotteryTicket` ranked by the first trained weights."""
 
     _first: dict[str, Tensor] | None = None
 

@@ -10,42 +10,32 @@ from typing import Any
 import numpy as np
 import torch
 
+from torch_sap.records.codec import to_plain
+
 _logger = logging.getLogger(__name__)
 
 
 def random_state() -> dict[str, Any]:
-    """All that random numbers depend on now, but for generators that somebody made of their own.
+    """Collect the state of all global generators.
 
     Returns:
         ``python``: version, 625 integers, next Gaussian; ``numpy``: as ``np.random.get_state(legacy=False)``;
-        ``torch``: uint8 tensor; ``cuda``: one such tensor a device, none if CUDA is not in use.
+        ``torch``: uint8 tensor; ``cuda``: one such tensor per device, none if CUDA is not in use.
     """
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],
-        "numpy": _with_lists(np.random.get_state(legacy=False)),
+        "numpy": to_plain(np.random.get_state(legacy=False)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Go on with the random numbers as they were at a :func:`random_state`.
+    """Set the generators to a :func:`random_state`.
 
-    On a machine with other CUDA devices those that both have are set, and the log says so.
-
-    Raises:
-        Whatever rubbish in the state leads to; nothing is changed then.
+    Where the number of CUDA devices differs, the devices that both have are set, and the log says so.
     """
-    before = random_state()
-    try:
-        _set(state)
-    except Exception:
-        _set(before)
-        raise
-
-
-def _set(state: Mapping[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["numpy"])
@@ -53,11 +43,5 @@ def _set(state: Mapping[str, Any]) -> None:
     devices = torch.cuda.device_count() if state["cuda"] else 0
     if devices != len(state["cuda"]):
         _logger.warning("random states of %d CUDA devices were saved, here are %d", len(state["cuda"]), devices)
-    for device, of_device in zip(range(devices), state["cuda"], strict=False):
-        torch.cuda.set_rng_state(of_device, device)
-
-
-def _with_lists(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _with_lists(item) for key, item in value.items()}
-    return value.tolist() if isinstance(value, np.ndarray) else value
+    for device, saved in zip(range(devices), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(saved, device)

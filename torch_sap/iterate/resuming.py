@@ -1,7 +1,7 @@
-"""Keep a run of Algorithm 1 in a file, and continue from it after its process was killed, as if nothing had happened.
+"""Keep a run of Algorithm 1 in a file, so that a killed run resumes bit for bit.
 
-The file is written at the start, after every training (so that a kill while the model is evaluated or pruned does not
-repeat it) and after every pruning and rewinding.
+The file is written at the start, after every training (so that a kill during evaluation or pruning does not repeat the
+training) and after every pruning and rewinding.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_sap.arguments import check_path
+from torch_sap.decide.sums import check_finite
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.files.checkpoint import as_plain, differences, read, unreadable, write
@@ -22,6 +23,7 @@ from torch_sap.iterate.pruner import Pruner
 from torch_sap.iterate.randomness import random_state, set_random_state
 from torch_sap.iterate.rewinding import copier, masks_of, modes_of, set_modes, tensors_of
 from torch_sap.masks.mask import finish
+from torch_sap.masks.parameters import entries_of
 from torch_sap.records.metrics import Metrics, as_metrics
 from torch_sap.stopping import StoppingRule
 
@@ -32,23 +34,15 @@ KEYS = {
 
 
 class Run:
-    """The rounds of a pruner and the file that holds them; without a file it keeps nothing.
-
-    Args:
-        pruner: If the file exists, the pruner, its model and optimizer, and the random state are set to what the file
-            holds.
-        path: The file, or None.
-        iterations: Prunings altogether.
-        rules: The stopping rules.
+    """A run and its file, if ``path`` is not None; an existing file sets pruner, model, optimizer and random state.
 
     Attributes:
         finished: Whether the run is over.
 
     Raises:
-        ValueError: if the file is damaged, or from a run with other settings or another model, and all differences
-            are listed; if parameters are sharded, or copied by something else than DistributedDataParallel. Nothing
-            is changed.
-        OSError: if the file can neither be read nor written.
+        ValueError: if the file is damaged, or from a run with other settings or another model (all differences are
+            listed); if parameters are sharded, or replicated without DistributedDataParallel. Nothing is changed.
+        OSError: if the file cannot be read or written.
     """
 
     def __init__(
@@ -56,8 +50,8 @@ class Run:
     ) -> None:
         self.finished = False
         self._pruner, self._path, self._iterations, self._rules = pruner, path, iterations, rules
-        self._trained: dict[str, float] | None = None  # metrics of a training that has not been pruned yet
-        self._random: list[Any] = []  # of each process, after that training
+        self._trained: dict[str, float] | None = None  # metrics of a training that is not pruned yet
+        self._random: list[Any] = []  # random state of each process after that training
         if path is None:
             return
         check_path("checkpoint", path)
@@ -73,15 +67,15 @@ class Run:
             metrics = as_metrics(train_fn(self._pruner.model), "train_fn")
             if self._path is None:
                 return metrics
-            self._pruner.check_finite()  # a file with NaN would fail for ever
+            check_finite(entries_of(self._pruner.prunables, None))  # resuming with NaN would fail every time
             self._trained, self._random = metrics, _gathered(random_state(), self._group)
             self._save()
         return dict(self._trained)
 
     def end_round(self, *, finished: bool) -> None:
-        """Note that the round is complete and, perhaps, the last."""
+        """Save the complete round, which may be the last one."""
         self.finished = finished
-        if not finished:  # else it stays, in case more iterations are asked for later
+        if not finished:  # the metrics of a last training stay for a run with more iterations
             self._trained = None
         if self._path is not None:
             self._save()
@@ -121,7 +115,7 @@ class Run:
             masks = [m.to(w.device, torch.bool) for w, m in zip(weights, state["masks"], strict=True)]
             shapes = [mask.shape for mask in masks] == [weight.shape for weight in weights]
             if _table(state["model"]) != state["settings"]["model"] or not shapes:
-                raise ValueError("its tensors are not those that it should have")
+                raise ValueError("its tensors are not those of its settings")
             restore = copier(model, state["model"], pruner.prunables, masks)
             if not state["finished"] or extended:
                 set_random_state(state["random"][rank])
@@ -143,7 +137,7 @@ class Run:
             pruner.history = pruner.history[:-1]  # that round is going to be pruned
 
     def _check(self, state: Mapping[str, Any], path: str | os.PathLike[str]) -> bool:
-        """Refuse a file of another run; return whether a finished run is to get more iterations."""
+        """Refuse a file of another run; return whether a finished run gets more iterations."""
         if missing := sorted(KEYS - state.keys()):
             raise unreadable(path, f"it lacks {', '.join(missing)}")
         try:
@@ -168,7 +162,7 @@ class Run:
         return extended
 
     def _settings(self, of_pruner: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything that must be the same when a run is resumed."""
+        """Collect all that must be equal when a run resumes."""
         optimizer, start = self._pruner.optimizer, of_pruner["optimizer_start"] or {"param_groups": []}
         groups = {str(number): as_plain(group) for number, group in enumerate(start["param_groups"])}
         return {
@@ -187,18 +181,19 @@ def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _table(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Type and shape of each tensor."""
+    """Describe the dtype and shape of each tensor."""
     return {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()}
 
 
 def _about_rule(rule: StoppingRule) -> dict[str, Any]:
-    """The rule's class and arguments: attributes that are plain and begin with no underscore."""
-    plain = {key: value for key, value in vars(rule).items() if value is None or isinstance(value, (int, float, str))}
-    return {"class": type(rule).__name__, **{key: value for key, value in plain.items() if not key.startswith("_")}}
+    """Describe a rule by its class and its plain public attributes."""
+    public = {key: value for key, value in vars(rule).items() if not key.startswith("_")}
+    plain = {key: value for key, value in public.items() if isinstance(value, (int, float, str, type(None)))}
+    return {"class": type(rule).__name__, **plain}
 
 
 def _group_of(model: nn.Module) -> Any:
-    """The process group whose members have copies of the model; None for a single process."""
+    """Find the process group whose ranks hold replicas of the model; None for a single process."""
     if any(map(is_dtensor, tensors_of(model).values())):
         raise ValueError(
             "checkpoint must be None for a model with sharded parameters (DTensor): save the model, the optimizer and "
@@ -225,12 +220,7 @@ def _gathered(value: Any, group: Any) -> list[Any]:
 
 
 def _together(work: Callable[[], Any], group: Any) -> Any:
-    """Do something on each process of a group; if it fails on one, it fails on all, so that none waits for the others.
-
-    Raises:
-        Whatever the work raises, on the processes where it does.
-        RuntimeError: on the others.
-    """
+    """Do some work on each process; if it fails on one, raise a RuntimeError on the others, so that none waits."""
     result, failed = None, None
     try:
         result = work()

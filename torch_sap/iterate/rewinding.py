@@ -1,4 +1,4 @@
-"""The state of a model at one moment, and the way back to it: parameters, buffers and modes, by copy."""
+"""Copy a model's state at one moment (parameters, buffers, modes), and restore it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rewind = Literal["init", "none"] | Mapping[str, Tensor]
 
 
 def snapshot(model: nn.Module) -> State:
-    """Copy all parameters and buffers (batch-norm statistics too) except masks, by their names before pruning."""
+    """Copy all parameters and buffers except masks, by their names before pruning."""
     with torch.no_grad():
         return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
 
@@ -27,9 +27,9 @@ def snapshot(model: nn.Module) -> State:
 def copier(
     model: nn.Module, state: Mapping[str, Tensor] | None, prunables: Sequence[Prunable], masks: Sequence[Tensor | None]
 ) -> Callable[[], None]:
-    """Prepare to give a model a state (None: the one that it has then) and masks, with zeros at pruned entries.
+    """Prepare to give a model masks, with zeros at pruned entries, and a state (None: leave its values).
 
-    Everything that can fail is done here. The function that is returned only copies: pass it to ``mask.finish``.
+    Everything that can fail happens here. The function that is returned only copies: pass it to ``mask.finish``.
     """
     with torch.no_grad():
         whole = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]
@@ -45,44 +45,27 @@ def copier(
 
 
 def masks_of(prunables: Sequence[Prunable]) -> list[Tensor | None]:
-    """The mask of each tensor, or this process's part of it; None where there is none yet."""
+    """List the mask of each tensor, or this rank's part of it; None where there is none yet."""
     return [None if (mask := prunable.mask) is None else local(mask) for prunable in prunables]
 
 
 def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
-    """Whether each module is in train mode."""
+    """Record which modules are in train mode."""
     return {module: module.training for module in model.modules()}
 
 
 def set_modes(modes: Mapping[nn.Module, bool]) -> None:
-    """Put modules back into the modes that :func:`modes_of` found."""
+    """Restore the modes that :func:`modes_of` recorded."""
     for module, training in modes.items():
         module.training = training
 
 
-def rewind_point(model: nn.Module, rewind: Rewind) -> State | None:
-    """Copy the state that the argument ``rewind`` asks for: the model's own, a state_dict, or none.
-
-    Raises:
-        ValueError, TypeError: as :func:`check_state` does, and for another word.
-    """
-    if not isinstance(rewind, str):
-        return check_state(model, rewind)
-    if rewind not in ("init", "none"):
-        raise ValueError(f'rewind must be "init", "none" or a state_dict, got rewind={rewind!r}')
-    return snapshot(model) if rewind == "init" else None
-
-
 def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
-    """Copy a state_dict's tensors by their names before pruning, if they fit a model.
-
-    Args:
-        model: The model that the state has to fit.
-        state: A state_dict of the model, from before or after it was pruned.
+    """Copy the tensors of a model's state_dict, from before or after pruning, by their names before pruning.
 
     Raises:
         TypeError: if the state is not a mapping to tensors.
-        ValueError: if tensors are missing, unknown or of another shape.
+        ValueError: if tensors are missing, unknown or have another shape.
     """
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         found = type(state).__name__ if isinstance(state, Mapping) else repr(state)
@@ -118,7 +101,7 @@ def tensors_of(model: nn.Module) -> State:
 
 
 def _plain_name(model: nn.Module, name: str) -> str | None:
-    """The name before pruning; None for a mask."""
+    """Return the name before pruning; None for a mask."""
     path, _, last = name.rpartition(".")
     try:
         module = model.get_submodule(path)

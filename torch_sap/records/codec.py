@@ -1,7 +1,7 @@
 """Records as JSON and back: frozen dataclasses of numbers, strings, arrays, mappings, sequences and other records.
 
-NaN becomes null, an infinity "inf" or "-inf"; arrays become lists, and the dataclass's annotations say how they are
-read back.
+NaN becomes null, an infinity "inf" or "-inf", and an array a list; the annotations of the dataclass say how to read
+them back.
 """
 
 from __future__ import annotations
@@ -41,11 +41,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: type[Record], values: Any) -> Record:
-    """Read the record that :func:`to_plain` converted.
-
-    Raises:
-        ValueError: if a value is missing or of another kind.
-    """
+    """Read a record that :func:`to_plain` converted; a ValueError says what is missing or of another type."""
     try:
         return _read(kind, values)  # type: ignore[no-any-return]
     except (KeyError, TypeError, AttributeError, ValueError) as error:

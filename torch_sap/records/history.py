@@ -1,4 +1,4 @@
-"""The rounds of an iterative pruning, in order: as JSON, CSV, data frame and figure."""
+"""The rounds of an iterative pruning in order, with exports to JSON, CSV, data frame and figure."""
 
 from __future__ import annotations
 
@@ -23,14 +23,8 @@ FORMAT = 1
 class History(Sequence[Round]):
     """The rounds of an iterative pruning, in order.
 
-    Args:
-        rounds: The rounds.
-
-    Raises:
-        TypeError: if something else is among them.
-
     Attributes:
-        returned: Number of the round whose model the user got back, if a stopping rule chose one; else None.
+        returned: Number of the round whose model a stopping rule gave back; None if no rule chose one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -64,17 +58,17 @@ class History(Sequence[Round]):
         return "\n".join(map(repr, self)) or "<History without rounds>"
 
     def append(self, round: Round) -> None:
-        """Add a round at the end; anything else is a TypeError."""
+        """Add a round at the end; raise a TypeError for anything else."""
         if not isinstance(round, Round):
             raise TypeError(f"rounds must hold Round (torch_sap.records.round), got {round!r}")
         self._rounds.append(round)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give the rounds as rows of a table, one :meth:`Round.row` per round."""
+        """List one :meth:`Round.row` per round."""
         return [round.row() for round in self]
 
     def to_frame(self) -> pd.DataFrame:
-        """Give the rounds as a pandas DataFrame (extra "frame"), one row per round."""
+        """Convert to a pandas DataFrame (extra "frame"), one row per round."""
         try:
             import pandas as pd
         except ImportError as error:
@@ -96,11 +90,7 @@ class History(Sequence[Round]):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> History:
-        """Read what :meth:`to_dict` wrote.
-
-        Raises:
-            ValueError: if the values have another format or are incomplete.
-        """
+        """Read the values of :meth:`to_dict`; a ValueError says what is missing or damaged."""
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"history must have format {FORMAT} of torch_sap, got {found!r}")
@@ -114,42 +104,41 @@ class History(Sequence[Round]):
         return history
 
     def to_json(self, path: Path) -> None:
-        """Write everything to a JSON file, so that :meth:`from_json` gives an equal history."""
+        """Write a JSON file that :meth:`from_json` reads back as an equal history."""
         check_path("path", path)
         with open(path, "w", encoding="utf-8") as file:
             json.dump(self.to_dict(), file, allow_nan=False)
 
     @classmethod
     def from_json(cls, path: Path) -> History:
-        """Read what :meth:`to_json` wrote; a damaged file, or one of another format, is a ValueError."""
+        """Read a file of :meth:`to_json`; raise a ValueError if it is damaged or has another format."""
         check_path("path", path)
-        with open(path, "rb") as file:
-            text = file.read()
         try:
-            values = json.loads(text)
-        except ValueError as error:  # not UTF-8, too
-            found = f"path must be a file that History.to_json wrote, but {path} is damaged: {error}"
-            raise ValueError(found) from error
+            with open(path, encoding="utf-8") as file:
+                values = json.load(file)
+        except ValueError as error:
+            text = f"path must be a file that History.to_json wrote, but {path} is damaged: {error}"
+            raise ValueError(text) from error
         return cls.from_dict(values)
 
     def phases(
         self, *, metric: str | None = None, mode: Mode = "max", noise: float = 0.005, significant: float = 0.05
     ) -> list[Phase | None]:
-        """Label each round regularization, compression or collapse, as the paper's hypothesis says; None for neither.
+        """Label each round regularization, compression or collapse by the paper's hypothesis, or None.
 
-        The rule, its other arguments and errors are those of :func:`torch_sap.records.phases.label_phases`. ``metric``
-        is the name of a metric that every round has; by default "accuracy", or else the first one.
+        Rule, other arguments and errors: :func:`torch_sap.records.phases.label_phases`. ``metric`` is the name of a
+        metric that every round has; by default "accuracy", or else the first one.
         """
         values = metric_values(self, metric)
         return label_phases([round.pqi for round in self], values, mode=mode, noise=noise, significant=significant)
 
     def plot(self, path: Path, *, metric: str | None = None, phases: Sequence[Phase | None] = ()) -> None:
-        """Draw the rounds as the paper's Figure 2 does: (a) the retrained models, (b) the pruned models.
+        """Draw the rounds as in the paper's Figure 2: (a) the retrained models, (b) the pruned models.
 
         Args:
             path: File to write; the suffix decides the format.
             metric: Name of the metric to draw. By default "accuracy", or else the first one.
-            phases: Labels to show as bands behind the curves, one per round: the result of :meth:`phases`.
+            phases: The result of :meth:`phases`, to show the labels as bands behind the curves.
 
         Raises:
             ImportError: if matplotlib is not installed (extra "plot").

@@ -1,4 +1,4 @@
-"""Metrics of a model: what a user's function may return, and which of several is meant."""
+"""Metrics of a model: what a user's function may return, and which one to show or to judge by."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ Metrics = float | Mapping[str, float] | Tensor | None
 Mode = Literal["max", "min"]
 MODES = ("max", "min")
 SMALLER_IS_BETTER = ("loss", "error", "perplexity")
-"""Words in the names of such metrics."""
+"""Words in the names of metrics that fall as a model gets better."""
 
 
 def as_metrics(value: Metrics, source: str) -> dict[str, float]:
-    """Convert what a user's function returned to numbers by name; a bare number gets the name "metric".
-
-    Raises:
-        TypeError: if it is neither None, a number nor a mapping from names to numbers; ``source`` is named.
-    """
+    """Convert what a user's function returned to numbers by name, or raise a TypeError that names the ``source``."""
     if value is None:
         return {}
     items = value.items() if isinstance(value, Mapping) else [("metric", value)]
@@ -36,22 +32,22 @@ def as_metrics(value: Metrics, source: str) -> dict[str, float]:
 
 
 def choose_metric(names: Sequence[str], metric: str | None = None, *, judge: Mode | None = None) -> str | None:
-    """Choose the metric that is meant, for pictures, tables, labels and stopping rules alike.
+    """Choose a metric for figures, tables, labels and stopping rules.
 
-    The one that is named; else "accuracy"; else the first. Whoever *judges* by it must not guess: if the larger is
-    to be the better (``judge="max"``), it is "accuracy" or else the only one, and no loss, error or perplexity by its
-    name; if the smaller is (``judge="min"``), it is the only one.
+    It is the named one; else "accuracy"; else the first. A stopping rule must not guess: for ``judge="max"`` the
+    metric is "accuracy" or else the only one, unless its name contains loss, error or perplexity; for ``judge="min"``
+    it is the only one.
 
     Args:
-        names: Names of the metrics that were recorded.
+        names: Names of the recorded metrics.
         metric: Name that the user gave.
-        judge: Mode of a rule that ends a run by the metric; None if it is only shown.
+        judge: Mode of the stopping rule; None if the metric is only shown.
 
     Returns:
         The name; None if none was given and there is no metric.
 
     Raises:
-        ValueError: if a rule judges by it, none was named, and it is not clear which is meant.
+        ValueError: if a stopping rule would have to guess.
 
     Example:
         >>> from torch_sap.records.metrics import choose_metric
@@ -72,11 +68,7 @@ def choose_metric(names: Sequence[str], metric: str | None = None, *, judge: Mod
 
 
 def metric_values(rounds: Sequence[Measured], metric: str | None = None, *, judge: Mode | None = None) -> list[float]:
-    """Collect a metric of the trained models, one value per round; it is chosen by :func:`choose_metric`.
-
-    Raises:
-        ValueError: if it is not clear which is meant, or a round lacks it.
-    """
+    """Collect the metric of :func:`choose_metric`, one value per round; a ValueError names a round that lacks it."""
     names = list(rounds[0].metrics) if rounds else []
     name = choose_metric(names, metric, judge=judge) or "accuracy"
     lacking = [found.number for found in rounds if name not in found.metrics]

@@ -1,4 +1,4 @@
-"""The paper's hypothesis as a rule: which phase of pruning a round is in, by its PQ Index and its metric.
+"""The paper's hypothesis as a rule that labels rounds with a phase, by PQ Index and metric.
 
 Source: "Hypothesis" and Figure 1 of Diao et al., ICLR 2023 (arXiv 2302.05601).
 """
@@ -23,9 +23,9 @@ def label_phases(
     noise: float = 0.005,
     significant: float = 0.05,
 ) -> list[Phase | None]:
-    """Label rounds by whether sparsity rises or falls, and by how much of the best metric so far is lost.
+    """Label rounds by whether the PQ Index rises, and by the loss against the best metric so far.
 
-    With the loss of a round = best value of this and all earlier rounds - its value:
+    The loss of a round is the best value up to and including this round, minus the round's value:
 
     ========================  ===============  =======================
     phase                     PQ Index         loss
@@ -35,8 +35,8 @@ def label_phases(
     collapse                  does not rise    more than ``significant``
     ========================  ===============  =======================
 
-    The PQ Index is compared with the one of the round before. The hypothesis says nothing about the rest (round 0, an
-    index that rises while much is lost, one that falls while a little is lost), and neither does the label.
+    The PQ Index is compared with the previous round's. Rounds that the hypothesis does not cover get None: round 0, an
+    index that rises while much is lost, one that falls while a little is lost.
 
     Args:
         pqi: PQ Index of the retrained models, one per round.

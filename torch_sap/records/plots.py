@@ -1,4 +1,4 @@
-"""Figures of an iterative pruning, in the Okabe-Ito colors; each measure has a marker and a line style of its own."""
+"""Figures of an iterative pruning, in Okabe-Ito colors with a marker and a line style per measure."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def plot_rounds(
     """Draw rounds as in the paper's Figure 2; arguments and errors are those of ``History.plot``."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError as error:
         raise ImportError("History.plot needs matplotlib: pip install 'torch_sap[plot]'") from error
     if not len(rounds):
@@ -52,24 +53,17 @@ def plot_rounds(
         for axes, panel in zip(half.subplots(1, 4), panels, strict=True):
             _draw(axes, [found.row() for found in rounds], *panel)
             shade_phases(axes, phases)
-    label_bands(figure, [phase for phase in PHASE_COLORS if phase in phases])
+    if found := [phase for phase in PHASE_COLORS if phase in phases]:
+        patches = [Patch(color=PHASE_COLORS[phase], alpha=0.3, label=phase) for phase in found]
+        figure.legend(handles=patches, loc="outside lower center", ncols=len(found), fontsize="small")
     figure.savefig(path, dpi=120)
 
 
 def shade_phases(axes: Any, phases: Sequence[str | None]) -> None:
-    """Shade the background of axes over rounds by the label of each round; rounds without a label stay white."""
+    """Shade the background by the phase of each round; rounds without a phase stay white."""
     for number, phase in enumerate(phases):
         if phase is not None:
             axes.axvspan(number - 0.5, number + 0.5, color=PHASE_COLORS[phase], alpha=0.15, linewidth=0)
-
-
-def label_bands(figure: Any, phases: Sequence[str]) -> None:
-    """Add a legend of the bands below a figure."""
-    from matplotlib.patches import Patch
-
-    if phases:
-        patches = [Patch(color=PHASE_COLORS[phase], alpha=0.3, label=phase) for phase in phases]
-        figure.legend(handles=patches, loc="outside lower center", ncols=len(phases), fontsize="small")
 
 
 def _draw(axes: Any, rows: Sequence[Any], title: str, column: str, base: str, style: tuple[str, str, str]) -> None:

@@ -1,68 +1,57 @@
-"""What one pruning found and did: the counts of each tensor, and the report of a call."""
+"""The report of one pruning call, and the counts of each tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch_sap.decide.step import GroupValues
 from torch_sap.masks.parameters import Prunable
 from torch_sap.records.codec import to_plain
 
 
-class _Counted(Protocol):
-    @property
-    def remaining(self) -> int: ...
-    @property
-    def total(self) -> int: ...
-
-
 class Shares:
-    """Density, sparsity and compression ratio of whatever has ``remaining`` and ``total`` entries."""
+    """Density, sparsity and compression ratio of a record with ``remaining`` and ``total`` entries."""
+
+    remaining: int
+    total: int
 
     @property
-    def density(self: _Counted) -> float:
+    def density(self) -> float:
         """remaining / total; NaN if there is no entry."""
         return self.remaining / self.total if self.total else float("nan")
 
     @property
-    def sparsity(self: _Counted) -> float:
+    def sparsity(self) -> float:
         """1 - density."""
-        return 1 - self.remaining / self.total if self.total else float("nan")
+        return 1 - self.density
 
     @property
-    def compression_ratio(self: _Counted) -> float:
+    def compression_ratio(self) -> float:
         """total / remaining; infinite if nothing remains."""
         return self.total / self.remaining if self.remaining else float("inf")
 
 
 class OfTensors(Shares):
-    """The same of whatever has counts of ``tensors``, all together."""
+    """Totals of a record that has counts of ``tensors``."""
 
     tensors: Sequence[TensorRecord]
 
     @property
-    def remaining(self) -> int:
+    def remaining(self) -> int:  # type: ignore[override]
         """Unpruned entries of all tensors."""
         return sum(tensor.remaining for tensor in self.tensors)
 
     @property
-    def total(self) -> int:
+    def total(self) -> int:  # type: ignore[override]
         """Entries of all tensors, pruned or not."""
         return sum(tensor.total for tensor in self.tensors)
 
 
 @dataclass(frozen=True)
 class TensorRecord(Shares):
-    """Counts of one tensor.
-
-    Attributes:
-        name: Dotted path of the parameter before it was pruned.
-        shape: Its shape.
-        remaining: Unpruned entries.
-        total: All entries.
-    """
+    """Unpruned and all entries of one tensor; ``name`` is its dotted path before pruning."""
 
     name: str
     shape: tuple[int, ...]
@@ -72,11 +61,8 @@ class TensorRecord(Shares):
 
 def tensor_records(prunables: Sequence[Prunable], remaining: Sequence[int]) -> tuple[TensorRecord, ...]:
     """Pair tensors with their unpruned entries."""
-    weights = [(prunable.name, prunable.weight) for prunable in prunables]
-    return tuple(
-        TensorRecord(name, tuple(weight.shape), count, weight.numel())
-        for (name, weight), count in zip(weights, remaining, strict=True)
-    )
+    counted = [(prunable.name, prunable.weight, count) for prunable, count in zip(prunables, remaining, strict=True)]
+    return tuple(TensorRecord(name, tuple(w.shape), count, w.numel()) for name, w, count in counted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +72,9 @@ class PruningReport(OfTensors):
     Attributes:
         scope: "global", "layer" or "neuron".
         hyperparameters: p, q, eta_r, gamma, beta.
-        groups: By name, arrays with one value per group: ``d`` unpruned entries before, ``index`` I (NaN where it is
-            undefined), ``r`` entries to retain at least, ``c`` entries pruned. One name, "global", in the global
-            scope; the name of each tensor in the others, with one value in the layer scope and one per row in the
-            neuron scope.
+        groups: By name, arrays with one value per group: ``d`` unpruned entries before, ``index`` I (NaN if
+            undefined), ``r`` entries to retain at least, ``c`` entries pruned. The only name in the global scope is
+            "global"; the others have a name per tensor, with one value (layer) or one per output channel (neuron).
         tensors: Counts of each tensor after the pruning.
     """
 
@@ -104,7 +89,7 @@ class PruningReport(OfTensors):
         return sum(int(group.c.sum()) for group in self.groups.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to values that JSON can hold; None for an index that is undefined."""
+        """Convert to values that JSON can hold; None for an undefined index."""
         return dict(to_plain(self))
 
     def __str__(self) -> str:

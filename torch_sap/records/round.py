@@ -1,4 +1,4 @@
-"""One round of an iterative pruning: what its training arrived at, and what was pruned then."""
+"""One round of an iterative pruning: the trained model as measured, and what was pruned."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from torch_sap.records.report import OfTensors, TensorRecord
 
 @dataclass(frozen=True, eq=False)
 class Sparsity:
-    """Sparsity of a model at one moment, in all scopes: by scope, then by group, arrays with one value per group.
+    """Sparsity of a model at one moment, by scope and then by name, as arrays with one value per group.
 
     Attributes:
         pqi: PQ Index, ``pqi["global"]["global"][0]``, ``pqi["layer"][name][0]``, ``pqi["neuron"][name][row]``; NaN if
             undefined.
-        gini: Gini index in the same form; None unless it was asked for.
+        gini: Gini index in the same form; None unless it was requested.
     """
 
     pqi: Mapping[str, Mapping[str, NDArray[np.float64]]]
@@ -32,7 +32,7 @@ class Sparsity:
 
     @classmethod
     def of(cls, sums: PowerSums, gini_of: Sequence[Entry] | None = None) -> Sparsity:
-        """Close the power sums of some entries, and sort the entries themselves if the Gini index is wanted too."""
+        """Compute the PQ Index from power sums, and the Gini index from entries if they are given."""
         scopes: tuple[Scope, ...] = get_args(Scope)
         gini = None if gini_of is None else {str(scope): gini_of_groups(gini_of, scope) for scope in scopes}
         return cls({scope: sums.index(scope) for scope in scopes}, gini)
@@ -40,16 +40,15 @@ class Sparsity:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Measured(OfTensors):
-    """The trained model of a round, before the round prunes it: what stopping rules judge.
+    """The trained model of a round before its pruning: what stopping rules judge.
 
     Attributes:
         number: 0 for the dense model.
         scope: "global", "layer" or "neuron".
-        hyperparameters: The numbers of the rule that is pruned by: p, q, eta_r, gamma, beta of SAP; p, q, ratio of
-            the baselines.
+        hyperparameters: Numbers of the pruning rule: p, q, eta_r, gamma, beta of SAP; p, q, ratio of the baselines.
         groups: By name, arrays with one value per group: d, index (I), r, and c, the entries that the round prunes.
         tensors: Counts of each tensor.
-        retrained: Sparsity.
+        retrained: Sparsity of the trained model.
         metrics: What the user measured.
     """
 
@@ -64,13 +63,14 @@ class Measured(OfTensors):
     def __repr__(self) -> str:
         """One line; the groups and tensors would be thousands."""
         metrics = "".join(f", {name} {value:.4g}" for name, value in self.metrics.items())
-        counts = f"{self.remaining:,} of {self.total:,} weights ({self.density:.1%})"
-        name = type(self).__name__
-        return f"<{name} {self.number}: {counts}, PQ Index {self.pqi:.3f}{metrics}; {self.pruned_count:,} pruned>"
+        counts = (
+            f"{type(self).__name__} {self.number}: {self.remaining:,} of {self.total:,} weights ({self.density:.1%})"
+        )
+        return f"<{counts}, PQ Index {self.pqi:.3f}{metrics}; {self.pruned_count:,} pruned>"
 
     @property
     def pruned_count(self) -> int:
-        """Entries that the round prunes, the sum of all c; 0 in a last round, once it is recorded."""
+        """Entries that the round prunes, the sum of all c; 0 in a recorded last round."""
         return sum(int(group.c.sum()) for group in self.groups.values())
 
     @property
@@ -81,13 +81,13 @@ class Measured(OfTensors):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Round(Measured):
-    """One round: the trained model as it was measured, and what was pruned then.
+    """One complete round: the trained model as measured, and what was pruned.
 
     Attributes:
-        tensors_after: Counts of each tensor after this round's pruning.
+        tensors_after: Counts of each tensor after the pruning.
         pruned: Sparsity of the pruned model before rewinding; None in a last round, which prunes nothing.
-        pruned_metrics: Metrics of the pruned model before rewinding; empty where nobody evaluated it.
-        seconds: Time since the end of the round before, training included.
+        pruned_metrics: Metrics of the pruned model before rewinding; empty if it was not evaluated.
+        seconds: Time since the end of the previous round, training included.
     """
 
     tensors_after: Sequence[TensorRecord]
@@ -123,11 +123,7 @@ class Round(Measured):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Round:
-        """Read what :meth:`to_dict` wrote.
-
-        Raises:
-            ValueError: if a value is missing or of another kind.
-        """
+        """Read the values of :meth:`to_dict`; a ValueError says what is missing or of another type."""
         return from_plain(cls, values)
 
 
