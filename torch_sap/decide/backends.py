@@ -84,17 +84,9 @@ class NumPy:
     def block_sums(
         self, keys: Any, dtype: torch.dtype, shape: tuple[int, int, int], exponents: Sequence[float], shift: Any
     ) -> Any:
-        """Sums of ``(|w| * 2 ** -shift) ** exponent`` of blocks of each row.
+        """Sums of ``(|w| * 2 ** -shift) ** exponent`` of blocks of each row: float64 of shape (exponents, blocks, C).
 
-        Args:
-            keys: Of shape (A, C, K), flat.
-            dtype: Type that they are keys of; the arithmetic is float64.
-            shape: (A, C, K).
-            exponents: Positive exponents.
-            shift: int64 of shape (C,), or None for 0.
-
-        Returns:
-            float64 of shape (exponents, blocks, C).
+        The keys are of a type and of shape (A, C, K), flat; ``shift`` is int64 of shape (C,), or None for 0.
         """
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             values = self.magnitudes(keys, dtype).reshape(shape)
@@ -129,15 +121,8 @@ class NumPy:
     def keep(self, keys: Any, key: Any, left: Any, mask: Any, out: Any) -> int:
         """Write which entries stay: those above a key, and those equal to it except the first ``left`` unpruned ones.
 
-        Args:
-            keys: Shape (R, L).
-            key: One for all rows, or one per row, shape (R, 1).
-            left: Unpruned entries with just this key that go, likewise; None: all of them.
-            mask: Bool of shape (R, L), or None.
-            out: Bool with as many entries, of any shape and strides.
-
-        Returns:
-            How many entries stay.
+        Keys and mask have shape (R, L); ``key`` and ``left`` (None: all ties go) are numbers or of shape (R, 1); ``out``
+        is bool with as many entries, of any shape and strides. Returns how many entries stay.
         """
         key, in_place = np.asarray(key, keys.dtype), out.flags.c_contiguous
         keep = out.reshape(keys.shape) if in_place else scratch("keep", keys.shape, np.bool_)

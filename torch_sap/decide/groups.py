@@ -24,37 +24,23 @@ SLICES = 64
 
 
 class Shard(Protocol):
-    """A local tensor's place in a whole that several processes hold, and their exchanges of small tables."""
+    """A local tensor's place in a whole that several processes hold, and their exchanges of small tables.
+
+    The methods are documented at :class:`torch_sap.distributed.sharded.Part`.
+    """
 
     @property
-    def dim(self) -> int:
-        """The dimension of the whole that is cut."""
-
+    def dim(self) -> int: ...
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole."""
-
+    def shape(self) -> tuple[int, ...]: ...
     @property
-    def rank(self) -> int:
-        """Place of this process among those that hold the parts."""
-
-    def bounds(self, rank: int) -> tuple[int, int]:
-        """Begin and end of a process's part in the dimension that is cut."""
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all processes, in order of rank; their last dimension may differ."""
-
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """The sum of the tensors of all processes, which have one shape."""
-
-    def gather_along(self, tensor: Tensor) -> Tensor:
-        """The whole of a tensor from its parts."""
-
-    def own(self, whole: Tensor) -> Tensor:
-        """The part of this process."""
-
-    def same_processes(self, other: Any) -> bool:
-        """Whether the same processes hold the parts of another tensor."""
+    def rank(self) -> int: ...
+    def bounds(self, rank: int) -> tuple[int, int]: ...
+    def gather(self, tensor: Tensor) -> list[Tensor]: ...
+    def gather_along(self, tensor: Tensor) -> Tensor: ...
+    def add_up(self, tensor: Tensor) -> Tensor: ...
+    def own(self, whole: Tensor) -> Tensor: ...
+    def same_processes(self, other: Any) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -184,17 +170,10 @@ class Piece(NamedTuple):
 
 
 def pieces(entry: Entry, size: int, view: Callable[[Tensor], Any], *, by_row: bool = False) -> Iterator[Piece]:
-    """Cut an entry into pieces.
+    """Cut an entry into pieces of at most ``size`` entries, a multiple of ``backends.BLOCK``.
 
-    Args:
-        entry: The entry.
-        size: Entries per piece, a multiple of ``backends.BLOCK``.
-        view: What a backend works on: an array for a tensor on the CPU, or the tensor itself.
-        by_row: Cut into whole rows. Otherwise pieces are in order of position (of the flat index), and long rows are
-            cut.
-
-    Yields:
-        Pieces that cover the entry.
+    ``view`` turns a tensor into what a backend works on. With ``by_row`` pieces are whole rows; otherwise they are in
+    order of position (of the flat index), and long rows are cut.
     """
     tensors, groups = (entry.scores, entry.mask, entry.out), entry.channel_groups
     rows_lead = by_row or entry.channel_dim == 0 or entry.scores.dim() < 2

@@ -139,33 +139,24 @@ def gini(entries: Sequence[Entry], scope: Scope) -> dict[str, Float64]:
     found = {}
     for group in split(entries, scope):
         if group.by_row:
-            blocks = [_gini_of_rows(*rows) for rows in _rows(group.entries[0])]
-            found[group.name] = np.concatenate([np.zeros(0), *blocks])
+            found[group.name] = np.concatenate([np.zeros(0), *_gini_of_blocks(group.entries[0])])
         else:
             home = group.entries[0].scores.device
-            values = torch.cat([_unpruned(entry).to(home) for entry in group.entries])
-            found[group.name] = _gini_of_rows(values[None], torch.tensor([len(values)], device=values.device))
+            kept = [e.scores.reshape(-1) if e.mask is None else e.scores[e.mask] for e in group.entries]
+            values = torch.cat([each.double().abs().to(home) for each in kept])
+            found[group.name] = _gini_of_rows(values[None], values.new_tensor([len(values)]))
     return found
 
 
-def _unpruned(entry: Entry) -> Tensor:
-    """The magnitudes of the unpruned entries, float64 in one dimension."""
-    scores = entry.scores if entry.mask is None else entry.scores[entry.mask]
-    return scores.reshape(-1).double().abs()
-
-
-def _rows(entry: Entry) -> Iterator[tuple[Tensor, Tensor]]:
-    """Magnitudes of some rows at a time, 0 for pruned entries, and how many of each row are unpruned."""
+def _gini_of_blocks(entry: Entry) -> Iterator[Float64]:
+    """Gini indices of some rows at a time."""
     masks = [None] * entry.channel_groups if entry.mask is None else entry.rows(entry.mask)
     for rows, mask in zip(entry.rows(entry.scores), masks, strict=True):
         step = max(1, 2**22 // max(1, math.prod(rows.shape[1:])))
         for start in range(0, len(rows), step):
             values = rows[start : start + step].flatten(1).double().abs()
-            if mask is None:
-                yield values, torch.full((len(values),), values.shape[1], device=values.device)
-            else:
-                keep = mask[start : start + step].flatten(1)
-                yield values.mul_(keep), keep.sum(1)
+            keep = torch.ones_like(values) if mask is None else mask[start : start + step].flatten(1)
+            yield _gini_of_rows(values * keep, keep.sum(1))
 
 
 def _gini_of_rows(values: Tensor, d: Tensor) -> Float64:

@@ -88,18 +88,8 @@ def visit_sums(
 ) -> tuple[PowerSums, list[list[Any]]]:
     """Measure groups in one pass, and visit the keys in the same pass.
 
-    Args:
-        groups: What is measured; they say in which type keys are compared, and whether pieces are whole rows.
-        p: The smaller norm.
-        q: The larger norm.
-        backend: The arithmetic.
-        visits: One per group.
-
-    Returns:
-        The sums, and for each group what its visits returned, in order of position.
-
-    Raises:
-        ValueError: if an entry holds NaN or infinity; it is named.
+    ``visits`` has one function per group, or None. Returned are the sums and, for each group, what its visits returned,
+    in order of position. Raises a ValueError that names an entry with NaN or infinity.
     """
     entries = [entry for group in groups for entry in group.entries]
     work = [

@@ -123,15 +123,10 @@ class Cut(NamedTuple):
 def find(
     group: Group, count: int, unpruned: int, backend: Backend, window: Window | None, seen: Sequence[tuple[int, Any]]
 ) -> Cut:
-    """Find the ``count`` smallest of a group's unpruned entries.
+    """Find the ``count`` smallest of a group's ``unpruned`` entries (in all processes), at least 1; not by row.
 
-    Args:
-        group: The group, not by row.
-        count: Entries to take away, at least 1 and at most ``unpruned``.
-        unpruned: Unpruned entries of the group, in all processes.
-        backend: The arithmetic.
-        window: The window that was looked through while the sums were made, if there was one.
-        seen: What :meth:`Window.look` returned for each piece.
+    ``window`` was looked through while the sums were made, if there was one; ``seen`` is what :meth:`Window.look`
+    returned for each piece.
     """
     if window is not None and all(inside is not None for _, inside in seen):
         left = count - sum(below for below, _ in seen)
@@ -174,14 +169,8 @@ def _pieces(group: Group, backend: Backend) -> list[tuple[Piece, Entry]]:
 def last_to_go(backend: Backend, keys: Any, count: Any, pruned: Any) -> tuple[Any, Any]:
     """For rows of keys (R, L) the last key to go of each row, and how many entries with just this key go.
 
-    Args:
-        backend: The arithmetic.
-        keys: Keys, 0 for pruned entries.
-        count: Unpruned entries of each row that go.
-        pruned: Pruned entries of each row. They come before all others in the order of keys.
-
-    Returns:
-        Keys and numbers, of shape (R, 1); key -1 where nothing is pruned.
+    Of each row ``count`` unpruned entries go; ``pruned`` ones, whose keys are 0, come before all others. Both results
+    have shape (R, 1); the key is -1 where neither is.
     """
     count, pruned = backend.numbers(count, keys), backend.numbers(pruned, keys)
     key, smaller = backend.kth(keys, count + pruned)
@@ -193,14 +182,8 @@ def narrow(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find the rank-th smallest key (from 1), how many are smaller, and how many equal it.
 
-    Args:
-        histogram: Of the keys from its first argument on, in bins of ``2 ** shift`` keys; int64 of shape (2^bin_bits,).
-        rank: At most the number of keys.
-        bits: Bits of a key.
-        bin_bits: Bits that one histogram finds.
-
-    Returns:
-        Three int64 tensors of one entry, on the device of the histograms, which is not waited for.
+    ``histogram(low, shift)`` counts the keys from ``low`` on in 2^bin_bits bins of 2^shift keys. The results are int64
+    tensors of one entry on the device of the histograms, which is not waited for.
     """
     low: Any = torch.zeros((), dtype=torch.int64)
     below: Any = 0
@@ -215,17 +198,10 @@ def narrow(
 
 
 def apply(group: Group, cut: Cut, backend: Backend, store: Callable[[Piece, Any, Any, Any], Any]) -> list[Any]:
-    """Store what stays of a group, piece by piece.
+    """Store what stays of a group, not by row, piece by piece.
 
-    Args:
-        group: The group, not by row.
-        cut: What goes.
-        backend: The arithmetic.
-        store: Called with a piece, its keys (1, L), the last key to go, and how many entries with just this key go
-            (None: all).
-
-    Returns:
-        What ``store`` returned for each entry, added up.
+    ``store`` is called with a piece, its keys (1, L), the last key to go, and how many entries with just this key go
+    (None: all). Returned is what it returned for each entry, added up.
     """
     work, part = _pieces(group, backend), group.part
 

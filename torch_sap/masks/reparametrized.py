@@ -22,27 +22,23 @@ def warn_of_reparametrized(model: nn.Module, stacklevel: int) -> None:
         model: The model that is going to be pruned.
         stacklevel: As for warnings.warn, seen from the caller.
     """
-    modules = list(unwrap(model).named_modules())
-    hidden = [path or "the model" for path, module in modules if _is_parametrized(module)]
-    if hidden:
-        warnings.warn(
-            f"these modules compute their weight by torch.nn.utils.parametrize, and it is not pruned: "
-            f"{', '.join(hidden)}. Call parametrize.remove_parametrizations(module, 'weight') before pruning, "
-            "or leave them dense",
-            stacklevel=stacklevel + 1,
-        )
-    split = [path or "the model" for path, module in modules if _has_weight_norm(module)]
-    if split:
-        warnings.warn(
-            f"these modules compute their weight from weight_g and weight_v, which are pruned as two weights: "
-            f"{', '.join(split)}. Call torch.nn.utils.remove_weight_norm(module) before pruning, or exclude them",
-            stacklevel=stacklevel + 1,
-        )
+    modules = [(path or "the model", module) for path, module in unwrap(model).named_modules()]
+    for found, warning in (
+        (
+            [path for path, module in modules if _is_parametrized(module)],
+            "by torch.nn.utils.parametrize, and it is not pruned: {}. Call "
+            "parametrize.remove_parametrizations(module, 'weight') before pruning, or leave them dense",
+        ),
+        (
+            [p for p, m in modules if any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values())],
+            "from weight_g and weight_v, which are pruned as two weights: {}. Call "
+            "torch.nn.utils.remove_weight_norm(module) before pruning, or exclude them",
+        ),
+    ):
+        if found:
+            text = warning.format(", ".join(found))
+            warnings.warn(f"these modules compute their weight {text}", stacklevel=stacklevel + 1)
 
 
 def _is_parametrized(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module) and any("weight" in name for name in module.parametrizations)  # type: ignore[union-attr]
-
-
-def _has_weight_norm(module: nn.Module) -> bool:
-    return any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
