@@ -121,8 +121,8 @@ class NumPy:
     def keep(self, keys: Any, key: Any, left: Any, mask: Any, out: Any) -> int:
         """Write which entries stay: those above a key, and those equal to it except the first ``left`` unpruned ones.
 
-        Keys and mask have shape (R, L); ``key`` and ``left`` (None: all ties go) are numbers or of shape (R, 1); ``out``
-        is bool with as many entries, of any shape and strides. Returns how many entries stay.
+        Keys and mask have shape (R, L); ``key`` and ``left`` (None: all ties go) are numbers or (R, 1); ``out``
+        is bool with as many entries, of any shape. Returns how many entries stay.
         """
         key, in_place = np.asarray(key, keys.dtype), out.flags.c_contiguous
         keep = out.reshape(keys.shape) if in_place else scratch("keep", keys.shape, np.bool_)

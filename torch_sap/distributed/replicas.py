@@ -72,11 +72,8 @@ def check_agreement(masks: Sequence[Tensor | None], groups: Iterable[Any], home:
 def share(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give every process the values of the first one, in place, as DistributedDataParallel gave it the weights.
 
-    A state that was copied before the model was wrapped may differ between processes.
-
-    Args:
-        model: What :func:`wrapper_of` found; of a model without DistributedDataParallel nothing is changed.
-        state: Tensors by name, the same names on all processes.
+    A state that was copied before the model was wrapped may differ between processes. Without DistributedDataParallel
+    (see :func:`wrapper_of`) nothing is changed.
     """
     if isinstance(model, DistributedDataParallel) and state:
         group, tensors = model.process_group, list(state.values())

@@ -25,10 +25,8 @@ Held = list[tuple[InPlaceMask, nn.Module]]
 class Guard:
     """Restores the zeros of all weights inside one module.
 
-    Args:
-        held: The hooks, each with its module.
-        is_root: Whether the user pruned this very module. A root restores whether its weights are covered or not, which
-            also ends what a forward that was interrupted has left, and keeps a forward hook of its own.
+    A root, the module that the user pruned, restores them whether they are covered or not, which also ends what an
+    interrupted forward has left, and keeps a forward hook of its own.
     """
 
     def __init__(self, held: Held, *, is_root: bool) -> None:

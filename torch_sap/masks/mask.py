@@ -25,12 +25,7 @@ from torch_sap.masks.zeros import MaskedGradient, Pair, restore_zeros_, unwatch,
 
 
 class InPlaceMask(prune.BasePruningMethod):
-    """The hook of one tensor of one module that torch_sap prunes.
-
-    Args:
-        module: Module that has the tensor as ``{name}_orig`` and the mask as ``{name}_mask``.
-        name: Name of the tensor before it was pruned.
-    """
+    """The hook of a tensor that torch_sap prunes: ``{name}_orig`` and ``{name}_mask`` of one module."""
 
     PRUNING_TYPE = "unstructured"
 
@@ -279,11 +274,7 @@ def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) ->
 def finish(change: Callable[[], object]) -> None:
     """Run a change; if it raises, run it once more to complete it, and raise.
 
-    Args:
-        change: Only copies values to where they belong, so that making it twice is the same as making it once.
-
-    Raises:
-        BaseException: what the change raised; it is complete then, unless it fails twice.
+    For changes that only copy values to where they belong: made twice they are the same as made once.
     """
     try:
         change()
@@ -293,13 +284,9 @@ def finish(change: Callable[[], object]) -> None:
 
 
 def _hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
-    """Give a tensor of a module a mask that is held in place.
+    """Give a tensor of a module, pruned or not, a mask that is held in place.
 
-    Args:
-        module: Module that has the tensor, unpruned, pruned in place, or pruned by one of PyTorch's methods.
-        name: Name of the tensor before it was pruned.
-        mask: Bool tensor of its shape on its device; it becomes the buffer, unless there is a bool one, which gets
-            its values.
+    The mask becomes the buffer, unless there is a bool one already, which gets its values.
     """
     hooks = hooks_of(module, name)
     ours = [hook for hook in hooks if isinstance(hook, InPlaceMask)]

@@ -185,14 +185,7 @@ def _in_model(model: nn.Module, exclude: str | Iterable[str]) -> list[Prunable]:
 
 
 def excluded_by(paths: Mapping[int, Sequence[str]], exclude: str | Iterable[str]) -> set[int]:
-    """Find the parameters that patterns exclude.
-
-    Args:
-        paths: The dotted paths of each parameter, by its key.
-        exclude: Patterns as of :func:`prunable_parameters`.
-
-    Returns:
-        Their keys.
+    """Find the keys of the parameters (with their dotted paths) that patterns exclude.
 
     Raises:
         TypeError: if something is not a pattern.

@@ -34,11 +34,7 @@ _NAMES = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"
 
 
 class StandardizedForward:
-    """The ``forward`` of a pruned standardized convolution.
-
-    Args:
-        module: The convolution.
-    """
+    """The ``forward`` of a pruned standardized convolution."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)  # a strong one would be a cycle, and memory that waits for the collector
@@ -92,11 +88,7 @@ def fold_(module: nn.Module) -> None:
 
 
 def effective_weight(module: Any) -> Tensor:
-    """Weight that a pruned standardized convolution computes with: exact zeros where the mask is False.
-
-    Args:
-        module: One of timm's standardized convolutions, with ``weight_mask``.
-    """
+    """Weight that a pruned standardized convolution computes with: exact zeros where the mask is False."""
     weight, mask = module.weight_orig, module.weight_mask  # by these names torch.fx can trace them
     if is_dtensor(mask) and not is_dtensor(weight):  # FSDP has gathered the weight for this forward
         mask = mask.full_tensor()

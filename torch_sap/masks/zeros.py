@@ -137,9 +137,7 @@ _queue_callback: Callable[[Callable[[], None]], None] = Variable._execution_engi
 class MaskedGradient:
     """Masks the gradient of a Parameter after each backward that accumulates into it.
 
-    Args:
-        weight: The Parameter, which requires a gradient. It holds this object, which holds the keeper weakly.
-        keeper: Who knows the mask.
+    The Parameter holds this object, which holds the keeper weakly.
     """
 
     def __init__(self, weight: Tensor, keeper: Any) -> None:
