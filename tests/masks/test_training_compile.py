@@ -47,15 +47,6 @@ def test_no_graph_break_and_no_compilation_in_later_rounds(kind, backend):
     assert all(torch.equal(mask, masks_of(twin)[name]) for name, mask in masks_of(model).items())
 
 
-@pytest.mark.parametrize("kind", ["resnet", "eva"])
-def test_explain_finds_no_graph_break(kind):
-    model = make(kind)
-    layer_unstructured(model, eta_r=0.2)
-    found = torch._dynamo.explain(model)(torch.ones(SHAPE))
-    assert found.break_reasons == []
-    assert found.graph_count <= 2
-
-
 @each_kind_some_slow
 def test_the_compiled_graph_restores_zeros(kind):
     """A value that is written to a pruned entry between two calls of one graph is not computed with."""

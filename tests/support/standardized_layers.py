@@ -1,4 +1,4 @@
-"""timm's standardised convolutions, and what a masked one computes, written out."""
+"""timm's standardized convolutions, and what a masked one computes, written out."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def layer(kind, dtype=torch.float64):
-    """A convolution with bias, gains that differ, and weights that are far from centred."""
+    """A convolution with bias, gains that differ, and weights that are far from centered."""
     torch.manual_seed(4)
     made = kind(4, 6, 3, stride=2, groups=2, bias=True).to(dtype)
     with torch.no_grad():
