@@ -75,7 +75,7 @@ class PQIMethod(prune.BasePruningMethod):
         Args:
             module: Module that has the tensor.
             name: Name of a parameter of the module.
-            args: Arguments of the class, as kwargs.
+            args: Arguments of the class, like kwargs.
             importance_scores: Scores of the tensor's shape that replace its values.
             kwargs: p, q, eta_r, gamma, beta; dim for PQINeuron.
 
@@ -167,10 +167,9 @@ class PQINeuron(PQIMethod):
 
 @contextmanager
 def _unchanged_on_error(module: nn.Module, name: str) -> Iterator[None]:
-    """Restore a module's parameters, buffers and hooks if an exception passes."""
-    registries: tuple[Any, ...] = (module._parameters, module._buffers, module._forward_pre_hooks)
+    """Restore a module's attributes, parameters, buffers and hooks if an exception passes."""
+    registries: Any = (vars(module), module._parameters, module._buffers, module._forward_pre_hooks)
     before = [dict(registry) for registry in registries]
-    value = module.__dict__.get(name)
     methods = {hook: hook._pruning_methods for hook in hooks_of(module, name) if hasattr(hook, "_pruning_methods")}
     try:
         yield
@@ -178,9 +177,6 @@ def _unchanged_on_error(module: nn.Module, name: str) -> Iterator[None]:
         for registry, items in zip(registries, before, strict=True):
             registry.clear()
             registry.update(items)
-        module.__dict__.pop(name, None)
-        if value is not None:
-            module.__dict__[name] = value
         for container, content in methods.items():
             container._pruning_methods = content
         raise

@@ -100,7 +100,7 @@ def test_models_trained_and_pruned_in_several_threads_at_once():
 
 
 def prune_in_child(connection, model):
-    torch.set_num_threads(1)  # as DataLoader does: with more, operations of PyTorch's own wait for ever after a fork
+    torch.set_num_threads(1)  # as DataLoader does: with more, PyTorch's own operations hang after a fork
     torch.get_num_threads = lambda: 2  # but the helpers of torch_sap are to take part
     found = [[FUNCTIONS["global"](model).pruned for _ in range(3)]]
     connection.send((found, host.map_pieces(lambda _: os.getpid(), [(0,), (1,), (2,)])))

@@ -104,15 +104,6 @@ class Reader(nn.Module):
 
 
 @each_write
-def test_never_reaches_a_forward_of_a_weight_that_is_read_without_its_module(write):
-    model, inputs = Reader(), torch.randn(4, 6)
-    layer_unstructured(model, eta_r=0.5)
-    expected = model.head(inputs @ (dense_values(model.qkv) * model.qkv.weight_mask).t())
-    write(model.qkv)
-    torch.testing.assert_close(model(inputs), expected)
-
-
-@each_write
 @pytest.mark.parametrize("training", [True, False])
 def test_never_reaches_a_forward_of_attention(write, training):
     model, inputs = (
@@ -127,6 +118,21 @@ def test_never_reaches_a_forward_of_attention(write, training):
         output = model(inputs)
         projection.weight_orig.mul_(projection.weight_mask)
         torch.testing.assert_close(output, model(inputs))
+
+
+@each_write
+@pytest.mark.parametrize("how", ["itself", "as a part", "inside another", "compiled"])
+def test_never_reaches_a_forward_of_a_weight_that_is_read_without_its_module(how, write):
+    torch._dynamo.reset()
+    reader, inputs = Reader(), torch.randn(4, 6)
+    layer_unstructured(nn.Sequential(reader) if how == "as a part" else reader, eta_r=0.5)
+    call = nn.Sequential(reader) if how == "inside another" else reader
+    if how == "compiled":
+        call = torch.compile(reader, backend="eager", fullgraph=True)
+    call(inputs)
+    masked = dense_values(reader.qkv) * reader.qkv.weight_mask
+    write(reader.qkv)
+    torch.testing.assert_close(call(inputs), reader.head(linear(inputs, masked)))
 
 
 class ReadThenCall(nn.Module):
@@ -148,21 +154,6 @@ def test_a_weight_that_is_read_before_its_module_is_called(write):
     torch.testing.assert_close(model(inputs), linear(linear(inputs, masked), masked))
 
 
-def check_reader(reader, call, write):
-    inputs, masked = torch.randn(4, 6), dense_values(reader.qkv) * reader.qkv.weight_mask
-    call(inputs)
-    write(reader.qkv)
-    torch.testing.assert_close(call(inputs), reader.head(linear(inputs, masked)))
-
-
-@each_write
-def test_a_part_of_the_model_is_called(write):
-    """For example forward_features() of a timm model, or model.backbone(x)."""
-    model = nn.Sequential(Reader())
-    layer_unstructured(model, eta_r=0.5)
-    check_reader(model[0], model[0], write)
-
-
 @pytest.mark.parametrize("as_pair", [False, True])
 def test_a_read_that_no_hook_sees(as_pair):
     """In model.forward(x), or pruned as a pair: a written value is gone after the next optimizer step at the latest."""
@@ -176,21 +167,6 @@ def test_a_read_that_no_hook_sees(as_pair):
     optimizer.step()
     assert torch.count_nonzero(reader.qkv.weight[~reader.qkv.weight_mask]) == 0
     assert torch.count_nonzero(~reader.qkv.weight_mask) > 0
-
-
-@each_write
-def test_a_compiled_model(write):
-    torch._dynamo.reset()
-    model = Reader()
-    layer_unstructured(model, eta_r=0.5)
-    check_reader(model, torch.compile(model, backend="eager", fullgraph=True), write)
-
-
-@each_write
-def test_a_model_inside_another_one(write):
-    model = Reader()
-    layer_unstructured(model, eta_r=0.5)
-    check_reader(model, nn.Sequential(model), write)
 
 
 class Raises(nn.Module):

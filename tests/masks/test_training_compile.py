@@ -1,4 +1,4 @@
-"""torch.compile of pruned timm models: no graph break, the same losses, and nothing compiled anew in later rounds.
+"""torch.compile of pruned timm models: no graph break, the same losses, and nothing recompiled in later rounds.
 
 The hooks of the outermost module are a graph of their own, which PyTorch runs before that of the module's forward.
 """

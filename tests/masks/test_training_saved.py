@@ -1,4 +1,4 @@
-"""Saving, loading and copying pruned timm models in the middle of a training: it goes on bitwise."""
+"""Saving, loading and copying pruned timm models in the middle of training, which continues bitwise."""
 
 import copy
 import io

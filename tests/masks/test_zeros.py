@@ -35,7 +35,7 @@ each_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMI
 @pytest.mark.parametrize("chunk", [5, 2**22])
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last", "with gaps"])
 @pytest.mark.parametrize("dtype", keys.INTEGER_OF)
-def test_whatever_is_there_becomes_positive_zero(dtype, memory, chunk, monkeypatch):
+def test_any_value_becomes_positive_zero(dtype, memory, chunk, monkeypatch):
     monkeypatch.setattr(zeros, "CHUNK", chunk)
     tensor = torch.randn(3, 4, 2, 6).to(dtype)
     if memory == "channels_last":
@@ -167,7 +167,7 @@ MEDDLERS = [
 
 @each_optimizer
 @pytest.mark.parametrize("meddle", MEDDLERS)
-def test_zeros_hold_whatever_was_done_before_the_step(make, meddle):
+def test_zeros_hold_after_any_write_before_the_step(make, meddle):
     model = mlp()
     layer_unstructured(model, eta_r=0.5)
     optimizer = make(model.parameters())
@@ -220,7 +220,7 @@ def test_an_optimizer_restores_its_own_weights_only():
 def test_gradients_are_masked_when_backward_ends(kind):
     model = nn.Sequential(nn.Embedding(9, 6, sparse=kind == "sparse"), nn.Linear(6, 4))
     layer_unstructured(model, eta_r=0.5)
-    if kind == "none":  # somebody takes the gradient away before the backward is over
+    if kind == "none":  # a hook drops the gradient before the backward ends
         model[0].weight_orig.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
     model(torch.arange(9)).square().sum().backward()
     for module in model:

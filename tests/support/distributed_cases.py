@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in every process of a group: models on several processes against one process."""
+"""Cases of test_distributed.py, run in every process: models on several processes against one process."""
 
 import copy
 

@@ -139,7 +139,7 @@ def hooks(model):
 
 
 def snapshot(model):
-    """All that must be as before after a refused call."""
+    """Everything that a refused call must leave as before."""
     return {
         "keys": list(model.state_dict()),
         "values": {key: bits(value) for key, value in model.state_dict().items()},
@@ -159,7 +159,7 @@ def assert_unchanged(model, before):
 
 
 def assert_held(model, pruned=True):
-    """The form of the contract: live reference, zeros at pruned entries, and something is pruned."""
+    """Check that weights are live references with zeros at pruned entries, and that something is pruned."""
     count = 0
     for name in weight_names(model):
         module, own = lookup(model, name)
@@ -193,7 +193,7 @@ def fit(model, optimizer, shape, steps=4, masks=None, seed=3):
 
 
 def masked_by_hand(dense, masks):
-    """The model as it is with its weights multiplied by the masks; its parameters stay the same objects."""
+    """Multiply the weights of a model by masks, in place, and return it."""
     with torch.no_grad():
         for name, mask in masks.items():
             value_of(dense, name).mul_(mask)

@@ -28,7 +28,7 @@ CONTRACTIONS = frozenset({
     "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "lstm", "gru", "rnn_tanh", "rnn_relu",
     "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn",
 })
-"""ATen operations that receive a weight, whatever their other operands are."""
+"""ATen operations that receive a weight, regardless of their other operands."""
 
 MOVES = frozenset({
     "cat", "stack", "repeat", "index_select", "flip", "roll", "_unsafe_view", "constant_pad_nd", "index", "gather",

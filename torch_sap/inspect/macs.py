@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,10 +42,9 @@ class _Count(Follow):
 
     def _shares(self) -> dict[int, float]:
         """Share of each weight in the received operands."""
-        shares: dict[int, float] = {}
+        shares: dict[int, float] = defaultdict(float)
         for operand, origin in self._operands:
-            entries = float((origin.places != NOT_OURS).sum()) / operand.numel()
-            shares[origin.source] = shares.get(origin.source, 0.0) + entries
+            shares[origin.source] += float((origin.places != NOT_OURS).sum()) / operand.numel()
         whole = max(1.0, sum(shares.values()))  # above 1 where an operation multiplies weights by weights
         return {source: share / whole for source, share in shares.items()}
 
