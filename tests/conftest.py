@@ -1,4 +1,4 @@
-"""One thread, one seed, the same hypothesis examples in every run, and module fixtures that are made once."""
+"""One thread, one seed, and the same hypothesis examples in every run."""
 
 import os
 
@@ -22,12 +22,3 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With pytest-xdist, run tests that share a module's fixture in one process, so that it is made once."""
-    for item in items:
-        fixtures = getattr(item, "_fixtureinfo", None)
-        if fixtures and any(found[-1].scope == "module" for found in fixtures.name2fixturedefs.values()):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
