@@ -123,7 +123,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
             break  # a cut can make further channels removable
     _check_equal(reference, small, example)
     reasons = {chain.weight: chain.why for chain in chains}
-    empty = [layer for layer in summary(small).layers if layer.empty_rows]
+    empty = [layer for layer in summary(small).tensors if layer.empty_rows]
     kept = {layer.name: reasons.get(layer.name) or f"rows of {layer.module} are not removed" for layer in empty}
     for name, module in small.named_modules():
         module.training = modes[name]
