@@ -6,7 +6,7 @@
 Each version has a virtual environment, FOLDER/PYTHON-TORCH, which is made once and kept; an environment made by hand
 is used as it is if it has a file `ready`. A Python that is not on this machine (on the path, or pyenv's) is named and
 left out.
-Rows that are not run anew stay in the table with their date.
+Rows that are not run again stay in the table with their date.
 """
 
 from __future__ import annotations
@@ -101,10 +101,11 @@ def run(python: Path, part: str, log: Path, minutes: float) -> dict[str, str | i
     """Run one part of the tests and return its row. What pytest prints lies in `log`."""
     report, start = log.with_suffix(".xml"), datetime.datetime.now(datetime.timezone.utc)
     report.unlink(missing_ok=True)
-    pytest = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", PARTS[part], f"--junitxml={report}"]
+    one_process = "addopts=--strict-markers --strict-config"  # --jobs counts processes, so no -n auto
+    pytest = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-o", one_process, "-m", PARTS[part]]
     with log.open("w") as file:
         subprocess.run(
-            ["timeout", "--kill-after=15s", f"{minutes}m", *pytest],
+            ["timeout", "--kill-after=15s", f"{minutes}m", *pytest, f"--junitxml={report}"],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=file,
@@ -158,7 +159,7 @@ def merged(rows: Iterable[Mapping[str, str | int]]) -> list[dict[str, str]]:
 
 
 def filled(page: str, rows: Iterable[Mapping[str, str]]) -> str:
-    """A page with the table of results made anew."""
+    """Fill the table of results into a page."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     lines = [COLUMNS, ["---"] * len(COLUMNS), *([row[name] for name in COLUMNS] for row in rows)]

@@ -110,7 +110,7 @@ def test_weights_on_the_host_and_on_the_device_in_one_model(scope):
 
 @pytest.mark.parametrize("pruned", [False, True], ids=["first step", "later step"])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_a_step_waits_a_few_times_whatever_the_number_of_tensors(scope, pruned):
+def test_a_step_waits_a_few_times_however_many_tensors_there_are(scope, pruned):
     found = []
     for depth in (2, 12):
         model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(depth))).cuda()

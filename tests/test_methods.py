@@ -48,19 +48,6 @@ def expected_mask(scope, tensor, mask=None, dim=0, **arguments):
     return torch.from_numpy(reference.prune(weights, masks, scope, dim=dim, **arguments)[0]["w"])
 
 
-def with_mask(method, module, name, mask):
-    """Prune with a mask of the test's own choice."""
-    with mock.patch.object(method, "compute_mask", return_value=mask):
-        method.apply(module, name)
-
-
-def small_linear(bias=True):
-    module = nn.Linear(5, 2, bias=bias)
-    mask = torch.ones(2, 5)
-    mask[1, 0] = mask[0, 3] = 0
-    return module, mask
-
-
 @each_method_and_tensor
 @each_module
 def test_parameter_mask_and_product(method, make, name):
@@ -114,30 +101,6 @@ def test_mask_of_ones_changes_nothing(method):
     second.sum().backward()
     assert torch.equal(module.weight_orig.grad, gradients[0])
     assert torch.equal(module.bias.grad, gradients[1])
-
-
-@each_method
-def test_gradient_is_masked_and_a_step_leaves_pruned_entries(method):
-    module, mask = small_linear()
-    with_mask(method, module, "weight", mask)
-    module(torch.ones(1, 5)).sum().backward()
-    assert torch.equal(module.weight_orig.grad, mask)
-    assert torch.equal(module.bias.grad, torch.ones(2))
-    before = module.weight_orig.detach().clone()
-    torch.optim.SGD(module.parameters(), lr=1.0).step()
-    assert torch.equal(module.weight_orig[mask == 0], before[mask == 0])
-    assert not torch.equal(module.weight_orig[mask == 1], before[mask == 1])
-
-
-@each_method
-def test_forward_by_hand_also_after_remove(method):
-    module, mask = small_linear()
-    with_mask(method, module, "weight", 1 - mask)
-    output = module(torch.ones(1, 5))
-    torch.testing.assert_close(output[0, 0], module.weight_orig[0, 3] + module.bias[0])
-    torch.testing.assert_close(output[0, 1], module.weight_orig[1, 0] + module.bias[1])
-    prune.remove(module, "weight")
-    assert torch.equal(module(torch.ones(1, 5)), output)
 
 
 @each_method

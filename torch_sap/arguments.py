@@ -13,10 +13,6 @@ from torch import nn
 def check_number(name: str, value: object, *, low: float | None = None, high: float | None = None) -> None:
     """Raise unless a value is a finite real number, not below ``low`` and not above ``high``.
 
-    Raises:
-        TypeError: if it is no real number.
-        ValueError: if it is not finite or out of its range.
-
     Example:
         >>> from torch_sap.arguments import check_number
         >>> check_number("beta", 1.5, low=0, high=1)
@@ -31,7 +27,7 @@ def check_number(name: str, value: object, *, low: float | None = None, high: fl
 
 
 def check_int(name: str, value: object, *, low: int | None = None, high: int | None = None) -> None:
-    """Raise unless a value is an int (no bool), not below ``low`` and not above ``high``."""
+    """Raise unless a value is an int and not a bool, not below ``low`` and not above ``high``."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
     _check_range(name, value, low, high)
@@ -62,10 +58,9 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise a ValueError unless a value is one of some words."""
+    """Raise unless a value is one of the choices."""
     if value not in choices:
-        known = ", ".join(map(repr, choices))
-        raise ValueError(f"{name} must be one of {known}, got {name}={value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {name}={value!r}")
 
 
 def check_callable(name: str, function: object) -> None:
@@ -81,7 +76,7 @@ def check_model(model: object) -> None:
 
 
 def check_path(name: str, path: object) -> None:
-    """Raise unless a value is the path of a file: one that exists or one to write."""
+    """Raise unless a value can be the path of a file."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{name} must be the path of a file, got {path!r}")
     if os.path.isdir(path):

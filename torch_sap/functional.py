@@ -1,4 +1,4 @@
-"""Prune a whole model in place, with one call; make it permanent with another."""
+"""Prune a whole model in place with one call, and make the pruning permanent with another."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from torch_sap.arguments import check_model
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Scope
 from torch_sap.decide.step import prune_step
@@ -21,27 +22,30 @@ from torch_sap.masks.standardized import fold_
 from torch_sap.records.report import PruningReport, tensor_records
 
 Model = TypeVar("Model", bound=nn.Module)
+Target = nn.Module | Iterable[Pair]
+Patterns = str | Iterable[str]
 
 
+# fmt: off  # the signature that the three functions share, in two lines
 def global_unstructured(
-    model: nn.Module | Iterable[Pair],
+    model: Target,
     p: float = 0.5,
     q: float = 1.0,
     *,
     eta_r: float = 0.0,
     gamma: float = 1.0,
     beta: float = 0.9,
-    exclude: str | Iterable[str] = (),
+    exclude: Patterns = (),
     importance_scores: ImportanceScores | None = None,
 ) -> PruningReport:
     """Prune the weights of a model in place by SAP, all of them as one group.
 
-    How many go follows from their PQ Index: ``c = floor(min(gamma * (d - r), beta * d))``. Those with the smallest
-    magnitudes go, exactly c; of equal ones those that come first. Weights that are pruned already stay so and do not
-    count. The model keeps PyTorch's form: ``weight_orig``, ``weight_mask``, a pruning hook.
+    A group of d unpruned weights with PQ Index I loses exactly ``c = floor(min(gamma * (d - r), beta * d))``,
+    smallest magnitudes first, ties in order of position. Pruned weights stay pruned and do not count. The pruned
+    model has the format of torch.nn.utils.prune: ``weight_orig``, ``weight_mask``, a pruning hook.
 
     Args:
-        model: A module, or an iterable of (module, name) pairs as torch.nn.utils.prune takes it. Of a module the
+        model: A module, or an iterable of (module, name) pairs as torch.nn.utils.prune takes it. In a module, the
             parameters that :func:`prunable_parameters` names are pruned.
         p: The smaller norm, ``0 < p < q``.
         q: The larger norm.
@@ -49,15 +53,15 @@ def global_unstructured(
         gamma: Factor on the prunable number ``d - r``; 0 or more. Larger prunes more.
         beta: The largest share of a group that is pruned at once, in [0, 1].
         exclude: Patterns of what not to prune, see :func:`prunable_parameters`. Only with a module.
-        importance_scores: From (module, name) to a tensor of the parameter's shape whose magnitudes take the place of
-            the weights', in the PQ Index and in the order. As in torch.nn.utils.prune.global_unstructured.
+        importance_scores: Dict from (module, name) to a tensor of the parameter's shape whose magnitudes replace those
+            of the weights, in the PQ Index and in the order, as in torch.nn.utils.prune.global_unstructured.
 
     Returns:
-        What was found and done: d, I, r, c of each group, remaining weights of each tensor.
+        d, I, r, c per group, and the remaining weights per tensor.
 
     Raises:
-        ValueError: if an argument is out of its range, weights are NaN or infinite, or there is nothing to prune.
-        TypeError: if an argument or a weight is of a wrong type.
+        ValueError: if an argument is out of range, weights are NaN or infinite, or there is nothing to prune.
+        TypeError: if an argument or a weight has a wrong type.
             The model is as before if anything is raised.
 
     Example:
@@ -66,73 +70,81 @@ def global_unstructured(
         >>> report.remaining == model[0].weight_mask.sum() + model[2].weight_mask.sum()
         tensor(True)
 
-    Source: Algorithm 1 of the paper, scope "global".
+    Source: Algorithm 1 of the paper.
     """
-    rule = Hyperparameters(p, q, eta_r, gamma, beta)
-    return _prune(model, "global", rule, exclude, importance_scores)
+    return _prune("global", model, Hyperparameters(p, q, eta_r, gamma, beta), exclude, importance_scores)
 
 
 def layer_unstructured(
-    model: nn.Module | Iterable[Pair],
+    model: Target,
     p: float = 0.5,
     q: float = 1.0,
     *,
     eta_r: float = 0.0,
     gamma: float = 1.0,
     beta: float = 0.9,
-    exclude: str | Iterable[str] = (),
+    exclude: Patterns = (),
     importance_scores: ImportanceScores | None = None,
 ) -> PruningReport:
-    """Prune the weights of a model in place by SAP, each tensor as a group of its own.
-
-    Arguments, result and errors are those of :func:`global_unstructured`.
+    """Prune as :func:`global_unstructured` does, but each tensor is a group.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        >>> report = layer_unstructured(model, exclude="2")
-        >>> list(report.groups)
+        >>> list(layer_unstructured(model, exclude="2").groups)
         ['0.weight']
-
-    Source: Algorithm 1 of the paper, scope "layer".
     """
-    rule = Hyperparameters(p, q, eta_r, gamma, beta)
-    return _prune(model, "layer", rule, exclude, importance_scores)
+    return _prune("layer", model, Hyperparameters(p, q, eta_r, gamma, beta), exclude, importance_scores)
 
 
 def neuron_unstructured(
-    model: nn.Module | Iterable[Pair],
+    model: Target,
     p: float = 0.5,
     q: float = 1.0,
     *,
     eta_r: float = 0.0,
     gamma: float = 1.0,
     beta: float = 0.9,
-    exclude: str | Iterable[str] = (),
+    exclude: Patterns = (),
     importance_scores: ImportanceScores | None = None,
 ) -> PruningReport:
-    """Prune the weights of a model in place by SAP, each output channel of a tensor as a group of its own.
+    """Prune as :func:`global_unstructured` does, but each output channel is a group.
 
-    Output channels are dimension 0, and dimension 1 within each group for transposed convolutions. Arguments, result
-    and errors are those of :func:`global_unstructured`.
+    Output channels are dimension 0; dimension 1 within each group of a transposed convolution.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        >>> report = neuron_unstructured(model)
-        >>> report.groups["2.weight"].c.shape
+        >>> neuron_unstructured(model).groups["2.weight"].c.shape
         (10,)
-
-    Source: Algorithm 1 of the paper, scope "neuron".
     """
-    rule = Hyperparameters(p, q, eta_r, gamma, beta)
-    return _prune(model, "neuron", rule, exclude, importance_scores)
+    return _prune("neuron", model, Hyperparameters(p, q, eta_r, gamma, beta), exclude, importance_scores)
+
+
+# fmt: on
+
+
+def _prune(
+    scope: Scope, model: Target, rule: Hyperparameters, exclude: Patterns, scores: ImportanceScores | None
+) -> PruningReport:
+    prunables = resolve(model, exclude)
+    if isinstance(model, nn.Module):
+        warn_of_reparametrized(model, stacklevel=3)
+    with torch.no_grad():
+        result = prune_step(entries_of(prunables, scores), scope, rule)
+        check_copies(model, prunables, result.masks)
+        report = PruningReport(scope, rule.to_dict(), result.groups, tensor_records(prunables, result.remaining))
+        try:
+            hold_masks(prunables, result.masks)
+        finally:
+            if isinstance(model, nn.Module):
+                guard(model)
+    return report
 
 
 def remove(model: Model) -> Model:
-    """Make the pruning of a model permanent, in place: plain parameters again, with zeros where weights were pruned.
+    """Make the pruning of a model permanent, in place: plain parameters with zeros where weights were pruned.
 
-    The same Parameters under their old names and at their old places, so the keys are those of the model before
-    pruning, and optimizers go on working. Tensors pruned by PyTorch's methods are made permanent too. A model without
-    pruning stays as it is.
+    The Parameter objects, their names and their order are those from before the pruning, so optimizers keep working.
+    Tensors pruned by PyTorch's methods are made permanent too. A model without pruning stays as it is.
 
     Args:
         model: Any module.
@@ -141,7 +153,7 @@ def remove(model: Model) -> Model:
         The model itself.
 
     Raises:
-        TypeError: if it is no module.
+        TypeError: if the model is not a module.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -149,8 +161,7 @@ def remove(model: Model) -> Model:
         >>> list(remove(model).state_dict())
         ['0.weight', '0.bias']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     with torch.no_grad():
         reshard(model.modules())
         for module in model.modules():
@@ -162,25 +173,3 @@ def remove(model: Model) -> Model:
                 left.release(module)
         unguard(model)
     return model
-
-
-def _prune(
-    model: nn.Module | Iterable[Pair],
-    scope: Scope,
-    rule: Hyperparameters,
-    exclude: str | Iterable[str],
-    importance_scores: ImportanceScores | None,
-) -> PruningReport:
-    prunables = resolve(model, exclude)
-    if isinstance(model, nn.Module):
-        warn_of_reparametrized(model, stacklevel=3)
-    with torch.no_grad():
-        result = prune_step(entries_of(prunables, importance_scores), scope, rule)
-        check_copies(model, prunables, result.masks)
-        report = PruningReport(scope, rule.to_dict(), result.groups, tensor_records(prunables, result.remaining))
-        try:
-            hold_masks(prunables, result.masks)
-        finally:
-            if isinstance(model, nn.Module):
-                guard(model)
-    return report

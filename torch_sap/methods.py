@@ -1,4 +1,4 @@
-"""SAP as pruning methods of torch.nn.utils.prune. They compute masks; all the rest is PyTorch's code.
+"""SAP as pruning methods of torch.nn.utils.prune: they compute masks, and PyTorch's code does the rest.
 
 Source: Diao et al., ICLR 2023 (arXiv 2302.05601).
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from torch_sap.arguments import check_int
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Entry, Scope
 from torch_sap.decide.keys import check_dtype, check_whole
@@ -23,19 +24,7 @@ from torch_sap.masks.standardized import is_masked, is_standardized
 
 
 class PQIMethod(prune.BasePruningMethod):
-    """What the three methods share: the hyper-parameters, and the step on one tensor.
-
-    Args:
-        p: The smaller norm, ``0 < p < q``.
-        q: The larger norm.
-        eta_r: Share of the p-th power mass that may be lost; 0 or more.
-        gamma: Factor on the prunable number ``d - r``; 0 or more.
-        beta: The largest share of a group that is pruned at once, in [0, 1].
-
-    Raises:
-        ValueError: if an argument is out of its range.
-        TypeError: if one of them is no number.
-    """
+    """Base of the three methods. p, q, eta_r, gamma, beta are those of :func:`torch_sap.global_unstructured`."""
 
     scope: ClassVar[Scope]
 
@@ -45,34 +34,35 @@ class PQIMethod(prune.BasePruningMethod):
         self.rule = Hyperparameters(p, q, eta_r, gamma, beta)
 
     def _row_dim(self, name: str, scores: Tensor) -> int:
-        """The dimension of the rows."""
         return 0
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """Mask for importance scores.
+        """Compute a mask from importance scores.
 
         Args:
             t: Scores, ranked by magnitude; real floating point, any shape.
             default_mask: Mask of the same shape from earlier prunings; entries where it is 0 do not count.
 
         Returns:
-            New mask of the same shape and of default_mask's type: default_mask without what this method prunes.
+            Mask of the shape and type of default_mask: default_mask without the entries that this method prunes.
 
         Raises:
             ValueError: if an unpruned score is NaN or infinite.
-            TypeError: if the scores are not of a real floating-point type.
+            TypeError: if the scores do not have a real floating-point type.
         """
         name = getattr(self, "_tensor_name", "t")
         check_dtype(t, name)
         check_whole(t, name)
         with torch.no_grad():
             dim = self._row_dim(name, t) if t.dim() else 0
-            scores, unpruned = (
-                each.movedim(dim, 0) if each.dim() else each for each in (t.detach(), default_mask != 0)
-            )
-            (mask,) = prune_step([Entry(name, scores, unpruned)], self.scope, self.rule).masks
+
+            def move(tensor: Tensor, source: int, to: int) -> Tensor:
+                return tensor.movedim(source, to) if tensor.dim() else tensor
+
+            entry = Entry(name, move(t.detach(), dim, 0), move(default_mask != 0, dim, 0))
+            (mask,) = prune_step([entry], self.scope, self.rule).masks
             assert mask is not None
-            return (default_mask * (mask.movedim(0, dim) if mask.dim() else mask)).contiguous()
+            return (default_mask * move(mask, 0, dim)).contiguous()
 
     @classmethod
     def apply(
@@ -80,23 +70,23 @@ class PQIMethod(prune.BasePruningMethod):
     ) -> prune.BasePruningMethod:
         """Prune a tensor of a module, as every method of torch.nn.utils.prune does.
 
+        Warns if the module standardizes its weight, because PyTorch's masks do not hold behind that.
+
         Args:
             module: Module that has the tensor.
-            name: Name of the tensor, of a parameter of the module.
-            args: Arguments of the class.
-            importance_scores: Scores of the tensor's shape to use in place of its values.
-            kwargs: Arguments of the class.
+            name: Name of a parameter of the module.
+            args: Arguments of the class, like kwargs.
+            importance_scores: Scores of the tensor's shape that replace its values.
+            kwargs: p, q, eta_r, gamma, beta; dim for PQINeuron.
 
         Returns:
             The hook of the tensor: this method, or the PruningContainer that it was added to.
 
         Raises:
-            ValueError: if an argument is out of its range, or if an unpruned score is NaN or infinite.
-            TypeError: if the tensor is not of a real floating-point type.
+            ValueError: if an argument is out of range, or an unpruned score is NaN or infinite.
+            TypeError: if the tensor does not have a real floating-point type.
             AssertionError: if the scores have another shape than the tensor.
-
-        The module is as before if anything is raised. (PyTorch's own apply loses the earlier method's hook then.)
-        Warns if the module standardizes its weight, behind which PyTorch's masks do not hold.
+                The module is as before if anything is raised. (PyTorch's own apply loses the earlier method's hook.)
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -106,8 +96,8 @@ class PQIMethod(prune.BasePruningMethod):
             raise TypeError(f"importance_scores must be a tensor or None, got {type(importance_scores).__name__}")
         if name == "weight" and is_standardized(module) and not is_masked(module):
             warnings.warn(
-                f"{type(module).__name__} standardizes its weight, which makes other numbers of the zeros that "
-                "PyTorch's masks leave; torch_sap.layer_unstructured([(module, 'weight')]) keeps them zeros",
+                f"{type(module).__name__} standardizes its weight, which turns the zeros of PyTorch's masks into other "
+                "numbers; torch_sap.layer_unstructured([(module, 'weight')]) keeps them zeros",
                 stacklevel=2,
             )
         with _unchanged_on_error(module, name):
@@ -118,9 +108,9 @@ class PQIMethod(prune.BasePruningMethod):
 
 
 class PQIGlobal(PQIMethod):
-    """Prune the entries that it is given as one group.
+    """Prune all given entries as one group.
 
-    An "unstructured" method, so that ``torch.nn.utils.prune.global_unstructured`` can hand it the entries of many
+    An "unstructured" method, so that ``torch.nn.utils.prune.global_unstructured`` can give it the entries of many
     tensors: ``prune.global_unstructured(parameters, pruning_method=PQIGlobal, p=0.5, q=1.0)``. See :class:`PQIMethod`
     for arguments.
 
@@ -138,11 +128,10 @@ class PQIGlobal(PQIMethod):
 
 
 class PQILayer(PQIMethod):
-    """Prune a tensor as one group, each tensor by its own sparsity.
+    """Prune a tensor as one group.
 
-    A "global" method in PyTorch's sense (it is given the whole tensor), which
-    ``torch.nn.utils.prune.global_unstructured``
-    refuses: it would make it a PQIGlobal. See :class:`PQIMethod` for arguments.
+    A "global" method in PyTorch's sense (it needs the whole tensor), so ``torch.nn.utils.prune.global_unstructured``
+    refuses it. See :class:`PQIMethod` for arguments.
     """
 
     PRUNING_TYPE = "global"
@@ -150,9 +139,9 @@ class PQILayer(PQIMethod):
 
 
 class PQINeuron(PQIMethod):
-    """Prune each row (output channel) of a tensor as a group of its own.
+    """Prune each row (output channel) of a tensor as a group.
 
-    A "global" method in PyTorch's sense, as :class:`PQILayer` is. See :class:`PQIMethod` for the other arguments.
+    A "global" method in PyTorch's sense, like :class:`PQILayer`. See :class:`PQIMethod` for the other arguments.
 
     Args:
         dim: Dimension of the output channels, as PyTorch's structured methods take it.
@@ -162,17 +151,10 @@ class PQINeuron(PQIMethod):
     scope = "neuron"
 
     def __init__(
-        self,
-        p: float = 0.5,
-        q: float = 1.0,
-        eta_r: float = 0.0,
-        gamma: float = 1.0,
-        beta: float = 0.9,
-        dim: int = 0,
+        self, p: float = 0.5, q: float = 1.0, eta_r: float = 0.0, gamma: float = 1.0, beta: float = 0.9, dim: int = 0
     ) -> None:
         super().__init__(p, q, eta_r, gamma, beta)
-        if not isinstance(dim, int):
-            raise TypeError(f"dim must be an int, got dim={dim!r}")
+        check_int("dim", dim)
         self.dim = dim
 
     def _row_dim(self, name: str, scores: Tensor) -> int:
@@ -185,22 +167,16 @@ class PQINeuron(PQIMethod):
 
 @contextmanager
 def _unchanged_on_error(module: nn.Module, name: str) -> Iterator[None]:
-    """Put a module's parameters, buffers and hooks back if an exception passes."""
-    registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._forward_pre_hooks)  # type: ignore[assignment]
+    """Restore a module's attributes, parameters, buffers and hooks if an exception passes."""
+    registries: Any = (vars(module), module._parameters, module._buffers, module._forward_pre_hooks)
     before = [dict(registry) for registry in registries]
-    value = module.__dict__.get(name)
-    methods = {
-        hook: hook._pruning_methods for hook in hooks_of(module, name) if isinstance(hook, prune.PruningContainer)
-    }
+    methods = {hook: hook._pruning_methods for hook in hooks_of(module, name) if hasattr(hook, "_pruning_methods")}
     try:
         yield
     except BaseException:
         for registry, items in zip(registries, before, strict=True):
             registry.clear()
             registry.update(items)
-        module.__dict__.pop(name, None)
-        if value is not None:
-            module.__dict__[name] = value
         for container, content in methods.items():
             container._pruning_methods = content
         raise

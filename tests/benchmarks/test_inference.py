@@ -18,7 +18,7 @@ def test_equal_outputs_and_sparsity(case):
     assert set(entrants) == {"dense", "zeros", "csr"}
     torch.testing.assert_close(entrants["csr"](x), entrants["zeros"](x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(entrants["dense"](x), entrants["zeros"](x), atol=1e-3)
-    for layer in torch_sap.summary(entrants["zeros"]).layers:
+    for layer in torch_sap.summary(entrants["zeros"]).tensors:
         assert layer.sparsity == pytest.approx(0.9, abs=1e-2)
     stored = sum(layer.weight.values().numel() for layer in entrants["csr"] if hasattr(layer, "weight"))
     assert stored == torch_sap.summary(entrants["zeros"]).remaining

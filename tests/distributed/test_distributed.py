@@ -13,6 +13,6 @@ def failures(request, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_processes(failures, case):
-    if case.startswith("standardised"):
+    if case.startswith("standardized"):
         pytest.importorskip("timm")
     assert_passed(failures, case)

@@ -88,7 +88,10 @@ def test_the_module_inside_data_parallel_runs_the_example(check):
     torch_sap.layer_unstructured(parallel)
     parallel.forward = None  # it exchanges buffers, and waits for the other processes
     found = check(parallel, torch.randn(3, 6))
-    assert [weight.name for weight in (found.layers if check is summary else found.weights)] == ["0.weight", "3.weight"]
+    assert [weight.name for weight in (found.tensors if check is summary else found.weights)] == [
+        "0.weight",
+        "3.weight",
+    ]
 
 
 @each_check

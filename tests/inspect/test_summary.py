@@ -79,14 +79,14 @@ def test_macs_are_those_of_pytorchs_counter(kind, pruned):
         torch_sap.layer_unstructured(model, gamma=3.0)
     found = summary(model, example)
     assert found.macs == flops(model, example) // 2 > 0
-    by_name = {layer.name: layer for layer in found.layers}
+    by_name = {layer.name: layer for layer in found.tensors}
     for name, macs in of_weights.items():
         assert by_name[name].macs == macs, name
     if others is not None:
         assert found.other_macs == others
-    for layer in found.layers:
-        assert layer.sparse_macs == round(layer.macs * int(mask_of(model, layer.name).sum()) / layer.weights)
-    assert found.sparse_macs == found.other_macs + sum(layer.sparse_macs for layer in found.layers)
+    for layer in found.tensors:
+        assert layer.sparse_macs == round(layer.macs * int(mask_of(model, layer.name).sum()) / layer.total)
+    assert found.sparse_macs == found.other_macs + sum(layer.sparse_macs for layer in found.tensors)
     assert (found.sparse_macs < found.macs) == pruned
 
 
@@ -98,14 +98,14 @@ def test_counts_and_index_against_the_reference(form):
     found = summary(model)
     assert found.macs is found.sparse_macs is found.other_macs is None
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
-    kept = {layer.name: mask_of(model, layer.name) for layer in found.layers}
-    assert found.weights == sum(mask.numel() for mask in kept.values())
+    kept = {layer.name: mask_of(model, layer.name) for layer in found.tensors}
+    assert found.total == sum(mask.numel() for mask in kept.values())
     assert found.remaining == sum(int(mask.sum()) for mask in kept.values())
-    for layer in found.layers:
+    for layer in found.tensors:
         module = model.get_submodule(layer.name.rpartition(".")[0])
         mask = kept[layer.name]
         assert (layer.module, layer.shape) == (type(module).__name__, tuple(module.weight.shape))
-        assert (layer.weights, layer.remaining) == (mask.numel(), int(mask.sum()))
+        assert (layer.total, layer.remaining) == (mask.numel(), int(mask.sum()))
         values = module.weight.detach()[mask].double().numpy()
         assert layer.pqi == pytest.approx(reference_pq_index(values, 0.5, 1.0), rel=1e-12)
 
@@ -115,8 +115,8 @@ def test_removing_the_masks_keeps_the_counts():
     torch_sap.layer_unstructured(model, gamma=3.0)
     before = summary(model)
     after = summary(torch_sap.remove(model))
-    assert [layer.remaining for layer in after.layers] == [layer.remaining for layer in before.layers]
-    assert after.remaining < after.weights
+    assert [layer.remaining for layer in after.tensors] == [layer.remaining for layer in before.tensors]
+    assert after.remaining < after.total
 
 
 def test_empty_rows_are_output_channels():
@@ -147,16 +147,16 @@ def test_in_a_terminal_in_a_notebook_and_as_values():
     kept = int(model[0].weight_mask.sum())
     assert lines[2].split() == [
         *["0.weight", "Linear", "(32,", "64)", "2,048", f"{kept:,}", f"{1 - kept / 2048:.1%}"],
-        *[f"{found.layers[0].pqi:.3f}", "0", "2.048k", f"{kept / 1000:.4g}k"],
+        *[f"{found.tensors[0].pqi:.3f}", "0", "2.048k", f"{kept / 1000:.4g}k"],
     ]
     assert "undefined" in lines[3]
     assert lines[-1].startswith("total")
     assert found._repr_html_() == f"<pre>{found}</pre>"
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert values["layers"][1]["pqi"] is None
-    assert math.isnan(found.layers[1].pqi)
-    assert (values["layers"][0]["remaining"], values["sparse_macs"]) == (kept, found.sparse_macs)
-    assert values["layers"][0]["sparsity"] == found.layers[0].sparsity == 1 - kept / 2048
+    assert values["tensors"][1]["pqi"] is None
+    assert math.isnan(found.tensors[1].pqi)
+    assert (values["tensors"][0]["remaining"], values["sparse_macs"]) == (kept, found.sparse_macs)
+    assert values["tensors"][0]["sparsity"] == found.tensors[0].sparsity == 1 - kept / 2048
 
 
 def test_names_are_escaped_in_a_notebook():

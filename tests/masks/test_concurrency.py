@@ -87,19 +87,20 @@ def test_models_pruned_from_several_threads_at_once(scope, two_threads):
 
 
 def test_models_trained_and_pruned_in_several_threads_at_once():
-    one_by_one, together, models = {}, {}, [mlp() for _ in range(4)]
+    one_by_one, together, models, arrived = {}, {}, [mlp() for _ in range(4)], set(zeros._arrived)
     copies = copy.deepcopy(models)
     for seed, model in enumerate(models):
         train_and_prune(model, seed, one_by_one)
     at_once(train_and_prune, *((model, seed, together) for seed, model in enumerate(copies)))
     assert together == one_by_one
+    assert set(zeros._arrived) == arrived, "a backward leaves nothing behind"
     for model, other in zip(models, copies, strict=True):
         for key, value in model.state_dict().items():
             assert torch.equal(value, other.state_dict()[key]), key
 
 
 def prune_in_child(connection, model):
-    torch.set_num_threads(1)  # as DataLoader does: with more, operations of PyTorch's own wait for ever after a fork
+    torch.set_num_threads(1)  # as DataLoader does: with more, PyTorch's own operations hang after a fork
     torch.get_num_threads = lambda: 2  # but the helpers of torch_sap are to take part
     found = [[FUNCTIONS["global"](model).pruned for _ in range(3)]]
     connection.send((found, host.map_pieces(lambda _: os.getpid(), [(0,), (1,), (2,)])))

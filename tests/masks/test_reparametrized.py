@@ -19,7 +19,7 @@ def model_with(changed):
 @pytest.mark.parametrize(
     "change", [parametrizations.spectral_norm, parametrizations.weight_norm, parametrizations.orthogonal]
 )
-def test_parametrised_modules_are_named_and_stay_dense(scope, change):
+def test_parametrized_modules_are_named_and_stay_dense(scope, change):
     model = model_with(change(nn.Linear(4, 4)))
     with pytest.warns(UserWarning, match=r"it is not pruned: 1.0. Call parametrize.remove_parametrizations") as warned:
         FUNCTIONS[scope](model, gamma=3.0)
@@ -73,7 +73,7 @@ def test_paths_are_those_inside_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_other_parametrised_tensors_are_no_matter():
+def test_other_parametrized_tensors_are_no_matter():
     class Positive(nn.Module):
         def forward(self, x):
             return x.abs()

@@ -131,14 +131,3 @@ def test_update_bn_of_an_average():
     update_bn(batches(2), dense)
     for name, value in dense.named_buffers():
         assert torch.equal(dict(average.module.named_buffers())[name], value), name
-
-
-def test_setting_the_average_after_rewinding():
-    model = make("efficientnet")
-    sap = SAP(model, eta_r=0.2)
-    average = timm.utils.ModelEmaV3(model, decay=0.75)
-    train(model, average, Hand(model), momentum(model), 0)
-    sap.step()
-    average.set(model)
-    for (name, value), other in zip(model.state_dict().items(), average.module.state_dict().values(), strict=True):
-        assert torch.equal(value, other), name

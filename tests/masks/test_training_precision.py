@@ -8,7 +8,6 @@ from helpers import FUNCTIONS, SCOPES, assert_held, masks_of, value_of, weight_n
 from timm_training import (
     Hand,
     assert_same_training,
-    assert_same_values,
     batches,
     convolutional,
     each_kind,
@@ -18,7 +17,7 @@ from timm_training import (
     twins,
 )
 
-from torch_sap import SAP, layer_unstructured
+from torch_sap import layer_unstructured
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -126,21 +125,3 @@ def test_channels_last_gets_the_masks_of_a_contiguous_model(kind, scope):
         for each in (model, other):
             FUNCTIONS[scope](each, eta_r=0.1)
         assert all(torch.equal(mask, masks_of(other)[name]) for name, mask in masks_of(model).items())
-
-
-@convolutional
-def test_rounds_in_channels_last(kind):
-    """Rewinding by SAP keeps format and values."""
-    model, dense = twins(kind)
-    model.to(memory_format=torch.channels_last)
-    sap = SAP(model, eta_r=0.1)
-    for number in range(2):
-        optimizer = momentum(model)
-        for inputs in batches(2, seed=number):
-            optimizer.zero_grad()
-            loss_of(model, inputs).backward()
-            optimizer.step()
-        sap.step()
-    Hand(dense, masks_of(model)).weights()
-    assert_same_values(model, dense)
-    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.dim() == 4)

@@ -1,23 +1,20 @@
-"""Saving, loading and copying pruned timm models in the middle of a training: it goes on bitwise."""
+"""Saving, loading and copying pruned timm models in the middle of training, which continues bitwise."""
 
 import copy
 import io
 
 import pytest
 import torch
-from helpers import assert_held, assert_unchanged, masked_by_hand, masks_of, snapshot, value_of, weight_names
+from helpers import assert_held, assert_unchanged, masks_of, snapshot, value_of, weight_names
 from timm_training import (
     Hand,
     assert_same_training,
-    assert_same_values,
     batches,
     each_kind,
     make,
-    momentum,
     optim,
     plain_step,
     timm,
-    twins,
 )
 
 from torch_sap import SAP, layer_unstructured, remove
@@ -151,21 +148,3 @@ def test_a_copy_and_its_model_are_trained_and_pruned_apart(kind):
     assert_same_training(other, dense)
     assert all(torch.equal(mask, masks[name]) for name, mask in masks_of(model).items())
     assert any(not torch.equal(mask, masks[name]) for name, mask in masks_of(other).items())
-
-
-@each_kind
-def test_a_copy_of_a_pruned_model_and_of_a_dense_one_train_alike(kind):
-    model, dense = twins(kind)
-    layer_unstructured(model, eta_r=0.2)
-    masked_by_hand(dense, masks_of(model))
-    optimizers = [momentum(each) for each in (model, dense)]
-    hands = [Hand(model), Hand(dense, masks_of(model))]
-    for each, optimizer, hand in zip((model, dense), optimizers, hands, strict=True):
-        plain_step(each, optimizer, batches(1)[0], hand)
-    copies = copy.deepcopy([model, optimizers[0]]), copy.deepcopy([dense, optimizers[1]])
-    hands = [Hand(copies[0][0]), Hand(copies[1][0], masks_of(model))]
-    for inputs in batches(2, seed=5):
-        ours, theirs = (plain_step(*pair, inputs, hand) for pair, hand in zip(copies, hands, strict=True))
-        assert ours == theirs
-        assert_held(copies[0][0])
-    assert_same_values(copies[0][0], copies[1][0])

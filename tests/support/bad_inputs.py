@@ -82,7 +82,7 @@ CASES = {
         ('PQIGlobal.apply(layer, "weight", p=3.0)', 'ValueError', 'p must be smaller than q, got p=3.0, q=1.0'),
         ('PQILayer(beta=1.5)', 'ValueError', 'beta must lie in [0, 1], got beta=1.5'),
         ('PQILayer.apply(with_nan[0], "weight")', 'ValueError', 'weights must be finite, but weight of shape (9, 6) has NaN entries'),
-        ('PQINeuron(dim=0.5)', 'TypeError', 'dim must be an int, got dim=0.5'),
+        ('PQINeuron(dim=0.5)', 'TypeError', 'dim must be an int, got 0.5'),
         ('PQINeuron.apply(layer, "weight", dim=2)', 'IndexError', 'dim must be a dimension of weight, of shape (9, 6), got dim=2'),
         ('PQINeuron.apply(layer, "bias")', 'ValueError', 'bias must have more than one dimension to have rows, got shape (9,)'),
         ('PQILayer.apply(integers, "weight")', 'TypeError', 'weight must be a real floating-point tensor (float16, bfloat16, float32, float64), got torch.int32'),

@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in every process of a group: models on several processes against one process."""
+"""Cases of test_distributed.py, run in every process: models on several processes against one process."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from distributed_copies import data_parallel, processes_disagree, wrapped_after_sap
 from distributed_models import assert_same_model, assert_same_report, data, full_state, mine, mlp, shard
-from distributed_standardised import standardised_convolutions
+from distributed_standardized import standardized_convolutions
 from fully_sharded import MixedPrecisionPolicy, fully_shard
 from helpers import FUNCTIONS, SCOPES
 from torch import nn
@@ -248,7 +248,7 @@ CASES = {
             a_forward_never_sees_what_was_written,
             weights_read_without_calling,
             mixed_precision_and_accumulation,
-            standardised_convolutions,
+            standardized_convolutions,
         )
     },
     **{

@@ -1,4 +1,4 @@
-"""What test_distributed.py runs of DistributedDataParallel, and of copies that are not the same."""
+"""Cases of test_distributed.py for DistributedDataParallel, and for copies that differ."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def processes_disagree():
             prune()
     assert "weight" in model.module[0]._parameters
     if dist.get_rank() == 0:
-        torch_sap.layer_unstructured(mlp())  # plain, on one process: nobody is waited for
+        torch_sap.layer_unstructured(mlp())  # plain, on one process: it waits for no other
     if dist.get_world_size() == 2:
         copies = mlp()
         fully_shard(copies, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copy", "shard")))

@@ -1,7 +1,5 @@
 """Small models, training by hand, and exact comparison of model states: shared by the tests."""
 
-import copy
-
 import torch
 from torch import nn
 from torch.nn.utils import prune
@@ -46,7 +44,35 @@ def zoo(dtype=torch.float32):
     ).to(dtype)
 
 
+class Mixed(nn.Module):
+    """Weights by the paper's rule beside parameters that stay dense."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.recurrent = nn.LSTM(8, 4)
+        self.norm = nn.LayerNorm((2, 8))
+        self.bilinear = nn.Bilinear(3, 4, 5)
+        self.position = nn.Parameter(torch.randn(1, 4, 8))
+        self.class_token = nn.Parameter(torch.randn(1, 1, 8))
+        self.scale = nn.LayerNorm(8)
+        self.custom_weights = nn.Parameter(torch.randn(2, 3))
+
+
 ZOO_TRANSPOSED = {"transposed.weight": 2, "plain_transposed.weight": 1}
+
+
+TRAINABLE = {"mlp": (mlp, (5, 6)), "convnet": (convnet, (5, 2, 6, 6))}
+"""How to make a model, and the shape of its inputs."""
+
+
+def half_pruned(kind="mlp"):
+    """A pruned model and the shape of its inputs."""
+    make, shape = TRAINABLE[kind]
+    model = make()
+    torch_sap.layer_unstructured(model, eta_r=0.5)
+    assert_held(model)
+    return model, shape
 
 
 def weight_names(model):
@@ -113,7 +139,7 @@ def hooks(model):
 
 
 def snapshot(model):
-    """All that must be as before after a refused call."""
+    """Everything that a refused call must leave as before."""
     return {
         "keys": list(model.state_dict()),
         "values": {key: bits(value) for key, value in model.state_dict().items()},
@@ -133,7 +159,7 @@ def assert_unchanged(model, before):
 
 
 def assert_held(model, pruned=True):
-    """The form of the contract: live reference, zeros at pruned entries, and something is pruned."""
+    """Check that weights are live references with zeros at pruned entries, and that something is pruned."""
     count = 0
     for name in weight_names(model):
         module, own = lookup(model, name)
@@ -167,12 +193,8 @@ def fit(model, optimizer, shape, steps=4, masks=None, seed=3):
 
 
 def masked_by_hand(dense, masks):
-    """The model as it is with its weights multiplied by the masks; its parameters stay the same objects."""
+    """Multiply the weights of a model by masks, in place, and return it."""
     with torch.no_grad():
         for name, mask in masks.items():
             value_of(dense, name).mul_(mask)
     return dense
-
-
-def clone(model):
-    return copy.deepcopy(model)

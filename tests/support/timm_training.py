@@ -1,4 +1,4 @@
-"""Small timm models, and a pruned one trained beside a dense one that is masked by hand: shared by test_training_*."""
+"""Small timm models, and training of a pruned one beside a dense one that is masked by hand."""
 
 import copy
 import warnings

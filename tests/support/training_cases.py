@@ -1,4 +1,4 @@
-"""What test_training_distributed.py runs in every process: timm models in DDP and FSDP2 against masking by hand."""
+"""Cases of test_training_distributed.py, run in every process: timm models in DDP and FSDP2 against masking by hand."""
 
 import torch
 import torch.distributed as dist

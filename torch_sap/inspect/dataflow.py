@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 NOT_OURS, KEPT, PRUNED = 0, 1, 2
@@ -28,7 +28,7 @@ CONTRACTIONS = frozenset({
     "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "lstm", "gru", "rnn_tanh", "rnn_relu",
     "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn",
 })
-"""ATen operations that receive a weight, whatever their other operands are."""
+"""ATen operations that receive a weight, regardless of their other operands."""
 
 MOVES = frozenset({
     "cat", "stack", "repeat", "index_select", "flip", "roll", "_unsafe_view", "constant_pad_nd", "index", "gather",
@@ -50,7 +50,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Origin:
-    """Which weight the entries of a tensor come from."""
+    """The weight that the entries of a tensor come from."""
 
     source: int  # index of the weight
     places: Tensor  # uint8, in the tensor's shape: NOT_OURS, KEPT, or PRUNED
@@ -74,15 +74,13 @@ class Follow(TorchDispatchMode):
         """Run an operation, and follow its operands and results."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        leaves = tree_flatten((args, kwargs))[0]
+        leaves = tree_leaves((args, kwargs))
         operands = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        made = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         followed = [(operand, origin) for operand in operands for origin in self._origins.get(operand, ())]
         dependent = any(operand in self._dependent for operand in operands)
         name = func._schema.name.partition("::")[2].rstrip("_")
-        if dependent:
-            for tensor in made:
-                self._dependent[tensor] = True
+        self._dependent.update(dict.fromkeys(made, True) if dependent else ())
         if not followed:
             return out
         if name in CONTRACTIONS or dependent:
@@ -119,9 +117,9 @@ class Follow(TorchDispatchMode):
                 floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
                 return torch.zeros_like(leaf, dtype=torch.uint8) if floating else leaf
 
-            maps = tree_flatten(func(*tree_map(map_of, args), **tree_map(map_of, kwargs)))[0]
+            maps = tree_leaves(func(*tree_map(map_of, args), **tree_map(map_of, kwargs)))
             origin = next(iter(own.values()))
-            for tensor, places in zip(tree_flatten(out)[0], maps, strict=True):
+            for tensor, places in zip(tree_leaves(out), maps, strict=True):
                 self._add(tensor, replace(origin, places=places))
 
     def _keep(self, name: str, followed: Sequence[tuple[Tensor, Origin]], made: Sequence[Tensor]) -> None:

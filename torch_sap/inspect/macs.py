@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry
 
 from torch_sap.inspect.dataflow import KEPT, NOT_OURS, Follow, Origin
+from torch_sap.inspect.example import arguments_of, as_it_was, tensors_of
 
 
 class _Count(Follow):
@@ -27,8 +29,7 @@ class _Count(Follow):
         """Run an operation and count it."""
         self._operands = []
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
             macs = formula(*args, **(kwargs or {}), out_val=out) // 2
             counts = {source: round(macs * share) for source, share in self._shares().items()}
             for source, count in counts.items():
@@ -41,23 +42,21 @@ class _Count(Follow):
 
     def _shares(self) -> dict[int, float]:
         """Share of each weight in the received operands."""
-        shares: dict[int, float] = {}
+        shares: dict[int, float] = defaultdict(float)
         for operand, origin in self._operands:
-            entries = float((origin.places != NOT_OURS).sum()) / operand.numel()
-            shares[origin.source] = shares.get(origin.source, 0.0) + entries
+            shares[origin.source] += float((origin.places != NOT_OURS).sum()) / operand.numel()
         whole = max(1.0, sum(shares.values()))  # above 1 where an operation multiplies weights by weights
         return {source: share / whole for source, share in shares.items()}
 
 
-def count_macs(
-    compute: Callable[[], object], weights: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> tuple[list[int], int]:
+def count_macs(model: nn.Module, example: Any, weights: Sequence[Tensor]) -> tuple[list[int], int]:
     """Count MACs per weight, and those without a weight, by the formulas of torch.utils.flop_counter.
 
     An operation on several joined weights is divided in proportion to their entries.
     """
-    with _in_counted_operations(), _Count(weights, inputs) as counter:
-        compute()
+    args, kwargs = arguments_of(example)
+    with as_it_was(model), _in_counted_operations(), _Count(weights, tensors_of(example)) as counter:
+        model(*args, **kwargs)
     return counter.macs, counter.other
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,46 +13,25 @@ from torch import nn
 
 from torch_sap.decide.sums import power_sums
 from torch_sap.distributed.replicas import unwrap
-from torch_sap.inspect.example import arguments_of, as_it_was, tensors_of, whole_weights
+from torch_sap.inspect.example import whole_weights
 from torch_sap.inspect.macs import count_macs
 from torch_sap.masks.parameters import Prunable, entries_of
-
-
-class _Counts:
-    weights: int
-    remaining: int
-
-    @property
-    def density(self) -> float:
-        """remaining / weights; NaN without entries."""
-        return self.remaining / self.weights if self.weights else float("nan")
-
-    @property
-    def sparsity(self) -> float:
-        """1 - density."""
-        return 1 - self.density
+from torch_sap.records.codec import to_plain
+from torch_sap.records.report import OfTensors, TensorRecord
 
 
 @dataclass(frozen=True)
-class LayerSummary(_Counts):
-    """One weight tensor.
+class LayerSummary(TensorRecord):
+    """One weight tensor: its counts, without a mask (after :func:`remove`) of the nonzero entries, and what follows.
 
     Attributes:
-        name: Dotted path of the parameter before pruning.
         module: Class of the module that has it.
-        shape: Its shape.
-        weights: Entries.
-        remaining: Unpruned entries; without a mask (after :func:`remove`) the nonzero ones.
         pqi: PQ Index of the entries that no mask prunes, as a pruning step measures it; NaN if undefined.
         empty_rows: Indices of the output channels without remaining entries.
         macs: Multiply-accumulate operations of the example with this tensor; None without an example.
     """
 
-    name: str
     module: str
-    shape: tuple[int, ...]
-    weights: int
-    remaining: int
     pqi: float
     empty_rows: tuple[int, ...]
     macs: int | None
@@ -60,68 +39,52 @@ class LayerSummary(_Counts):
     @property
     def sparse_macs(self) -> int | None:
         """``macs * density``, rounded: the cost of a computation that skips every pruned entry."""
-        return None if self.macs is None else round(self.macs * self.remaining / max(self.weights, 1))
+        return None if self.macs is None else round(self.macs * self.remaining / max(self.total, 1))
 
 
 @dataclass(frozen=True)
-class Summary(_Counts):
+class Summary(OfTensors):
     """What :func:`summary` found.
 
     Attributes:
-        layers: One record per weight tensor, in the model's order.
+        tensors: One record per weight tensor, in the model's order.
         pqi: PQ Index of all weights together; NaN if undefined.
         parameters: Entries of all parameters of the model, including biases and norms.
         other_macs: Multiply-accumulate operations of the example without a weight, as in attention; None without an
             example.
     """
 
-    layers: tuple[LayerSummary, ...]
+    tensors: Sequence[LayerSummary]
     pqi: float
     parameters: int
     other_macs: int | None
 
     @property
-    def weights(self) -> int:  # type: ignore[override]
-        """Entries of all weight tensors."""
-        return sum(layer.weights for layer in self.layers)
-
-    @property
-    def remaining(self) -> int:  # type: ignore[override]
-        """Unpruned entries of all weight tensors."""
-        return sum(layer.remaining for layer in self.layers)
-
-    @property
     def macs(self) -> int | None:
         """Multiply-accumulate operations of the example on dense weights, including other_macs."""
-        return None if self.other_macs is None else self.other_macs + sum(layer.macs or 0 for layer in self.layers)
+        return None if self.other_macs is None else self.other_macs + sum(t.macs or 0 for t in self.tensors)
 
     @property
     def sparse_macs(self) -> int | None:
         """The same, with the operations of each tensor multiplied by its density."""
-        known = self.other_macs is not None
-        return (self.other_macs or 0) + sum(layer.sparse_macs or 0 for layer in self.layers) if known else None
+        return None if self.other_macs is None else self.other_macs + sum(t.sparse_macs or 0 for t in self.tensors)
 
     @property
     def empty_rows(self) -> dict[str, tuple[int, ...]]:
         """Indices of the output channels without remaining entries, by tensor."""
-        return {layer.name: layer.empty_rows for layer in self.layers if layer.empty_rows}
+        return {tensor.name: tensor.empty_rows for tensor in self.tensors if tensor.empty_rows}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; None for an undefined index."""
-        totals = ("weights", "remaining", "sparsity", "pqi", "parameters", "other_macs", "macs", "sparse_macs")
-        layers = [
-            asdict(layer) | {"sparsity": layer.sparsity, "sparse_macs": layer.sparse_macs} for layer in self.layers
-        ]
-        values: dict[str, Any] = _plain({name: getattr(self, name) for name in totals} | {"layers": layers})
-        return values
+        """Convert to values that JSON can hold; None for an index that is undefined."""
+        totals = {name: getattr(self, name) for name in ("total", "remaining", "sparsity", "macs", "sparse_macs")}
+        each = [to_plain(t) | {"sparsity": to_plain(t.sparsity), "sparse_macs": t.sparse_macs} for t in self.tensors]
+        return {**to_plain(self), **to_plain(totals), "tensors": each}
 
     def __str__(self) -> str:
         """A table with one line per tensor, and one in total."""
         head = ["weight", "module", "shape", "weights", "remaining", "sparsity", "PQI", "empty rows"]
         cells = [head if self.other_macs is None else [*head, "MACs", "sparse MACs"]]
-        cells += [
-            [layer.name, layer.module, str(layer.shape), *_texts(layer, len(layer.empty_rows))] for layer in self.layers
-        ]
+        cells += [[t.name, t.module, str(t.shape), *_texts(t, len(t.empty_rows))] for t in self.tensors]
         cells += [["total", "", "", *_texts(self, sum(map(len, self.empty_rows.values())))]]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         texts = [[*map(str.ljust, line[:3], widths), *map(str.rjust, line[3:], widths[3:])] for line in cells]
@@ -136,7 +99,7 @@ class Summary(_Counts):
 
 def _texts(record: LayerSummary | Summary, empty_rows: int) -> list[str]:
     pqi = "undefined" if math.isnan(record.pqi) else f"{record.pqi:.3f}"
-    texts = [f"{record.weights:,}", f"{record.remaining:,}", f"{record.sparsity:.1%}", pqi, f"{empty_rows:,}"]
+    texts = [f"{record.total:,}", f"{record.remaining:,}", f"{record.sparsity:.1%}", pqi, f"{empty_rows:,}"]
     if record.macs is None or record.sparse_macs is None:
         return texts
     return [*texts, _short(record.macs), _short(record.sparse_macs)]
@@ -149,15 +112,6 @@ def _short(number: float) -> str:
             return f"{number:.4g}{unit}"
         number /= 1000
     return f"{number:.4g}T"
-
-
-def _plain(value: Any) -> Any:
-    """Lists for tuples and None for NaN, as JSON has them."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return None if value != value else value
 
 
 def summary(model: nn.Module, example_input: Any = None) -> Summary:
@@ -177,7 +131,7 @@ def summary(model: nn.Module, example_input: Any = None) -> Summary:
 
     Raises:
         TypeError: if the model is not a module, or a weight does not have a real floating-point type.
-        ValueError: if the model has no such weight, or a weight is NaN or infinite; the message names it.
+        ValueError: if the model has no such weight, or a weight is NaN or infinite.
         NotImplementedError: if a weight is sharded.
 
     Example:
@@ -190,7 +144,10 @@ def summary(model: nn.Module, example_input: Any = None) -> Summary:
     with torch.no_grad():
         sums = power_sums(entries_of(prunables, None), 0.5, 1.0)
         pqi, whole = sums.index("layer"), float(sums.index("global")["global"][0])
-        macs, other = _macs(model, prunables, example_input)
+        macs: Sequence[int | None] = [None] * len(prunables)
+        other = None
+        if example_input is not None:
+            macs, other = count_macs(model, example_input, [prunable.weight for prunable in prunables])
         layers = [_layer(p, float(pqi[p.name][0]), count) for p, count in zip(prunables, macs, strict=True)]
     return Summary(tuple(layers), whole, sum(parameter.numel() for parameter in model.parameters()), other)
 
@@ -202,19 +159,11 @@ def _layer(prunable: Prunable, pqi: float, macs: int | None) -> LayerSummary:
     counts = torch.cat([row.count_nonzero(1) for row in rows])
     return LayerSummary(
         name=prunable.name,
-        module=type(prunable.holders[0][0]).__name__,
         shape=tuple(weight.shape),
-        weights=weight.numel(),
         remaining=int(counts.sum()),
+        total=weight.numel(),
+        module=type(prunable.holders[0][0]).__name__,
         pqi=pqi,
         empty_rows=tuple((counts == 0).nonzero().flatten().tolist()),
         macs=macs,
     )
-
-
-def _macs(model: nn.Module, prunables: Sequence[Prunable], example: Any) -> tuple[Sequence[int | None], int | None]:
-    if example is None:
-        return [None] * len(prunables), None
-    args, kwargs = arguments_of(example)
-    with as_it_was(model):
-        return count_macs(lambda: model(*args, **kwargs), [p.weight for p in prunables], tensors_of(example))

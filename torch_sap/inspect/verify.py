@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.inspect.dataflow import KEPT, PRUNED, Follow, Received
 from torch_sap.inspect.example import arguments_of, as_it_was, tensors_of, whole_weights
 from torch_sap.masks.parameters import Prunable
+from torch_sap.records.codec import to_plain
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class Verification:
         return tuple(weight for weight in self.weights if weight.reason)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"effective": self.effective, "weights": [asdict(weight) for weight in self.weights]}
+        """Convert to values that JSON can hold."""
+        return {"effective": self.effective, **to_plain(self)}
 
     def __str__(self) -> str:
-        """One line in total, and one line per weight that differs."""
+        """Format one line in total, and one line per weight that differs."""
         width = max((len(weight.name) for weight in self.differing), default=0)
         head = f"{len(self.weights)} pruned weights, {len(self.differing)} received with another sparsity"
         lines = [
@@ -84,8 +85,7 @@ def verify(model: nn.Module, example_input: Any) -> Verification:
         example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments for the model.
 
     Returns:
-        One record per pruned weight. Possible reasons: a standardized weight, reparametrized, shared with a module
-        that is not masked, read without the mask, not used by this example, unpruned entries that are zero.
+        One record per pruned weight, with a reason where the two differ.
 
     Raises:
         TypeError: if the model is not a module.
@@ -107,20 +107,18 @@ def verify(model: nn.Module, example_input: Any) -> Verification:
     args, kwargs = arguments_of(example_input)
     with as_it_was(model), torch.no_grad(), Follow(places, tensors_of(example_input)) as follow:
         model(*args, **kwargs)
-    found = zip(pruned, follow.received, strict=True)
-    return Verification(tuple(_record(prunable, mask, received) for (prunable, mask), received in found))
-
-
-def _record(prunable: Prunable, mask: Tensor, received: Received) -> VerifiedWeight:
-    total = max(mask.numel(), 1)
-    return VerifiedWeight(
-        name=prunable.name,
-        module=type(prunable.holders[0][0]).__name__,
-        mask_sparsity=(total - int(mask.sum())) / total,
-        effective_sparsity=received.zeros / received.entries if received.entries else None,
-        revived=received.revived,
-        reason=_reason(prunable, received),
-    )
+    found = [
+        VerifiedWeight(
+            name=prunable.name,
+            module=type(prunable.holders[0][0]).__name__,
+            mask_sparsity=1 - int(mask.sum()) / mask.numel(),
+            effective_sparsity=received.zeros / received.entries if received.entries else None,
+            revived=received.revived,
+            reason=_reason(prunable, received),
+        )
+        for (prunable, mask), received in zip(pruned, follow.received, strict=True)
+    ]
+    return Verification(tuple(found))
 
 
 def _reason(prunable: Prunable, received: Received) -> str:

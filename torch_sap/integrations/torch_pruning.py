@@ -122,7 +122,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
         chains = _chains(small, example_input, example, torch_pruning)  # a cut can make further channels removable
     _check_equal(reference, small, example)
     reasons = {chain.weight: chain.why for chain in chains}
-    empty = [layer for layer in summary(small).layers if layer.empty_rows]
+    empty = [layer for layer in summary(small).tensors if layer.empty_rows]
     kept = {layer.name: reasons.get(layer.name) or f"rows of {layer.module} are not removed" for layer in empty}
     set_modes(modes)
     for name in frozen:

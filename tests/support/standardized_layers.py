@@ -1,4 +1,4 @@
-"""timm's standardised convolutions, and what a masked one computes, written out."""
+"""timm's standardized convolutions, and what a masked one computes, written out."""
 
 import pytest
 import torch

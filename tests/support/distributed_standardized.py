@@ -1,4 +1,4 @@
-"""Masks behind weight standardisation, of a model that several processes share."""
+"""Masks behind weight standardization, of a model that several processes share."""
 
 import copy
 
@@ -11,7 +11,7 @@ from torch import nn
 import torch_sap
 
 
-def standardised_convolutions(order):
+def standardized_convolutions(order):
     from timm.layers import ScaledStdConv2d, StdConv2d
 
     one = nn.Sequential(StdConv2d(3, 7, 3, padding=1), nn.ReLU(), ScaledStdConv2d(7, 5, 3))
