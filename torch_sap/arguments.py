@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from numbers import Real
 
 from torch import nn
 
 
 def check_number(name: str, value: object, *, low: float | None = None, high: float | None = None) -> None:
-    """Raise unless a value is a finite real number, not below ``low`` and not above ``high``.
-
-    Example:
-        >>> from torch_sap.arguments import check_number
-        >>> check_number("beta", 1.5, low=0, high=1)
-        Traceback (most recent call last):
-        ValueError: beta must lie in [0, 1], got beta=1.5
-    """
+    """Raise unless a value is a finite real number (no bool), not below ``low`` and not above ``high``."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a real number, got {value!r}")
     if not math.isfinite(value):
@@ -81,3 +75,12 @@ def check_path(name: str, path: object) -> None:
         raise TypeError(f"{name} must be the path of a file, got {path!r}")
     if os.path.isdir(path):
         raise IsADirectoryError(f"{name} must be the path of a file, but {path} is a folder; name a file in it")
+
+
+@contextmanager
+def needs(user: str, package: str, extra: str) -> Iterator[None]:
+    """Name the extra to install if an import in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{user} needs {package}: pip install 'torch_sap[{extra}]'") from error

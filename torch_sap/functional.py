@@ -26,7 +26,6 @@ Target = nn.Module | Iterable[Pair]
 Patterns = str | Iterable[str]
 
 
-# fmt: off  # the signature that the three functions share, in two lines
 def global_unstructured(
     model: Target,
     p: float = 0.5,
@@ -117,9 +116,6 @@ def neuron_unstructured(
         (10,)
     """
     return _prune("neuron", model, Hyperparameters(p, q, eta_r, gamma, beta), exclude, importance_scores)
-
-
-# fmt: on
 
 
 def _prune(

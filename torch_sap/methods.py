@@ -37,14 +37,10 @@ class PQIMethod(prune.BasePruningMethod):
         return 0
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """Compute a mask from importance scores.
-
-        Args:
-            t: Scores, ranked by magnitude; real floating point, any shape.
-            default_mask: Mask of the same shape from earlier prunings; entries where it is 0 do not count.
+        """Compute a mask from importance scores of any shape, ranked by magnitude.
 
         Returns:
-            Mask of the shape and type of default_mask: default_mask without the entries that this method prunes.
+            default_mask (entries where it is 0 do not count) without the entries that this method prunes, in its type.
 
         Raises:
             ValueError: if an unpruned score is NaN or infinite.
@@ -70,14 +66,8 @@ class PQIMethod(prune.BasePruningMethod):
     ) -> prune.BasePruningMethod:
         """Prune a tensor of a module, as every method of torch.nn.utils.prune does.
 
-        Warns if the module standardizes its weight, because PyTorch's masks do not hold behind that.
-
-        Args:
-            module: Module that has the tensor.
-            name: Name of a parameter of the module.
-            args: Arguments of the class, like kwargs.
-            importance_scores: Scores of the tensor's shape that replace its values.
-            kwargs: p, q, eta_r, gamma, beta; dim for PQINeuron.
+        Warns if the module standardizes its weight, because PyTorch's masks do not hold behind that. Scores of the
+        tensor's shape replace its values; the other arguments are p, q, eta_r, gamma, beta, and dim for PQINeuron.
 
         Returns:
             The hook of the tensor: this method, or the PruningContainer that it was added to.

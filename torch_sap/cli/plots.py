@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, get_args
 
+from torch_sap.arguments import needs
 from torch_sap.cli.runs import Run
 from torch_sap.cli.scan import Scan
 from torch_sap.decide.groups import Scope
@@ -62,8 +63,6 @@ def plot_runs(runs: Sequence[Run], metric: str, path: str | os.PathLike[str]) ->
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
+    with needs("a figure", "matplotlib", "plot"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'torch_sap[plot]'") from error
     return Figure(figsize=(width, height), layout="constrained")

@@ -129,12 +129,11 @@ class Histogram(NamedTuple):
         return float(smaller + share * equal)
 
     def gini(self) -> float:
-        r"""Gini index; NaN if there is no entry or all are zero.
+        r"""Gini index of Hurley and Rickard with equal values taken together; NaN if there is no entry or all are zero.
 
         .. math:: G = 1 - 2 \sum_i \frac{n_i v_i}{S} \, \frac{d - a_i - n_i / 2}{d}
 
-        with :math:`n_i` entries of magnitude :math:`v_i`, :math:`a_i` smaller ones, and S the sum of all magnitudes:
-        the sum of Hurley and Rickard with equal values taken together.
+        with :math:`n_i` entries of magnitude :math:`v_i`, :math:`a_i` smaller ones, and S the sum of all magnitudes.
         """
         d, total = int(self.counts.sum()), float((self.values * self.counts).sum())
         if not total:

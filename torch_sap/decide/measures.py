@@ -42,7 +42,7 @@ def pq_index(
 
     Raises:
         ValueError: if not ``0 < p < q``, if w has NaN or infinite entries, or if mask has another shape.
-        TypeError: if w is no real floating-point tensor, mask no tensor, or dim no int.
+        TypeError: if w is not a real floating-point tensor, mask not a tensor, or dim not an int.
         IndexError: if w has no such dimension.
 
     Example:
@@ -68,16 +68,11 @@ def gini_index(w: Tensor, *, dim: int | None = None, mask: Tensor | None = None)
 
     Args:
         w: Real floating-point tensor of any shape, type and device. A copy is sorted, the sum is taken in float64.
-        dim: Dimension to measure along; None measures all entries together.
-        mask: Tensor of w's shape; entries where it is 0 are left out (they do not count in d). None counts all.
+        dim: As of :func:`pq_index`.
+        mask: As of :func:`pq_index`.
 
     Returns:
-        float64 tensor on w's device, as of :func:`pq_index`.
-
-    Raises:
-        ValueError: if w has NaN or infinite entries, or if mask has another shape.
-        TypeError: if w is no real floating-point tensor, mask no tensor, or dim no int.
-        IndexError: if w has no such dimension.
+        float64 tensor on w's device, as of :func:`pq_index`, which raises the same errors.
 
     Example:
         >>> gini_index(torch.tensor([1.0, 0.0, 0.0, 0.0])).item()

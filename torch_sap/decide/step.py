@@ -57,16 +57,9 @@ class StepResult(NamedTuple):
 def prune_step(
     entries: Sequence[Entry], scope: Scope, rule: Hyperparameters, *, backend: Backend | None = None
 ) -> StepResult:
-    """Decide what one round prunes.
+    """Decide what one round prunes of entries in order of position.
 
-    Args:
-        entries: Tensors in order of position.
-        scope: How they are split into groups.
-        rule: The five numbers, and how many entries of a group they prune.
-        backend: The arithmetic; by default the one that fits the tensors.
-
-    Returns:
-        New masks and the values that led to them.
+    The rule gives the count of each group; the backend is by default the one that fits the tensors.
 
     Raises:
         ValueError: if an entry holds NaN or infinity, or has no rows to prune; it is named.
@@ -92,18 +85,8 @@ def zero_step(
 ) -> tuple[dict[str, GroupValues], list[int]]:
     """Prune unmasked CPU tensors in place, without a mask per entry: what goes is set to +0.0.
 
-    For tensors larger than memory, in files that are mapped. If it raises, some of them may have been written to.
-
-    Args:
-        entries: Tensors in order of position, without masks; their scores are changed.
-        scope: How they are split into groups.
-        rule: The five numbers.
-
-    Returns:
-        The values of each group by its name, and the unpruned entries of each tensor after the pruning.
-
-    Raises:
-        ValueError: as of :func:`prune_step`.
+    For tensors larger than memory, in files that are mapped. Returns the values of each group by its name, and the
+    unpruned entries of each tensor. Raises as :func:`prune_step` does; some tensors may have been written to then.
     """
 
     def zero(piece: Piece, keys: Any, key: Any, left: Any) -> Any:

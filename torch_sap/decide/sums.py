@@ -220,16 +220,6 @@ def index_from_sums(sum_p: Float64, sum_q: Float64, d: NDArray[Any], *, p: float
     .. math:: I = 1 - d^{1/q-1/p} \frac{\|w\|_p}{\|w\|_q} = 1 - \frac{(\sum|w|^p / d)^{1/p}}{(\sum|w|^q / d)^{1/q}}
 
     The form on the right, a ratio of power means, overflows for no d.
-
-    Args:
-        sum_p: :math:`\sum |w|^p` of each group.
-        sum_q: :math:`\sum |w|^q` of each group.
-        d: Number of unpruned entries of each group.
-        p: The smaller norm.
-        q: The larger norm.
-
-    Returns:
-        float64 array of the inputs' shape.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         index = 1 - (sum_p / d) ** (1 / p) / (sum_q / d) ** (1 / q)

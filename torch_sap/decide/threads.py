@@ -17,9 +17,6 @@ from numpy.typing import NDArray
 
 Result = TypeVar("Result")
 
-ALIGNMENT = 64
-"""Bytes of a vector register and of a cache line."""
-
 _mine = threading.local()
 
 
@@ -43,15 +40,12 @@ if hasattr(os, "register_at_fork"):  # a child has the executor, but not its thr
 def scratch(name: str, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
     """Return an array of this thread that the next call with the same name overwrites.
 
-    New memory for every piece would cost more than the work on it: the system has to clear its pages each time. It is
-    aligned, since the order in which NumPy adds depends on that: sums are the same in every process.
+    New memory for every piece would cost more than the work on it: the system has to clear its pages each time.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = vars(_mine).get(name)
     if memory is None or len(memory) < size:
-        whole = np.empty(size + ALIGNMENT, np.uint8)
-        start = -whole.ctypes.data % ALIGNMENT
-        memory = vars(_mine)[name] = whole[start : start + size]
+        memory = vars(_mine)[name] = np.empty(size, np.uint8)
     array: NDArray[Any] = memory[:size].view(dtype).reshape(shape)
     return array
 

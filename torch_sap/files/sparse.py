@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torch_sap.arguments import check_choice, check_model, check_path
+from torch_sap.arguments import check_choice, check_model, check_path, needs
 from torch_sap.decide.keys import INTEGER_OF, check_dtype, count_true
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import is_dtensor
@@ -195,11 +195,9 @@ def _kept(held: _Held) -> tuple[bool, Tensor | None]:
 
 
 def _write(path: PathLike, pieces: list[tuple[str, Tensor]], metadata: dict[str, str]) -> None:
-    try:
+    with needs("save_sparse", "safetensors", "safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError("save_sparse needs safetensors: pip install 'torch_sap[safetensors]'") from error
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in pieces:
@@ -234,10 +232,8 @@ class _Stored(NamedTuple):
 
 def _read(path: PathLike, what: What) -> dict[str, _Stored]:
     """Read the tensors of a file by all their names in the state_dict, and check that their parts fit together."""
-    try:
+    with needs("load_sparse", "safetensors", "safetensors"):
         from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError("load_sparse needs safetensors: pip install 'torch_sap[safetensors]'") from error
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}

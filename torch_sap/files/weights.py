@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_sap.arguments import needs
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Entry, Scope
 from torch_sap.decide.step import zero_step
@@ -164,10 +165,8 @@ class MappedFile:
     """A safetensors file whose ``tensors`` are views of the file, in its order."""
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
-        try:
+        with needs("a safetensors file", "safetensors", "cli"):
             from safetensors import SafetensorError, safe_open
-        except ImportError as error:
-            raise ImportError("safetensors files need safetensors: pip install 'torch_sap[cli]'") from error
         try:
             with safe_open(path, framework="np") as file:  # checks that the header is sound and covers the file
                 strings = file.metadata() or {}
@@ -267,33 +266,15 @@ def prune_checkpoint(
     """Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format.
 
     The result equals that of the scope's whole-model function on the same weights in memory, in the file's order;
-    output channels are dimension 0, since a file does not say which weights belong to transposed convolutions. Several
-    files are pruned together, and none is renamed before all are complete.
-
-    Args:
-        path: A file, an index of several, or a folder with one checkpoint.
-        out: The file to write; a folder if ``path`` is a folder or an index.
-        scope: How weights are grouped.
-        rule: The five numbers.
-        exclude: Patterns of what not to prune, as in ``prunable_parameters``.
-        key: Name of the state_dict to take from a PyTorch file that holds several.
-        overwrite: Whether files that exist are replaced, the input included.
-
-    Returns:
-        The report, as from the whole-model functions.
+    output channels are dimension 0, since a file does not say which weights belong to transposed convolutions. ``out``
+    is a folder if ``path`` is a folder or an index; ``key`` names one of several state_dicts. Several files are pruned
+    together, and none is renamed before all are complete.
 
     Raises:
         OSError: if a file cannot be read or written.
         ValueError: if a weight is NaN or infinite, there is none, or a file is damaged.
         TypeError: if a weight is not of a real floating-point type.
             Existing files are unchanged if anything is raised, and nothing new is left.
-
-    Example:
-        >>> from torch_sap.decide.bounds import Hyperparameters
-        >>> from torch_sap.files.weights import prune_checkpoint
-        >>> torch.save(nn.Linear(64, 64).state_dict(), "model.pt")
-        >>> prune_checkpoint("model.pt", "pruned.pt", "global", Hyperparameters()).remaining < 64 * 64
-        True
     """
     checkpoint, out = open_checkpoint(path, key), Path(out)
     weights = checkpoint.weights(exclude)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.prune import is_pruned
 from torch.utils.hooks import RemovableHandle
 
-from torch_sap.arguments import check_int
+from torch_sap.arguments import check_int, needs
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Scope, check_scope
 from torch_sap.functional import global_unstructured, remove
@@ -23,10 +23,8 @@ from torch_sap.iterate.pruner import SAP
 from torch_sap.masks.parameters import prunable_parameters
 from torch_sap.records.history import History
 
-try:
+with needs("torch_sap.integrations.lightning", "Lightning", "lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError as error:
-    raise ImportError("torch_sap.integrations.lightning needs Lightning: pip install 'torch_sap[lightning]'") from error
 
 _logger = logging.getLogger(__name__)
 

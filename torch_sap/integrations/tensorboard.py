@@ -8,23 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from torch_sap.arguments import needs
 from torch_sap.records.round import Round, Sparsity, mean_defined
 
-try:
+with needs("torch_sap.integrations.tensorboard", "TensorBoard", "tensorboard"):
     from torch.utils.tensorboard import SummaryWriter
-except ImportError as error:
-    raise ImportError("torch_sap.integrations.tensorboard needs it: pip install 'torch_sap[tensorboard]'") from error
 
 
 class TensorBoardCallback:
     """Write each round as TensorBoard events, with the round's number as the step.
 
     Tags of the retrained model and, with the prefix ``pruned_``, of the pruned model before rewinding:
-
-    - ``sap/density``, ``sap/remaining``, ``sap/pruned``, ``sap/seconds``;
-    - ``pqi/global``, ``pqi/layer_mean``, ``pqi/neuron_mean``, and ``gini/...`` where it was measured;
-    - ``metrics/NAME``;
-    - for each tensor ``layer_density/NAME``, ``layer_pqi/NAME``, and the histogram ``neuron_pqi/NAME``.
+    ``sap/density``, ``sap/remaining``, ``sap/pruned``, ``sap/seconds``; ``pqi/global``, ``pqi/layer_mean``,
+    ``pqi/neuron_mean``, and ``gini/...`` where it was measured; ``metrics/NAME``; for each tensor
+    ``layer_density/NAME``, ``layer_pqi/NAME``, and the histogram ``neuron_pqi/NAME``.
 
     Args:
         writer: Your SummaryWriter, which stays open, or the folder for a new one, which :meth:`close` closes.
@@ -34,8 +31,6 @@ class TensorBoardCallback:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> with TensorBoardCallback("runs/sap") as tensorboard:
         ...     history = iterative_sap(model, train_fn=lambda model: None, iterations=2, callback=tensorboard)
-
-    For a saved history: ``for found in history: tensorboard(found)``.
     """
 
     def __init__(self, writer: SummaryWriter | str | os.PathLike[str], *, layers: bool = True) -> None:

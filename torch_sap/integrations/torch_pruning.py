@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from torch_sap.arguments import check_model
+from torch_sap.arguments import check_model, needs
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.functional import remove
 from torch_sap.inspect.example import arguments_of, as_it_was, tensors_of
@@ -76,20 +76,15 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
     """Copy a model without the neurons that are empty or not read, with the same outputs.
 
     The copy is dense and computes the same in eval mode up to rounding; both are compared on the example in float64.
-    In train mode they differ, because batch norm and dropout see other channels.
-
-    Args:
-        model: Any module, pruned or with the zeros that :func:`remove` leaves.
-        example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments for the model.
+    In train mode they differ, because batch norm and dropout see other channels. The example is a tensor, a tuple of
+    positional arguments, or a dict of keyword arguments for the model.
 
     Returns:
         The smaller model, what it lost, and why empty rows are still there.
 
     Raises:
         TypeError, ValueError: if the model is not a module, or has no prunable weight.
-        ImportError: if Torch-Pruning is not installed (extra "shrink").
         RuntimeError: if the outputs differ, which would be a bug in torch_sap.
-        Exception: any error of the model on the example.
 
     Example:
         >>> from torch_sap.integrations.torch_pruning import shrink
@@ -100,10 +95,8 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
         removed 6 output channels, 120 of 192 weights are left
           0.weight: 6 removed
     """
-    try:
+    with needs("shrink", "Torch-Pruning", "shrink"):
         import torch_pruning
-    except ImportError as error:
-        raise ImportError("shrink needs Torch-Pruning: pip install 'torch_sap[shrink]'") from error
     check_model(model)
     resolve(model)
     small = remove(copy.deepcopy(unwrap(model)))

@@ -26,12 +26,7 @@ ImportanceScores = Mapping[Pair, Tensor]
 
 @dataclass(frozen=True)
 class Prunable:
-    """One tensor to prune, with all modules that use it.
-
-    Attributes:
-        name: Dotted path of the parameter before it was pruned, by its first holder.
-        holders: The modules that have it and its name in each; more than one if it is shared.
-    """
+    """One tensor to prune: its dotted path by its first holder, and all modules that use it with its name in each."""
 
     name: str
     holders: tuple[Pair, ...]

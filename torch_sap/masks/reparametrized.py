@@ -14,13 +14,8 @@ from torch_sap.distributed.replicas import unwrap
 def warn_of_reparametrized(model: nn.Module, stacklevel: int) -> None:
     """Warn about modules whose weight is computed, with their paths and what to do.
 
-    ``torch.nn.utils.parametrize`` (its spectral_norm, weight_norm, orthogonal too) keeps the values under another
-    name, which is not pruned. The older ``torch.nn.utils.weight_norm`` keeps lengths and directions of the rows as two
-    weights, which are pruned as such.
-
-    Args:
-        model: The model that is going to be pruned.
-        stacklevel: As for warnings.warn, seen from the caller.
+    ``torch.nn.utils.parametrize`` keeps the values under another name, which is not pruned; the older
+    ``torch.nn.utils.weight_norm`` keeps lengths and directions of the rows, which are pruned as two weights.
     """
     modules = [(path or "the model", module) for path, module in unwrap(model).named_modules()]
     for found, warning in (

@@ -6,12 +6,9 @@ therefore computes with
 
     ``mask * S(v)``    where    ``v = mask * (w - mean of w over the unpruned entries of the channel)``
 
-``v`` has mean zero, so that S, timm's own formula, keeps its zeros up to rounding, and the last
-product makes them exact. A channel from which nothing is pruned is computed as timm does it, bit for bit.
-
-A plain timm module whose weight is ``v`` computes the same, which is why ``remove`` leaves ``v``
-(:func:`fold_`). Without centering over the unpruned entries there would be no such weight: what a standardized
-convolution computes with always has mean zero.
+``v`` has mean zero, so that timm's own formula S keeps its zeros up to rounding, and the last product makes them exact.
+A channel from which nothing is pruned is computed as timm does it, bit for bit. A plain timm module whose weight is
+``v`` computes the same, so ``remove`` leaves ``v`` (:func:`fold_`).
 
 The mask is applied in a ``forward`` of the module's own, the only place that sees the standardized weight.
 
@@ -99,19 +96,7 @@ def effective_weight(module: Any) -> Tensor:
 
 
 def centered(weight: Tensor, mask: Tensor) -> Tensor:
-    """The masked weight, with mean zero over the unpruned entries of each output channel that lost some.
-
-    Args:
-        weight: Floating-point tensor (C, ...).
-        mask: Bool tensor of its shape, False where an entry is pruned.
-
-    Example:
-        >>> from torch_sap.masks.standardized import centered
-        >>> weight = torch.tensor([[1.0, 2.0, 6.0], [1.0, 2.0, 6.0]])
-        >>> centered(weight, torch.tensor([[False, True, True], [True, True, True]]))
-        tensor([[ 0., -2.,  2.],
-                [ 1.,  2.,  6.]])
-    """
+    """The masked weight (C, ...), with mean zero over the unpruned entries of each output channel that lost some."""
     dims = list(range(1, mask.dim()))
     pruned = mask == 0
     kept = (~pruned).sum(dims, keepdim=True)

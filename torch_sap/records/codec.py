@@ -20,13 +20,7 @@ _hints = cache(get_type_hints)
 
 
 def to_plain(value: Any) -> Any:
-    """Convert a record to values that JSON can hold.
-
-    Example:
-        >>> from torch_sap.records.codec import to_plain
-        >>> to_plain({"index": (0.5, float("nan")), "loss": float("inf")})
-        {'index': [0.5, None], 'loss': 'inf'}
-    """
+    """Convert a record to values that JSON can hold: None for NaN, "inf" and "-inf" for infinities."""
     if is_dataclass(value):
         return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

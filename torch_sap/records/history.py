@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from torch_sap.arguments import check_path
+from torch_sap.arguments import check_path, needs
 from torch_sap.records.metrics import Mode, metric_values
 from torch_sap.records.phases import Phase, label_phases
 from torch_sap.records.round import Round
@@ -69,10 +69,8 @@ class History(Sequence[Round]):
 
     def to_frame(self) -> pd.DataFrame:
         """Convert to a pandas DataFrame (extra "frame"), one row per round."""
-        try:
+        with needs("History.to_frame", "pandas", "frame"):
             import pandas as pd
-        except ImportError as error:
-            raise ImportError("History.to_frame needs pandas: pip install 'torch_sap[frame]'") from error
         return pd.DataFrame(self.rows())
 
     def to_csv(self, path: Path) -> None:

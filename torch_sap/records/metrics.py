@@ -32,27 +32,14 @@ def as_metrics(value: Metrics, source: str) -> dict[str, float]:
 
 
 def choose_metric(names: Sequence[str], metric: str | None = None, *, judge: Mode | None = None) -> str | None:
-    """Choose a metric for figures, tables, labels and stopping rules.
+    """Choose a metric for figures, tables, labels and stopping rules; None if none was given and there is none.
 
     It is the named one; else "accuracy"; else the first. A stopping rule must not guess: for ``judge="max"`` the
     metric is "accuracy" or else the only one, unless its name contains loss, error or perplexity; for ``judge="min"``
     it is the only one.
 
-    Args:
-        names: Names of the recorded metrics.
-        metric: Name that the user gave.
-        judge: Mode of the stopping rule; None if the metric is only shown.
-
-    Returns:
-        The name; None if none was given and there is no metric.
-
     Raises:
         ValueError: if a stopping rule would have to guess.
-
-    Example:
-        >>> from torch_sap.records.metrics import choose_metric
-        >>> choose_metric(["loss", "accuracy"]), choose_metric(["loss", "top1"])
-        ('accuracy', 'loss')
     """
     if metric is not None or not names:
         return metric

@@ -35,22 +35,11 @@ def label_phases(
     collapse                  does not rise    more than ``significant``
     ========================  ===============  =======================
 
-    The PQ Index is compared with the previous round's. Rounds that the hypothesis does not cover get None: round 0, an
-    index that rises while much is lost, one that falls while a little is lost.
-
-    Args:
-        pqi: PQ Index of the retrained models, one per round.
-        values: Metric of the retrained models, one per round.
-        mode: "max" if a larger metric is better, "min" if a smaller one is.
-        noise: Largest loss that counts as none, in the units of the metric; 0 or more.
-        significant: Largest loss that is moderate; ``noise`` or more.
-
-    Returns:
-        A label or None for each round.
+    The arguments are the PQ Index and the metric of the retrained models, one value per round, and the limits in the
+    units of the metric. Rounds that the hypothesis does not cover get None, round 0 among them.
 
     Raises:
-        ValueError: if an argument is out of its range.
-        TypeError: if ``noise`` or ``significant`` is not a number.
+        ValueError, TypeError: if an argument is out of its range or not a number.
 
     Example:
         >>> from torch_sap.records.phases import label_phases

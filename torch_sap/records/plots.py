@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from torch_sap.arguments import needs
 from torch_sap.records.metrics import choose_metric, metric_values
 from torch_sap.records.round import Round
 
@@ -19,11 +20,9 @@ def plot_rounds(
     rounds: Sequence[Round], path: str | os.PathLike[str], *, metric: str | None = None, phases: Sequence[Any] = ()
 ) -> None:
     """Draw rounds as in the paper's Figure 2; arguments and errors are those of ``History.plot``."""
-    try:
+    with needs("History.plot", "matplotlib", "plot"):
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError("History.plot needs matplotlib: pip install 'torch_sap[plot]'") from error
     if not len(rounds):
         raise ValueError("history must have a round to be drawn, but it is empty")
     if len(phases) not in (0, len(rounds)):
