@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torch_sap
-from torch_sap.decide import keys
+from torch_sap.decide import backends
 
 pytestmark = needs_gpu
 
@@ -28,7 +28,7 @@ def assert_same_masks(on_device, on_host):
 def batched(request, monkeypatch):
     """Batches of many tensors, or parts of one; with and without atomic operations."""
     if request.param != "one batch":
-        monkeypatch.setattr(keys, "DEVICE_CHUNK", 999)
+        monkeypatch.setattr(backends.Torch, "chunk", 999)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(request.param == "deterministic")
     yield

@@ -287,48 +287,6 @@ def test_below_a_method_of_pytorch(scope, foreign):
     assert [type(part) for part in only_hook(module)] == [CLASSES[scope], other]
 
 
-@each_method
-def test_container_refuses_other_tensors_and_other_things(method):
-    container = prune.PruningContainer()
-    container._tensor_name = "test"
-    assert len(container) == 0
-    own, alien = method(), method()
-    own._tensor_name, alien._tensor_name = "test", "another_test"
-    container.add_pruning_method(own)
-    with pytest.raises(ValueError, match="another_test"):
-        container.add_pruning_method(alien)
-    for thing in (10, "ugh"):
-        with pytest.raises(TypeError, match="BasePruningMethod"):
-            container.add_pruning_method(thing)
-    assert list(container) == [own]
-
-
-@pytest.mark.parametrize("scope", CLASSES)
-def test_container_compute_mask(scope):
-    container, method = prune.PruningContainer(), CLASSES[scope](**ARGUMENTS)
-    container._tensor_name = method._tensor_name = "test"
-    container.add_pruning_method(method)
-    t = torch.tensor([[1.0, 2.0, 3.0, 4.0], [50.0, 6.0, 7.0, 8.0]])
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 1]])
-    computed = container.compute_mask(t, mask)
-    assert torch.equal(computed, expected_mask(scope, t, mask, **ARGUMENTS).float())
-    rows = prune.LnStructured(amount=1, n=2, dim=0)
-    rows._tensor_name = "test"
-    container.add_pruning_method(rows)
-    assert torch.equal(container.compute_mask(t, computed)[0], torch.zeros(4))
-
-
-@each_method
-def test_a_row_without_entries_left(method):
-    module = nn.Linear(6, 3)
-    prune.ln_structured(module, "weight", amount=1, n=2, dim=0)
-    method.apply(module, "weight", **ARGUMENTS)
-    before = only_hook(module)[0].compute_mask(module.weight_orig, torch.ones(3, 6))
-    assert torch.equal(
-        module.weight_mask.bool(), expected_mask(SCOPE_OF[method], module.weight_orig, before, **ARGUMENTS)
-    )
-
-
 @pytest.mark.parametrize("scope", CLASSES)
 def test_importance_scores_take_the_place_of_the_weights(scope):
     module, mask = nn.Linear(6, 4), torch.ones(4, 6)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import assert_held, fit, masks_of
 from torch import nn
 
 from torch_sap import SAP, History, LotteryTicket, iterative_sap
@@ -226,11 +227,7 @@ def test_a_resumed_run_still_gives_the_kept_model_back():
 def test_the_returned_model_can_be_trained_further():
     model, training = make_model(), Training([0.9, 0.9, 0.5])
     iterative_sap(model, training, iterations=5, stop=WithinTolerance(0.01))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(torch.randn(8, 20)).square().sum().backward()
-        optimizer.step()
-    for module in (model[0], model[2]):
-        assert torch.equal(module.weight_mask, training.states[1][f"{'0' if module is model[0] else '2'}.weight_mask"])
-        assert not module.weight_orig[~module.weight_mask].any()
+    masks = masks_of(model)
+    fit(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), (8, 20))
+    assert all(torch.equal(mask, training.states[1][name + "_mask"]) for name, mask in masks.items())
+    assert_held(model)

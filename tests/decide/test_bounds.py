@@ -57,12 +57,9 @@ def test_rounding_is_done_on_the_difference():
     assert lost > 100
 
 
-def test_floats_in_floats_out():
+def test_floats_in_floats_out_and_arrays_in_arrays_out():
     assert isinstance(retention_bound(0.2, 10), float)
     assert isinstance(prune_count(0.2, 10), int)
-
-
-def test_arrays_in_arrays_out():
     index, d = np.array([0.1, np.nan, 0.5, 0.9]), np.array([10, 10, 0, 1000])
     r, c = retention_bound(index, d), prune_count(index, d)
     assert isinstance(r, np.ndarray)
@@ -125,34 +122,3 @@ def test_theorem_2(w, place, p, step):
 @given(index=st.floats(0, 0.999), d=st.integers(0, 10**7), gamma=st.floats(0.1, 9), beta=st.floats(0.01, 1))
 def test_count_stays_between_nothing_and_beta(index, d, gamma, beta):
     assert 0 <= prune_count(index, d, gamma=gamma, beta=beta) <= beta * d
-
-
-BAD = [
-    ({"p": 2.0, "q": 1.0}, ValueError, ["p must be smaller than q", "p=2.0", "q=1.0"]),
-    ({"p": 1.0, "q": 1.0}, ValueError, ["p must be smaller than q", "p=1.0", "q=1.0"]),
-    ({"p": 0.0}, ValueError, ["p", "0"]),
-    ({"p": -1.0}, ValueError, ["p", "-1"]),
-    ({"p": "half"}, TypeError, ["p", "half"]),
-    ({"eta_r": -0.1}, ValueError, ["eta_r", "-0.1"]),
-    ({"eta_r": math.nan}, ValueError, ["eta_r", "nan"]),
-    ({"eta_r": None}, TypeError, ["eta_r", "None"]),
-]
-BAD_COUNT = [
-    ({"gamma": -1.0}, ValueError, ["gamma", "-1"]),
-    ({"gamma": math.nan}, ValueError, ["gamma", "nan"]),
-    ({"beta": -0.1}, ValueError, ["beta", "-0.1"]),
-    ({"beta": 1.5}, ValueError, ["beta", "1.5"]),
-    ({"beta": math.nan}, ValueError, ["beta", "nan"]),
-    ({"beta": "most"}, TypeError, ["beta", "most"]),
-]
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments", "error", "texts"),
-    [(retention_bound, *row) for row in BAD] + [(prune_count, *row) for row in BAD + BAD_COUNT],
-)
-def test_bad_arguments_are_named(function, arguments, error, texts):
-    with pytest.raises(error) as caught:
-        function(0.5, 10, **arguments)
-    for text in texts:
-        assert text in str(caught.value)

@@ -202,10 +202,7 @@ def test_it_works_in_the_trainer_of_pytorch_lightning():
 @pytest.mark.parametrize(
     ("arguments", "error", "rule"),
     [
-        ({"epochs_per_round": 0}, ValueError, "epochs_per_round must be 1 or more, got epochs_per_round=0"),
-        ({"epochs_per_round": 1.5}, TypeError, r"epochs_per_round must be an int, got 1\.5"),
         ({"epochs_per_round": True}, TypeError, "epochs_per_round must be an int, got True"),
-        ({"rewind": 3}, ValueError, "from 1 to epochs_per_round - 1 = 2, got rewind=3"),
         ({"rewind": 0}, ValueError, "got rewind=0"),
         ({"rewind": True}, ValueError, "got rewind=True"),
         ({"rewind": "start"}, ValueError, 'rewind must be "init", "none" or a number of epochs'),

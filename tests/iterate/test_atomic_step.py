@@ -7,31 +7,9 @@ import math
 
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import RaiseAt, tiny_convnet
 
 from torch_sap import SAP, iterative_sap
-
-
-class RaiseAt(TorchDispatchMode):
-    """Raise an error in place of PyTorch's n-th operation, once; count them all."""
-
-    def __init__(self, number, error):
-        super().__init__()
-        self.number, self.error, self.count = number, error, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        if self.count == self.number:
-            raise self.error
-        return function(*args, **(kwargs or {}))
-
-
-def make_model():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5))
-    model(torch.randn(3, 2, 6, 6))
-    return model
 
 
 def state_of(model):
@@ -50,7 +28,7 @@ class Trained:
     """A pruner after its first training."""
 
     def __init__(self, **settings):
-        self.model = make_model()
+        self.model = tiny_convnet()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.sap = SAP(self.model, optimizer=self.optimizer, **settings)
         self.train()
@@ -98,11 +76,11 @@ def test_a_step_prunes_rewinds_and_records_or_does_nothing(error, evaluated, rew
 
 
 def test_a_failed_pruner_leaves_no_mask():
-    model, counting = make_model(), RaiseAt(0, NO_MEMORY)
+    model, counting = tiny_convnet(), RaiseAt(0, NO_MEMORY)
     with counting:
         SAP(model)
     for number in range(1, counting.count + 1):
-        model = make_model()
+        model = tiny_convnet()
         before = state_of(model)
         with RaiseAt(number, NO_MEMORY), pytest.raises(torch.OutOfMemoryError):
             SAP(model)
@@ -159,7 +137,7 @@ def test_an_error_in_a_user_function(where, error):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_training_that_diverges_leaves_model_and_history_as_before_it(value, tmp_path):
-    model = make_model()
+    model = tiny_convnet()
     start, rounds = state_of(model)[0], []
 
     def train_fn(model):
@@ -175,4 +153,4 @@ def test_a_training_that_diverges_leaves_model_and_history_as_before_it(value, t
     mask = model[3].weight_mask
     assert 0 < mask.sum() < mask.numel()
     assert torch.equal(model[3].weight_orig, start["3.weight"] * mask)
-    assert len(iterative_sap(make_model(), lambda model: None, **settings)) == 4, "the file holds the state before it"
+    assert len(iterative_sap(tiny_convnet(), lambda model: None, **settings)) == 4, "the file holds the state before it"

@@ -12,6 +12,7 @@ from helpers import (
     FUNCTIONS,
     SCOPES,
     TRAINABLE,
+    RaiseAt,
     assert_held,
     bits,
     fit,
@@ -20,12 +21,12 @@ from helpers import (
     mask_of,
     masks_of,
     mlp,
+    tiny_convnet,
     value_of,
 )
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.optimizer import _global_optimizer_post_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sap import layer_unstructured, remove
 
@@ -268,24 +269,8 @@ def test_a_saved_module_trained_in_a_new_process_keeps_its_zeros(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-class RaiseAt(TorchDispatchMode):
-    """Raises an error instead of the n-th operation of PyTorch in this thread (the only one here), once; counts all."""
-
-    def __init__(self, number, error):
-        super().__init__()
-        self.number, self.error, self.count = number, error, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        if self.count == self.number:
-            raise self.error
-        return function(*args, **(kwargs or {}))
-
-
 def small_model(again):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5))
-    model(torch.randn(3, 2, 6, 6))
+    model = tiny_convnet()
     if again:
         layer_unstructured(model, gamma=0.5)
     return model

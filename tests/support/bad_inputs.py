@@ -46,6 +46,7 @@ CASES = {
         ('pq_index(tensor([1.0, nan]))', 'ValueError', 'weights must be finite, but w of shape (2,) has NaN entries'),
         ('pq_index(ones(3), p=1.0, q=0.5)', 'ValueError', 'p must be smaller than q, got p=1.0, q=0.5'),
         ('pq_index(ones(3), p=0)', 'ValueError', 'p must be positive, got p=0'),
+        ('pq_index(ones(3), q=inf)', 'ValueError', 'q must be finite, got q=inf'),
         ('pq_index(ones(3), p="half")', 'TypeError', "p must be a real number, got 'half'"),
         ('pq_index(ones(2, 3), dim=2)', 'IndexError', 'dim must be a dimension of w, of shape (2, 3), got dim=2'),
         ('pq_index(ones(2, 3), dim="rows")', 'TypeError', "dim must be an int or None, got dim='rows'"),

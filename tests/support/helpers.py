@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_sap
 
@@ -198,3 +199,25 @@ def masked_by_hand(dense, masks):
         for name, mask in masks.items():
             value_of(dense, name).mul_(mask)
     return dense
+
+
+class RaiseAt(TorchDispatchMode):
+    """Raise an error in place of this thread's n-th operation of PyTorch, once; count them all."""
+
+    def __init__(self, number, error):
+        super().__init__()
+        self.number, self.error, self.count = number, error, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.number:
+            raise self.error
+        return function(*args, **(kwargs or {}))
+
+
+def tiny_convnet():
+    """A model of few operations, with statistics of a batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5))
+    model(torch.randn(3, 2, 6, 6))
+    return model
