@@ -1,6 +1,6 @@
 """The data sets of the benchmarks: digits, FashionMNIST, CIFAR-10 and -100, TinyImageNet and folders of images.
 
-`load` gives a `Dataset` of two splits. A split yields batches of normalised images and labels on its device.
+`load` gives a `Dataset` of two splits. A split yields batches of normalized images and labels on its device.
 Small data sets lie in memory and are shuffled, resized and augmented there, a batch at a time; folders of
 images are read by a DataLoader.
 """
@@ -29,7 +29,7 @@ NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "ima
 DEFAULT_DATA_DIR = Path("data")
 CIFAR = {"cifar10": ("CIFAR-10", "cifar-10-batches-py"), "cifar100": ("CIFAR-100", "cifar-100-python")}
 
-# The usual normalisation of colour photographs (torchvision, timm).
+# The usual normalisation of color photographs (torchvision, timm).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -59,7 +59,7 @@ class MemorySplit:
     """Images and labels that lie in memory.
 
     Args:
-        images: normalised images, float32, shape (count, channels, height, width).
+        images: normalized images, float32, shape (count, channels, height, width).
         labels: class numbers, int64, shape (count,).
         image_size: batches are resized to this many pixels a side; None leaves them as they are.
         augment: what is done to a shuffled batch.

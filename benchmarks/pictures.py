@@ -31,7 +31,7 @@ PAGE = DOCS / "maths.md"
 # As wide as a page, so that text in a picture is about as large as the text around it, for any eyes.
 STYLE = ["default", "seaborn-v0_8-colorblind", {"font.size": 10, "lines.linewidth": 1.2}]
 WIDTH, DPI = 7.5, 160
-COLOURS = ("C0", "C1", "C2", "C3", "C5")  # without C4, a yellow that white paper swallows
+COLORS = ("C0", "C1", "C2", "C3", "C5")  # without C4, a yellow that white paper swallows
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 SHOWN_ROUNDS = (0, 1, 5, 10, 20, 29)
 
@@ -80,7 +80,7 @@ def measure(values: Values) -> Figure:
     panels = halves[0].subplots(1, len(values), sharex=True, sharey=True)
     for number, (axes, (name, vector)) in enumerate(zip(panels, values.items(), strict=True)):
         edges = np.linspace(0, 1, len(vector["heights"]) + 1)
-        axes.stairs(vector["heights"], edges, fill=True, color=COLOURS[number])
+        axes.stairs(vector["heights"], edges, fill=True, color=COLORS[number])
         axes.set_title(f"{name}\nPQ Index {vector['index']['p=0.5, q=1'][0]:.3f}", fontsize="small")
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.set_xticks([0, 1])
@@ -91,9 +91,9 @@ def measure(values: Values) -> Figure:
         for number, (name, vector) in enumerate(values.items()):
             indices = vector["index"][f"p={p:g}, q={q:g}"]
             curve = 1 - (1 - indices[0]) * (1 - shares) ** (1 / p - 1 / q)
-            axes.plot(shares, curve, color=COLOURS[number], linestyle=LINES[number])
-            axes.plot([1 - 1 / (1 + times) for times in of.ZEROS], indices, "o", color=COLOURS[number], markersize=4)
-            axes.plot([], [], color=COLOURS[number], linestyle=LINES[number], marker="o", markersize=4, label=name)
+            axes.plot(shares, curve, color=COLORS[number], linestyle=LINES[number])
+            axes.plot([1 - 1 / (1 + times) for times in of.ZEROS], indices, "o", color=COLORS[number], markersize=4)
+            axes.plot([], [], color=COLORS[number], linestyle=LINES[number], marker="o", markersize=4, label=name)
         axes.set_title(f"PQ Index with zeros added, p={p:g}, q={q:g}", fontsize="small")
         axes.set_xlabel("share of added zeros", fontsize="small")
         axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -109,10 +109,10 @@ def count(values: Values) -> Figure:
     for axes, (panel, curves) in zip(panels, values.items(), strict=True):
         for number, (name, found) in enumerate(curves.items()):
             grid = np.linspace(0, 1, len(found["curve"]))
-            axes.plot(grid, found["curve"], color=COLOURS[number], linestyle=LINES[number], label=name)
-            axes.plot(*zip(*found["layers"], strict=True), ".", color=COLOURS[number], markersize=4, alpha=0.6)
+            axes.plot(grid, found["curve"], color=COLORS[number], linestyle=LINES[number], label=name)
+            axes.plot(*zip(*found["layers"], strict=True), ".", color=COLORS[number], markersize=4, alpha=0.6)
             layer = found["layers"][found["layer"]]
-            axes.plot(*layer, "D", color=COLOURS[number], markersize=5, markeredgecolor="black")
+            axes.plot(*layer, "D", color=COLORS[number], markersize=5, markeredgecolor="black")
         axes.set_title(panel, fontsize="small")
         axes.set_xlabel("PQ Index", fontsize="small")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -123,7 +123,7 @@ def count(values: Values) -> Figure:
 
 
 def choice(values: Values) -> Figure:
-    """Magnitudes of one layer, those that go in each scope in another colour."""
+    """Magnitudes of one layer, those that go in each scope in another color."""
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     edges = np.array(values["edges"])
     scopes = ("global", "layer", "neuron")
@@ -157,7 +157,7 @@ def run(values: Values) -> Figure:
         for (trainings, _), of_seed in zip(stops, values[accuracy][name], strict=True):
             if trainings < len(of_seed):
                 at = trainings - 1, of_seed[trainings - 1]
-                panels[accuracy].plot(*at, "X", color=COLOURS[number], markeredgecolor="black", markersize=8)
+                panels[accuracy].plot(*at, "X", color=COLORS[number], markeredgecolor="black", markersize=8)
     panels[accuracy].plot([], [], "wX", markeredgecolor="black", label="stopped by tolerance")
     legend(figure, panels[accuracy])
     return figure

@@ -114,7 +114,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def views(images: dict[str, Image.Image], model: nn.Module, count: int, seed: int = 0) -> Tensor:
-    """Cut views out of photographs, normalised as the model wants it (timm's configuration: mean and deviation 0.5).
+    """Cut views out of photographs, normalized as the model wants it (timm's configuration: mean and deviation 0.5).
 
     The first view of each is timm's centre crop for evaluation. The others are crops of 35 to 100 % of the area, half
     of them mirrored.

@@ -16,7 +16,7 @@ import copy
 import csv
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +48,27 @@ def build(name: str, device: str) -> nn.Module:
     return model
 
 
-def measure(name: str, scope: str, device: str, turns: int) -> list[dict[str, Any]]:
-    """Time the four in turn; a row of results each."""
+def measure(name: str, scopes: Sequence[str], device: str, turns: int) -> list[dict[str, Any]]:
+    """Time the four in each scope, in turn; a row of results each."""
     start = build(name, device)
-    times: dict[str, list[float]] = {column: [] for column in COLUMNS}
+    times: dict[tuple[str, str], list[float]] = {(scope, column): [] for scope in scopes for column in COLUMNS}
 
-    def timed(column: str, work: Callable[[], Any]) -> Any:
+    def timed(scope: str, column: str, work: Callable[[], Any]) -> Any:
         synchronize(device)
         started = time.perf_counter()
         result = work()
         synchronize(device)
-        times[column].append(time.perf_counter() - started)
+        times[scope, column].append(time.perf_counter() - started)
         return result
 
-    for _ in range(turns + 1):
+    for scope in (turns + 1) * list(scopes):
         model = copy.deepcopy(start)
-        timed("function", lambda model=model: FUNCTIONS[scope](model))
+        timed(scope, "function", lambda model=model, scope=scope: FUNCTIONS[scope](model))
         del model
         model = copy.deepcopy(start)
-        sap = timed("SAP(model)", lambda model=model: torch_sap.SAP(model, scope=scope))
-        timed("record", sap.record)
-        timed("step", sap.step)
+        sap = timed(scope, "SAP(model)", lambda model=model, scope=scope: torch_sap.SAP(model, scope=scope))
+        timed(scope, "record", sap.record)
+        timed(scope, "step", sap.step)
         del model, sap
     weights = sum(getattr(*pair).numel() for pair in torch_sap.prunable_parameters(start))
     return [
@@ -77,12 +77,12 @@ def measure(name: str, scope: str, device: str, turns: int) -> list[dict[str, An
             "weights": weights,
             "scope": scope,
             "call": column,
-            "milliseconds": 1000 * statistics.median(of_column[1:]),  # the first turn warms up
+            "milliseconds": 1000 * statistics.median(seconds[1:]),  # the first turn warms up
             "ratio_to_function": statistics.median(
-                a / b for a, b in zip(of_column[1:], times["function"][1:], strict=True)
+                a / b for a, b in zip(seconds[1:], times[scope, "function"][1:], strict=True)
             ),
         }
-        for column, of_column in times.items()
+        for (scope, column), seconds in times.items()
     ]
 
 
@@ -98,14 +98,13 @@ def main() -> None:
     print(machine(arguments.device))
     rows = []
     for name in arguments.models:
-        for scope in arguments.scopes:
-            for row in measure(name, scope, arguments.device, arguments.turns):
-                rows.append(row)
-                print(
-                    f"{name:12} {scope:7} {row['call']:10} {row['milliseconds']:9.1f} ms "
-                    f"{row['ratio_to_function']:6.2f} x the function",
-                    flush=True,
-                )
+        for row in measure(name, arguments.scopes, arguments.device, arguments.turns):
+            rows.append(row)
+            print(
+                f"{name:12} {row['scope']:7} {row['call']:10} {row['milliseconds']:9.1f} ms "
+                f"{row['ratio_to_function']:6.2f} x the function",
+                flush=True,
+            )
     if arguments.out:
         with open(arguments.out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [*rows[0], "machine"])

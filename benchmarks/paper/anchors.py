@@ -107,9 +107,9 @@ def draw_comparison(histories: Histories, authors: Curves, path: Path) -> None:
     for column, (name, members) in enumerate(groups.items()):
         curves = (("torch_sap", ours(members), "C0"), ("the authors' code", authors[key_of(next(iter(members)))], "C1"))
         for row, (title, _, _) in enumerate(COLUMNS):
-            for label, values, colour in curves:
+            for label, values, color in curves:
                 for seed, line in enumerate(values[row]):
-                    style = {"label": None if seed else label, "color": colour, "linestyle": ("-", "--")[seed % 2]}
+                    style = {"label": None if seed else label, "color": color, "linestyle": ("-", "--")[seed % 2]}
                     axes[row, column].plot(line, linewidth=1, **style)
             axes[row, column].grid(alpha=0.3)
             axes[row, 0].set_ylabel(title, fontsize="small")

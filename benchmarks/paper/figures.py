@@ -95,7 +95,7 @@ def draw_phases(groups: Groups, path: Path) -> None:
             shade_phases(axes[row, column], phases(histories))
         axes[0, column].set_title(f"{name}\n{RETRAINED[0][0]}", fontsize="small")
     figure.legend(
-        handles=[Patch(color=colour, alpha=0.3, label=name) for name, colour in PHASE_COLORS.items()],
+        handles=[Patch(color=color, alpha=0.3, label=name) for name, color in PHASE_COLORS.items()],
         loc="outside lower center",
         ncols=len(PHASE_COLORS),
         fontsize="small",

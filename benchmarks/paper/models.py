@@ -46,7 +46,7 @@ def build(name: str, *, in_chans: int, image_size: int, num_classes: int, width:
         model = PreActivationResNet(in_chans, num_classes, stem=16, widths=(128, 256, 512), blocks=4)
     else:
         return _timm(name, in_chans, num_classes)
-    initialise(model)
+    initialize(model)
     return model
 
 
@@ -119,7 +119,7 @@ class _Block(nn.Module):
 
 
 @torch.no_grad()
-def initialise(model: nn.Module) -> None:
+def initialize(model: nn.Module) -> None:
     """Set the initial values as the paper's code has them, in place."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -22,7 +22,7 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
     if passed and "share" in passed[0]:
         shares = [float(row["share"]) for row in passed]
         found["share of all parameters that can be pruned"] = f"{min(shares):.1%} to {max(shares):.1%}"
-        found["with standardised convolutions"] = f"{sum(row['standardised'] != '0' for row in passed)}"
+        found["with standardized convolutions"] = f"{sum(row['standardized'] != '0' for row in passed)}"
         found["with weights read without calling their module"] = f"{sum(row['uncalled'] != '0' for row in passed)}"
     elif passed:
         found["pruned entries received as zeros, least share"] = (
@@ -40,7 +40,7 @@ def structure_table(rows: Iterable[Row]) -> str:
         "architectures",
         "weights, millions",
         "share of all parameters",
-        "standardised",
+        "standardized",
         "uncalled",
     ]
     lines = []
@@ -54,7 +54,7 @@ def structure_table(rows: Iterable[Row]) -> str:
                 f"{len(found)}",
                 f"{min(millions):.1f} to {max(millions):.1f}",
                 f"{min(shares):.1%} to {max(shares):.1%}",
-                f"{sum(row['standardised'] != '0' for row in found) or ''}",
+                f"{sum(row['standardized'] != '0' for row in found) or ''}",
                 f"{sum(row['uncalled'] != '0' for row in found) or ''}",
             ]
         )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import torch_sap
-from zoo.structure import MADE_WITH, STANDARDISED, module_of
+from zoo.structure import MADE_WITH, STANDARDIZED, module_of
 
 SCOPES = {
     "global": torch_sap.global_unstructured,
@@ -102,7 +102,7 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
     name, _, head = name.partition("+")
     model = timm.create_model(name, num_classes=10, **kwargs)
-    if any(type(module) in STANDARDISED for module in model.modules()):
+    if any(type(module) in STANDARDIZED for module in model.modules()):
         model = model.double()
     return Attending(model) if head == "multihead" else model
 
@@ -166,17 +166,17 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def masked_by_hand(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """A dense model with its weights multiplied by masks; standardised convolutions get a literal formula."""
+    """A dense model with its weights multiplied by masks; standardized convolutions get a literal formula."""
     with torch.no_grad():
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask)
             module = model.get_submodule(name.rpartition(".")[0])
-            if type(module) in STANDARDISED:
-                module.forward = partial(_standardised_by_hand, module, mask)
+            if type(module) in STANDARDIZED:
+                module.forward = partial(_standardized_by_hand, module, mask)
     return model
 
 
-def _standardised_by_hand(module: Any, mask: Tensor, x: Tensor) -> Tensor:
+def _standardized_by_hand(module: Any, mask: Tensor, x: Tensor) -> Tensor:
     """Centre the unpruned entries of channels that lost some, standardise as timm does, multiply by the mask."""
     if getattr(module, "same_pad", False):
         x = pad_same(x, module.kernel_size, module.stride, module.dilation)

@@ -16,7 +16,7 @@ from torch import nn
 import torch_sap
 
 MADE_WITH = f"timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}"
-STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Structure:
         weights: Entries of all of them.
         parameters: Entries of all parameters.
         share: weights / parameters.
-        standardised: Convolutions that standardise their weight.
+        standardized: Convolutions that standardise their weight.
         uncalled: Attention modules that read the weight of their qkv layer without calling it.
         failure: Empty, or what went wrong.
         made_with: Versions.
@@ -42,7 +42,7 @@ class Structure:
     weights: int = 0
     parameters: int = 0
     share: float = 0.0
-    standardised: int = 0
+    standardized: int = 0
     uncalled: int = 0
     failure: str = ""
     made_with: str = MADE_WITH
@@ -75,7 +75,7 @@ def structure(name: str) -> Structure:
             weights=weights,
             parameters=parameters,
             share=weights / parameters,
-            standardised=sum(type(module) in STANDARDISED for module in modules),
+            standardized=sum(type(module) in STANDARDIZED for module in modules),
             uncalled=sum(hasattr(module, "qkv") and getattr(module, "q_bias", None) is not None for module in modules),
             failure="" if found else "nothing to prune",
         )
@@ -89,7 +89,7 @@ def choose(rows: Iterable[Mapping[str, str]]) -> list[str]:
     for row in rows:
         if row["failure"]:
             continue
-        kind = (row["module"], int(row["standardised"]) > 0, int(row["uncalled"]) > 0)
+        kind = (row["module"], int(row["standardized"]) > 0, int(row["uncalled"]) > 0)
         size = (int(row["parameters"]), row["model"])
         smallest[kind] = min(size, smallest.get(kind, size))
     return [name for _, name in sorted(smallest.values())]
