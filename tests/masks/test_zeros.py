@@ -188,6 +188,8 @@ def test_adam_with_an_eps_below_the_type_divides_zero_by_zero(dtype):
     model(torch.randn(5, 6).to(dtype)).sum().backward()
     optimizer.step()
     assert_held(model)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert optimizer.param_groups[0]["eps"] < 1e-7, "as it was given"
 
 
 def test_subclasses_and_closures_change_nothing():
