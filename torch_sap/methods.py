@@ -135,6 +135,9 @@ class PQINeuron(PQIMethod):
 
     Args:
         dim: Dimension of the output channels, as PyTorch's structured methods take it.
+
+    Raises:
+        IndexError: by ``apply``, if the tensor lacks that dimension; a ValueError if it has only one.
     """
 
     PRUNING_TYPE = "global"

@@ -22,12 +22,13 @@ INTEGER_OF = {
 }
 """The floating-point types that can be pruned, and the integers of their width."""
 
+TYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in INTEGER_OF)
+
 
 def check_dtype(tensor: Tensor, name: str) -> None:
     """Raise an error that names the tensor unless it is a dense one with values of a type that keys can order."""
     if tensor.dtype not in INTEGER_OF:
-        types = ", ".join(str(dtype).removeprefix("torch.") for dtype in INTEGER_OF)
-        raise TypeError(f"{name} must be a real floating-point tensor ({types}), got {tensor.dtype}")
+        raise TypeError(f"{name} must be a real floating-point tensor ({TYPES}), got {tensor.dtype}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}; call its to_dense() first")
     if tensor.is_meta:

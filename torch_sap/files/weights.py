@@ -25,10 +25,11 @@ from torch import Tensor
 from torch_sap.arguments import needs
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Entry, Scope
+from torch_sap.decide.keys import INTEGER_OF, TYPES
 from torch_sap.decide.step import zero_step
 from torch_sap.files.atomic import replacing
 from torch_sap.files.checkpoint import save
-from torch_sap.masks.parameters import excluded_by
+from torch_sap.masks.parameters import excluded_by, is_weight
 from torch_sap.records.report import PruningReport, TensorRecord
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -76,7 +77,7 @@ class Checkpoint:
         first: dict[str, Stored] = {}
         paths: dict[int, list[str]] = {}
         for stored in self.tensors:
-            if _is_weight(stored.name, stored.shape):
+            if is_weight(stored.name.rpartition(".")[2], len(stored.shape)):
                 tensor, place = stored.tensor, stored.name  # empty tensors may share an address
                 if tensor is not None and tensor.numel():
                     place = f"{tensor.data_ptr()} {stored.shape} {tensor.stride()}"
@@ -91,10 +92,6 @@ class Checkpoint:
         return found
 
 
-def _is_weight(name: str, shape: Sequence[int]) -> bool:
-    return "weight" in name.rpartition(".")[2] and len(shape) > 1
-
-
 def _check(weights: Sequence[Stored], names: set[str]) -> None:
     """Raise unless the weights can be pruned in place."""
     spans = []
@@ -103,9 +100,8 @@ def _check(weights: Sequence[Stored], names: set[str]) -> None:
         if {f"{stem}_orig", f"{stem}_mask"} <= names:
             advice = "save torch_sap.remove(model).state_dict(), which has plain weights"
             raise ValueError(f"{name} belongs to a model with masks; {advice}")
-        if tensor is None or tensor.dtype not in SAFETENSORS_TYPES.values():
-            types = "float16, bfloat16, float32, float64"
-            raise TypeError(f"{name} must be a real floating-point tensor ({types}), got {kind}; exclude it")
+        if tensor is None or tensor.dtype not in INTEGER_OF:
+            raise TypeError(f"{name} must be a real floating-point tensor ({TYPES}), got {kind}; exclude it")
         last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
         if tensor.numel() and last + 1 != tensor.numel():
             raise ValueError(f"{name} must fill its memory, but it is a view with gaps or overlaps")
@@ -250,7 +246,7 @@ def _tensors(values: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _has_weights(tensors: Mapping[str, Tensor]) -> bool:
-    return any(_is_weight(name, tensor.shape) for name, tensor in tensors.items())
+    return any(is_weight(name.rpartition(".")[2], tensor.dim()) for name, tensor in tensors.items())
 
 
 def prune_checkpoint(

@@ -70,10 +70,8 @@ class InPlaceMask(prune.BasePruningMethod):
         hook: Any = module._forward_pre_hooks.get(self.number)
         if weight is None or mask is None or hook is not self:
             return None
-        if (
-            type(weight) is not nn.Parameter and not self.sharded and is_dtensor(weight)
-        ):  # since fully_shard came after the pruning
-            mask = self._place_mask(module)
+        if type(weight) is not nn.Parameter and not self.sharded and is_dtensor(weight):
+            mask = self._place_mask(module)  # fully_shard came after the pruning
         return weight, mask
 
     def attached(self, module: nn.Module) -> Pair | None:

@@ -95,6 +95,11 @@ def prunable_parameters(model: nn.Module, exclude: str | Iterable[str] = ()) -> 
     return [pair for prunable in _in_model(model, exclude) for pair in prunable.holders]
 
 
+def is_weight(name: str, dimensions: int) -> bool:
+    """Whether a parameter is pruned unless it is excluded, by its own name and its number of dimensions."""
+    return "weight" in name and dimensions > 1
+
+
 def resolve(target: nn.Module | Iterable[Pair], exclude: str | Iterable[str] = ()) -> list[Prunable]:
     """Find and check the tensors of a model, or of pairs of (module, name), each once.
 
@@ -169,9 +174,7 @@ def _in_model(model: nn.Module, exclude: str | Iterable[str]) -> list[Prunable]:
     for path, module in unwrap(model).named_modules():
         for now, parameter in module._parameters.items():
             name = now.removesuffix("_orig") if now.removesuffix("_orig") + "_mask" in module._buffers else now
-            if parameter is None or "weight" not in name:
-                continue
-            if not is_lazy(parameter) and parameter.dim() < 2:
+            if parameter is None or not is_weight(name, 2 if is_lazy(parameter) else parameter.dim()):
                 continue
             holders.setdefault(id(parameter), []).append((module, name))
             paths.setdefault(id(parameter), []).append(f"{path}.{name}".removeprefix("."))
