@@ -29,7 +29,7 @@ NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "ima
 DEFAULT_DATA_DIR = Path("data")
 CIFAR = {"cifar10": ("CIFAR-10", "cifar-10-batches-py"), "cifar100": ("CIFAR-100", "cifar-100-python")}
 
-# The usual normalisation of color photographs (torchvision, timm).
+# The usual normalization of color photographs (torchvision, timm).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import random
 import statistics
 import time
@@ -32,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from speed import machine
+from speed import machine, write_csv
 from torch import Tensor, nn
 
 import torch_sap
@@ -227,11 +226,7 @@ def main() -> None:
                             flush=True,
                         )
     if arguments.out and rows:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(arguments.out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*rows[0], "machine"])
-            writer.writeheader()
-            writer.writerows({**row, "machine": description} for row in rows)
+        write_csv(rows, arguments.out, description)
         plot(rows, arguments.out.with_suffix(".png"), description)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 
 import timm
 import torch
-from speed import machine, synchronize
+from speed import machine, synchronize, write_csv
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -137,11 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     flush=True,
                 )
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(arguments.out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*rows[0], "machine"])
-            writer.writeheader()
-            writer.writerows({**row, "machine": machine(arguments.device)} for row in rows)
+        write_csv(rows, arguments.out, machine(arguments.device))
 
 
 if __name__ == "__main__":

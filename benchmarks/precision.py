@@ -1,4 +1,4 @@
-"""PQ Index of freshly initialised models: the formula written down in float32, and torch_sap.
+"""PQ Index of freshly initialized models: the formula written down in float32, and torch_sap.
 
     python benchmarks/precision.py
 

@@ -116,20 +116,20 @@ def photographs() -> dict[str, Image.Image]:
 def views(images: dict[str, Image.Image], model: nn.Module, count: int, seed: int = 0) -> Tensor:
     """Cut views out of photographs, normalized as the model wants it (timm's configuration: mean and deviation 0.5).
 
-    The first view of each is timm's centre crop for evaluation. The others are crops of 35 to 100 % of the area, half
+    The first view of each is timm's center crop for evaluation. The others are crops of 35 to 100 % of the area, half
     of them mirrored.
 
     Returns:
         Float32, shape (photographs, count, 3, height, width).
     """
     config = resolve_data_config({}, model=model)
-    centre = create_transform(**config)
+    center = create_transform(**config)
     size = config["input_size"][-1]
     finish = [transforms.ToTensor(), transforms.Normalize(config["mean"], config["std"])]
     crop = transforms.RandomResizedCrop(size, (0.35, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     crops = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *finish])
     torch.manual_seed(seed)
-    found = [torch.stack([centre(image), *(crops(image) for _ in range(count - 1))]) for image in images.values()]
+    found = [torch.stack([center(image), *(crops(image) for _ in range(count - 1))]) for image in images.values()]
     return torch.stack(found)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 import timm
 import torch
-from speed import FUNCTIONS, machine, synchronize
+from speed import FUNCTIONS, machine, synchronize, write_csv
 from torch import nn
 
 import torch_sap
@@ -106,10 +105,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.out:
-        with open(arguments.out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*rows[0], "machine"])
-            writer.writeheader()
-            writer.writerows({**row, "machine": machine(arguments.device)} for row in rows)
+        write_csv(rows, arguments.out, machine(arguments.device))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import gzip
 import shutil
 import statistics
@@ -27,7 +26,7 @@ from typing import Any
 
 import timm
 import torch
-from speed import machine
+from speed import machine, write_csv
 from torch import nn
 
 import torch_sap
@@ -135,12 +134,7 @@ def main() -> None:
                     size = f"{row['bytes'] / 1e6:8.2f} MB {row['share_of_dense']:6.3f} of dense"
                     print(f"{name:24} {sparsity:4.0%} {row['kind']:20} {size}", *times, flush=True)
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        columns = ["model", "sparsity", "kind", "bytes", "share_of_dense", "save_ms", "load_ms", "machine"]
-        with open(arguments.out, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows({**row, "machine": description} for row in rows)
+        write_csv(rows, arguments.out, description)
 
 
 if __name__ == "__main__":

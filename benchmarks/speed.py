@@ -274,15 +274,20 @@ def main() -> None:
         write(rows, arguments.out, machine(arguments.device))
 
 
+def write_csv(rows: list[dict[str, Any]], out: Path, description: str) -> None:
+    """The rows as OUT.csv, with the machine in every row; their columns are those of the longest row."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*max(rows, key=len), "machine"])
+        writer.writeheader()
+        writer.writerows({**row, "machine": description} for row in rows)
+
+
 def write(rows: list[dict[str, Any]], out: Path, description: str) -> None:
     """The rows as CSV (with the machine in every row) and as a figure, time against weights."""
     from matplotlib.figure import Figure
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], "machine"])
-        writer.writeheader()
-        writer.writerows({**row, "machine": description} for row in rows)
+    write_csv(rows, out, description)
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     scopes = list(dict.fromkeys(row["scope"] for row in rows))
     for axes, scope in zip(np.atleast_1d(figure.subplots(1, len(scopes), sharey=True)), scopes, strict=True):

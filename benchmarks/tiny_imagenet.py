@@ -44,6 +44,6 @@ def _read(images: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
 
     pixels = torch.empty(len(images), 3, SIZE, SIZE, dtype=torch.uint8)
     for number, (path, _) in enumerate(images):
-        with Image.open(path) as image:  # some are grey
+        with Image.open(path) as image:  # some are gray
             pixels[number] = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     return pixels, torch.tensor([label for _, label in images], dtype=torch.int64)

@@ -95,9 +95,9 @@ def real(name: str) -> Real:
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
-    """A timm model with the same weights at every call; of float64 if it standardises weights.
+    """A timm model with the same weights at every call; of float64 if it standardizes weights.
 
-    Normalising again and again multiplies differences of rounding, in the dense model as well.
+    Normalizing again and again multiplies differences of rounding, in the dense model as well.
     """
     torch.manual_seed(0)
     name, _, head = name.partition("+")
@@ -177,7 +177,7 @@ def masked_by_hand(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _standardized_by_hand(module: Any, mask: Tensor, x: Tensor) -> Tensor:
-    """Centre the unpruned entries of channels that lost some, standardise as timm does, multiply by the mask."""
+    """Center the unpruned entries of channels that lost some, standardize as timm does, multiply by the mask."""
     if getattr(module, "same_pad", False):
         x = pad_same(x, module.kernel_size, module.stride, module.dilation)
     rows, kept = module.weight.flatten(1), mask.flatten(1)

@@ -30,7 +30,7 @@ class Structure:
         weights: Entries of all of them.
         parameters: Entries of all parameters.
         share: weights / parameters.
-        standardized: Convolutions that standardise their weight.
+        standardized: Convolutions that standardize their weight.
         uncalled: Attention modules that read the weight of their qkv layer without calling it.
         failure: Empty, or what went wrong.
         made_with: Versions.

@@ -128,9 +128,9 @@ def test_tiny_imagenet(tmp_path):
     folder = tmp_path / "tiny-imagenet-200"
     (folder / "val" / "images").mkdir(parents=True)
     (folder / "wnids.txt").write_text("n02\nn01\n")
-    for grey, name in ((200, "n02"), (50, "n01")):
+    for gray, name in ((200, "n02"), (50, "n01")):
         (folder / "train" / name / "images").mkdir(parents=True)
-        Image.new("L", (64, 64), grey).save(folder / "train" / name / "images" / "0.JPEG")
+        Image.new("L", (64, 64), gray).save(folder / "train" / name / "images" / "0.JPEG")
     Image.new("RGB", (64, 64), (50, 50, 50)).save(folder / "val" / "images" / "val_0.JPEG")
     (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\t0\t0\t62\t62\n")
     tiny = data.load("tiny-imagenet", tmp_path)

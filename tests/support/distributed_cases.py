@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_copies import data_parallel, processes_disagree, wrapped_after_sap
-from distributed_models import assert_same_model, assert_same_report, data, full_state, mine, mlp, shard
+from distributed_models import assert_same_model, assert_same_report, data, full_state, mine, mlp, shard, step_alike
 from distributed_standardized import standardized_convolutions
 from fully_sharded import MixedPrecisionPolicy, fully_shard
 from helpers import FUNCTIONS, SCOPES
@@ -33,15 +33,7 @@ def pruned_and_trained_as_on_one_process(scope, order):
         optimizers = make(one), make(many)
         for _ in range(2):
             for _ in range(2):
-                losses = []
-                for model, optimizer, batch in zip((one, many), optimizers, (data(), mine(data())), strict=True):
-                    optimizer.zero_grad()
-                    losses.append(model(batch).square().mean())
-                    losses[-1].backward()
-                    optimizer.step()
-                dist.all_reduce(losses[1].detach())
-                torch.testing.assert_close(losses[1] / dist.get_world_size(), losses[0])
-                assert_same_model(many, one)
+                step_alike(one, many, optimizers, data())
             assert_same_report(FUNCTIONS[scope](many), FUNCTIONS[scope](one), rounding=1e-5)  # of the training
 
 

@@ -42,6 +42,19 @@ def assert_same_model(model, expected):
             torch.testing.assert_close(state[key], value)
 
 
+def step_alike(one, many, optimizers, batch):
+    """A training step of the model on one process, and of that on many, each with its share of the batch."""
+    losses = []
+    for model, optimizer, inputs in zip((one, many), optimizers, (batch, mine(batch)), strict=True):
+        optimizer.zero_grad()
+        losses.append(model(inputs).square().mean())
+        losses[-1].backward()
+        optimizer.step()
+    dist.all_reduce(losses[1].detach())
+    torch.testing.assert_close(losses[1] / dist.get_world_size(), losses[0])
+    assert_same_model(many, one)
+
+
 def assert_same_report(report, expected, rounding=1e-12):
     assert report.tensors == expected.tensors
     assert list(report.groups) == list(expected.groups)

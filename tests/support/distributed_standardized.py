@@ -3,8 +3,7 @@
 import copy
 
 import torch
-import torch.distributed as dist
-from distributed_models import assert_same_model, full_state, mine
+from distributed_models import full_state, step_alike
 from fully_sharded import fully_shard
 from torch import nn
 
@@ -27,15 +26,7 @@ def standardized_convolutions(order):
     images = torch.randn(12, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (one, many)]
     for _ in range(3):
-        losses = []
-        for model, optimizer, batch in zip((one, many), optimizers, (images, mine(images)), strict=True):
-            optimizer.zero_grad()
-            losses.append(model(batch).square().mean())
-            losses[-1].backward()
-            optimizer.step()
-        dist.all_reduce(losses[1].detach())
-        torch.testing.assert_close(losses[1] / dist.get_world_size(), losses[0])
-        assert_same_model(many, one)
+        step_alike(one, many, optimizers, images)
     expected = one(images)
     torch_sap.remove(many)
     torch.testing.assert_close(many(images), expected, rtol=1e-4, atol=1e-5)
