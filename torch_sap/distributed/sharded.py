@@ -137,9 +137,9 @@ class Part:  # a decide.groups.Shard
     def _device(self) -> torch.device:
         """Where the backend of the processes communicates."""
         kind = str(self.mesh.device_type)
-        return (
-            torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
-        )
+        if kind == "cpu":
+            return torch.device(kind)
+        return torch.device(kind, torch.get_device_module(kind).current_device())
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of one shape of all processes, on the device where this one is."""
