@@ -15,15 +15,23 @@ from torch_sap.decide.groups import Scope
 from torch_sap.decide.step import prune_step
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.masks.guards import guard, unguard
+from torch_sap.masks.kinds import ZERO
 from torch_sap.masks.mask import check_copies, hold_masks, load_hooks_of
-from torch_sap.masks.parameters import ImportanceScores, Pair, entries_of, resolve
+from torch_sap.masks.parameters import (
+    ImportanceScores,
+    LeftOut,
+    Pair,
+    Patterns,
+    entries_of,
+    resolve,
+    warn_of_left_out,
+)
 from torch_sap.masks.reparametrized import warn_of_reparametrized
 from torch_sap.masks.standardized import fold_
 from torch_sap.records.report import PruningReport, tensor_records
 
 Model = TypeVar("Model", bound=nn.Module)
 Target = nn.Module | Iterable[Pair]
-Patterns = str | Iterable[str]
 
 
 def global_unstructured(
@@ -35,6 +43,7 @@ def global_unstructured(
     gamma: float = 1.0,
     beta: float = 0.9,
     exclude: Patterns = (),
+    include: Patterns = (),
     importance_scores: ImportanceScores | None = None,
 ) -> PruningReport:
     """Prune the weights of a model in place by SAP, all of them as one group.
@@ -52,6 +61,7 @@ def global_unstructured(
         gamma: Factor on the prunable number ``d - r``; 0 or more. Larger prunes more.
         beta: The largest share of a group that is pruned at once, in [0, 1].
         exclude: Patterns of what not to prune, see :func:`prunable_parameters`. Only with a module.
+        include: Patterns of what to prune, too, such as lookup tables. Only with a module.
         importance_scores: Dict from (module, name) to a tensor of the parameter's shape whose magnitudes replace those
             of the weights, in the PQ Index and in the order, as in torch.nn.utils.prune.global_unstructured.
 
@@ -71,7 +81,7 @@ def global_unstructured(
 
     Source: Algorithm 1 of the paper.
     """
-    return _prune("global", model, Hyperparameters(p, q, eta_r, gamma, beta), exclude, importance_scores)
+    return _prune("global", model, Hyperparameters(p, q, eta_r, gamma, beta), exclude, include, importance_scores)
 
 
 def layer_unstructured(
@@ -83,16 +93,17 @@ def layer_unstructured(
     gamma: float = 1.0,
     beta: float = 0.9,
     exclude: Patterns = (),
+    include: Patterns = (),
     importance_scores: ImportanceScores | None = None,
 ) -> PruningReport:
-    """Prune as :func:`global_unstructured` does, but each tensor is a group.
+    """Prune as :func:`global_unstructured` does, but each tensor is a group; of stacked experts each matrix.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> list(layer_unstructured(model, exclude="2").groups)
         ['0.weight']
     """
-    return _prune("layer", model, Hyperparameters(p, q, eta_r, gamma, beta), exclude, importance_scores)
+    return _prune("layer", model, Hyperparameters(p, q, eta_r, gamma, beta), exclude, include, importance_scores)
 
 
 def neuron_unstructured(
@@ -104,30 +115,40 @@ def neuron_unstructured(
     gamma: float = 1.0,
     beta: float = 0.9,
     exclude: Patterns = (),
+    include: Patterns = (),
     importance_scores: ImportanceScores | None = None,
 ) -> PruningReport:
     """Prune as :func:`global_unstructured` does, but each output channel is a group.
 
-    Output channels are dimension 0; dimension 1 within each group of a transposed convolution.
+    Output channels are dimension 0; dimension 1 within each group of a transposed convolution, and where a module
+    stores (input, output), as transformers' Conv1D; of stacked experts each output channel of each expert.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> neuron_unstructured(model).groups["2.weight"].c.shape
         (10,)
     """
-    return _prune("neuron", model, Hyperparameters(p, q, eta_r, gamma, beta), exclude, importance_scores)
+    return _prune("neuron", model, Hyperparameters(p, q, eta_r, gamma, beta), exclude, include, importance_scores)
 
 
 def _prune(
-    scope: Scope, model: Target, rule: Hyperparameters, exclude: Patterns, scores: ImportanceScores | None
+    scope: Scope,
+    model: Target,
+    rule: Hyperparameters,
+    exclude: Patterns,
+    include: Patterns,
+    scores: ImportanceScores | None,
 ) -> PruningReport:
-    prunables = resolve(model, exclude)
+    prunables, left_out = found = resolve(model, exclude, include)
     if isinstance(model, nn.Module):
         warn_of_reparametrized(model, stacklevel=3)
+        warn_of_left_out(model, found, stacklevel=3)
     with torch.no_grad():
         result = prune_step(entries_of(prunables, scores), scope, rule)
         check_copies(model, prunables, result.masks)
-        report = PruningReport(scope, rule.to_dict(), result.groups, tensor_records(prunables, result.remaining))
+        records = tensor_records(prunables, result.remaining)
+        left_out += [LeftOut(one.name, one.shape, ZERO) for one in records if one.name in result.sums.zero]
+        report = PruningReport(scope, rule.to_dict(), result.groups, records, left_out)
         try:
             hold_masks(prunables, result.masks)
         finally:

@@ -39,7 +39,7 @@ class CountWaits(TorchDispatchMode):
 
 def entries(times=1, dtype=torch.float32):
     models = torch.nn.ModuleList(zoo(dtype) for _ in range(times))
-    return entries_of(resolve(models), None)
+    return entries_of(resolve(models).prunables, None)
 
 
 @pytest.mark.parametrize("dtype", keys.INTEGER_OF)
@@ -102,13 +102,13 @@ def test_waits_do_not_grow_with_the_tensors(scope, pruned, monkeypatch):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_threads_and_pieces_change_nothing(scope, monkeypatch):
     model = torch.nn.Sequential(torch.nn.Linear(700, 900), torch.nn.Linear(9000, 70))
-    first = prune_step(entries_of(resolve(model), None), scope, RULE)
+    first = prune_step(entries_of(resolve(model).prunables, None), scope, RULE)
     before = torch.get_num_threads()
     try:
         for threads, chunk in [(2, 2**13), (1, 2**12), (3, 2**15)]:
             torch.set_num_threads(threads)
             monkeypatch.setattr(NumPy, "chunk", chunk)
-            again = prune_step(entries_of(resolve(model), None), scope, RULE)
+            again = prune_step(entries_of(resolve(model).prunables, None), scope, RULE)
             for name, group in first.groups.items():
                 np.testing.assert_array_equal(group.index, again.groups[name].index)
                 np.testing.assert_array_equal(group.c, again.groups[name].c)

@@ -145,7 +145,7 @@ def test_only_some_groups_are_zero(scope):
     model = zoo()
     with torch.no_grad():
         model["linear"].weight.zero_()
-        model["embedding"].weight[2].zero_()
+        model["conv"].weight[2].zero_()
     report = check(model, scope, {"eta_r": 0.5})
     assert report.pruned > 0
     if scope == "layer":

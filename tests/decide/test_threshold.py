@@ -117,7 +117,7 @@ def test_zeros_in_place_are_those_of_the_masks(scope, dtype):
     weights[0][weights[0] == 0] = -0.0
     expected = prune_step([Entry(str(i), w) for i, w in enumerate(weights)], scope, RULE)
     copies = [w.clone() for w in weights]
-    groups, remaining = zero_step([Entry(str(i), w) for i, w in enumerate(copies)], scope, RULE)
+    groups, _, remaining = zero_step([Entry(str(i), w) for i, w in enumerate(copies)], scope, RULE)
     assert remaining == expected.remaining
     for name, group in groups.items():
         np.testing.assert_array_equal(group.c, expected.groups[name].c)

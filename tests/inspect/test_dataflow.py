@@ -15,8 +15,8 @@ from torch_sap import verify
 
 
 def check_received(model, example, count):
-    """All pruned weights are received as the masks say."""
-    torch_sap.layer_unstructured(model, gamma=3.0)
+    """All pruned weights, also those of tables, are received as the masks say."""
+    torch_sap.layer_unstructured(model, gamma=3.0, include="*weight*")
     found = verify(model, example)
     assert found.effective
     assert len(found.weights) == count
@@ -109,7 +109,7 @@ def test_the_very_entry_that_is_revived_is_found(way, entry):
     model = Weighted(lambda m, w, x: way(w + m.other, x))
     mask = torch.ones(8, 8, dtype=torch.bool)
     mask[entry] = False
-    torch_sap.masks.mask.hold_masks(torch_sap.masks.parameters.resolve(model), [mask])
+    torch_sap.masks.mask.hold_masks(torch_sap.masks.parameters.resolve(model).prunables, [mask])
     model.other.zero_()
     assert verify(model, vector()).effective
     model.other[entry] = 1.0
@@ -141,7 +141,7 @@ def test_a_weight_and_its_mask_may_lie_differently_in_memory():
     model.weight = nn.Parameter(torch.randn(8, 8).t())
     mask = torch.ones(8, 8, dtype=torch.bool)
     mask[2, 5] = False
-    torch_sap.masks.mask.hold_masks(torch_sap.masks.parameters.resolve(model), [mask])
+    torch_sap.masks.mask.hold_masks(torch_sap.masks.parameters.resolve(model).prunables, [mask])
     assert verify(model, vector()).weights[0].effective_sparsity == 1 / 64
 
 

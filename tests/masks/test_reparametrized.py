@@ -37,7 +37,9 @@ def test_a_stepper_names_them_too():
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_old_weight_norm_is_named():
     model = model_with(weight_norm(nn.Linear(4, 4)))
-    with pytest.warns(UserWarning, match=r"pruned as two weights: 1.0. Call torch.nn.utils.remove_weight_norm"):
+    with pytest.warns(
+        UserWarning, match=r"weight_v is pruned by its own magnitudes: 1.0. Call torch.nn.utils.remove_weight_norm"
+    ):
         torch_sap.layer_unstructured(model)
 
 

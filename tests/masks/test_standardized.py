@@ -66,7 +66,7 @@ def test_channels_that_lost_nothing_are_computed_as_timm_does(kind):
     pruned, dense = layer(kind, torch.float32), layer(kind, torch.float32)
     mask = torch.ones_like(pruned.weight, dtype=torch.bool)
     mask[0, 0] = False
-    torch_sap.masks.mask.hold_masks(torch_sap.masks.parameters.resolve(pruned), [mask])
+    torch_sap.masks.mask.hold_masks(torch_sap.masks.parameters.resolve(pruned).prunables, [mask])
     outputs = pruned(images(torch.float32)), dense(images(torch.float32))
     assert torch.equal(outputs[0][:, 1:], outputs[1][:, 1:])
     assert not torch.allclose(outputs[0][:, 0], outputs[1][:, 0])
@@ -78,7 +78,7 @@ def test_channels_with_one_weight_or_none(kind, received):
     pruned = layer(kind)
     mask = torch.zeros_like(pruned.weight, dtype=torch.bool)
     mask[0, 0, 0, 0] = True
-    torch_sap.masks.mask.hold_masks(torch_sap.masks.parameters.resolve(pruned), [mask])
+    torch_sap.masks.mask.hold_masks(torch_sap.masks.parameters.resolve(pruned).prunables, [mask])
     with torch.autograd.detect_anomaly():
         output = pruned(images())
         output.sum().backward()

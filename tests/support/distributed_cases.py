@@ -9,7 +9,7 @@ from distributed_copies import data_parallel, processes_disagree, wrapped_after_
 from distributed_models import assert_same_model, assert_same_report, data, full_state, mine, mlp, shard, step_alike
 from distributed_standardized import standardized_convolutions
 from fully_sharded import MixedPrecisionPolicy, fully_shard
-from helpers import FUNCTIONS, SCOPES
+from helpers import FUNCTIONS, SCOPES, of_package
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -62,6 +62,21 @@ def ties_on_a_device(scope):
         for module in (torch_sap.decide.step, torch_sap.decide.sums):
             patch.setattr(module, "backend_of", lambda entries: torch_sap.decide.backends.TORCH)
         ties_types_and_dimensions(scope, [torch.bfloat16, torch.float32])
+
+
+def stacks_of_experts(scope):
+    """Stacks cut between matrices and inside them, with matrices stored both ways, and experts in two dimensions."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for dim, columns in ((0, False), (0, True), (1, False), (2, True)):
+        torch.manual_seed(2)
+        one = of_package("transformers", "Experts", up_proj=torch.randn(5, 4, 6), is_transposed=columns)
+        one.glu = of_package("transformers", "DbrxExpertGLU", w1=torch.randn(10, 3), moe_num_experts=5)
+        many = copy.deepcopy(one)
+        many.up_proj = nn.Parameter(distribute_tensor(many.up_proj.data, mesh, [Shard(dim)]))
+        many.glu.w1 = nn.Parameter(distribute_tensor(many.glu.w1.data, mesh, [Shard(0)]))
+        for _ in range(3):
+            assert_same_report(FUNCTIONS[scope](many, eta_r=0.3), FUNCTIONS[scope](one, eta_r=0.3))
+            assert_same_model(many, one)
 
 
 def no_weight_travels():
@@ -231,6 +246,7 @@ ORDERS = ("shard, prune", "prune, shard")
 CASES = {
     **{f"training {s} {o}": (pruned_and_trained_as_on_one_process, s, o) for s in SCOPES for o in ORDERS},
     **{f"ties {s}": (ties_types_and_dimensions, s) for s in SCOPES},
+    **{f"stacks of experts {s}": (stacks_of_experts, s) for s in SCOPES},
     **{f"ties on a device {s}": (ties_on_a_device, s) for s in SCOPES},
     **{
         f"{function.__name__} {order}": (function, order)

@@ -45,6 +45,14 @@ def zoo(dtype=torch.float32):
     ).to(dtype)
 
 
+def of_package(package, name, **attributes):
+    """An empty module of a class that seems to come from a package; tensors become Parameters."""
+    made = type(name, (nn.Module,), {"__module__": f"{package}.models.fake"})()
+    for key, value in attributes.items():
+        setattr(made, key, nn.Parameter(value) if isinstance(value, torch.Tensor) else value)
+    return made
+
+
 class Mixed(nn.Module):
     """Weights by the paper's rule beside parameters that stay dense."""
 
@@ -77,13 +85,15 @@ def half_pruned(kind="mlp"):
 
 
 def weight_names(model):
-    """Dotted names, as before pruning, by the paper's rule; shared weights once."""
-    names = []
-    for path, parameter in model.named_parameters():
-        own = path.rpartition(".")[2]
-        if "weight" in own and parameter.dim() > 1:
-            names.append(path.removesuffix("_orig"))
-    return names
+    """Dotted names, as before pruning, by the paper's rule; shared weights once, without tables and norm scales."""
+    names, seen = {}, set()
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        holder, _, own = path.rpartition(".")
+        names.setdefault(parameter, path.removesuffix("_orig"))
+        dense = isinstance(model.get_submodule(holder), (nn.Embedding, nn.LayerNorm))
+        if "weight" in own and parameter.dim() > 1 and not dense:
+            seen.add(parameter)
+    return [name for parameter, name in names.items() if parameter in seen]
 
 
 def lookup(model, name):

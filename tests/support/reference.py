@@ -70,10 +70,12 @@ def channels(shape, transposed=0, dim=0):
     return index[0] // (shape[0] // transposed) * shape[1] + index[1]
 
 
-def split(weights, scope, transposed, dim):
-    """Entry by entry, the (name, row) of its group."""
+def split(weights, scope, transposed, dim, zero=()):
+    """Entry by entry, the (name, row) of its group; tensors that are zero throughout are in no global group."""
     groups = {}
     for name, weight in weights.items():
+        if scope == "global" and name in zero:
+            continue
         if scope == "neuron":
             rows = channels(weight.shape, transposed.get(name, 0), dim).reshape(-1)
         else:
@@ -92,7 +94,9 @@ def prune(weights, masks, scope, p=0.5, q=1.0, eta_r=0.0, gamma=1.0, beta=0.9, t
     flat_weights = {name: np.abs(weight.astype(np.float64)).reshape(-1) for name, weight in weights.items()}
     flat_masks = {name: masks[name].astype(bool).reshape(-1).copy() for name in weights}
     records = {}
-    for (name, _), entries in split(weights, scope, transposed or {}, dim).items():
+    zero = {name for name, mask in flat_masks.items() if mask.any() and not flat_weights[name][mask].any()}
+    zero = zero if len(zero) < len(weights) else ()
+    for (name, _), entries in split(weights, scope, transposed or {}, dim, zero).items():
         alive = [(tensor, flat) for tensor, flat in entries if flat_masks[tensor][flat]]
         magnitudes = [flat_weights[tensor][flat] for tensor, flat in alive]
         index = pq_index(magnitudes, p, q)

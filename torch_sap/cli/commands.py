@@ -45,10 +45,11 @@ def scan(arguments: Namespace) -> None:
     if Path(given).exists() or "/" in given or os.sep in given or given.endswith((*SUFFIXES, ".json")):
         if arguments.pretrained:
             raise ValueError(f"--pretrained goes with the name of a timm model, but {given} is a file")
-        entries = [one.entry() for one in open_checkpoint(given, arguments.key).weights(arguments.exclude)]
+        found, _ = open_checkpoint(given, arguments.key).weights(arguments.exclude, arguments.include)
+        entries = [one.entry() for one in found]
     else:
         model = _timm_model(given, pretrained=arguments.pretrained, seed=arguments.seed)
-        entries = [prunable.entry() for prunable in resolve(model, arguments.exclude)]
+        entries = [prunable.entry() for prunable in resolve(model, arguments.exclude, arguments.include).prunables]
     scan = scan_entries(entries, arguments.rule, given)
     if arguments.plot is not None:
         plot_scan(scan, arguments.plot)
@@ -85,7 +86,7 @@ def prune(arguments: Namespace) -> None:
       torch-sap prune llm/ -o llm-pruned/ --scope layer --exclude 'lm_head' --exclude '*embed*'
       torch-sap prune checkpoint.pt -o checkpoint.pt --overwrite --eta-r 0.1
     """
-    options = {name: getattr(arguments, name) for name in ("exclude", "key", "overwrite")}
+    options = {name: getattr(arguments, name) for name in ("exclude", "include", "key", "overwrite")}
     report = prune_checkpoint(arguments.checkpoint, arguments.out, arguments.scope, arguments.rule, **options)
     rows = []
     for one in (*report.tensors, TensorRecord("overall", (), report.remaining, report.total)):

@@ -110,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
             each.add_argument(option, type=float, default=default, metavar="X", help=f"{text} (default: {default})")
         text = "leave out the weights that match; may be repeated"
         each.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=text)
+        text = "also take parameters that match, such as lookup tables; may be repeated"
+        each.add_argument("--include", action="append", default=[], metavar="PATTERN", help=text)
         each.add_argument("--key", help="state_dict to take from a PyTorch file that holds several")
     one = add(report, "the rounds of a run, as a table and a figure")
     one.add_argument("run", metavar="RUN", help="folder with history.json, or that file")

@@ -20,6 +20,7 @@ from torch_sap.decide.groups import Entry, Scope
 from torch_sap.decide.keys import INTEGER_OF
 from torch_sap.decide.step import GroupValues, group_values
 from torch_sap.decide.sums import power_sums
+from torch_sap.records.round import mean_defined
 
 CHUNK = 2**19
 """Entries that are counted at once: some MB, which stay in the cache; a mapped tensor is never copied as a whole."""
@@ -67,26 +68,35 @@ def scan_entries(entries: Sequence[Entry], rule: Hyperparameters, source: str) -
     in_global, in_layer, in_neuron = groups = [group_values(sums, scope, rule) for scope in scopes]
     # backwards: the last tensors that were read are still in the page cache if a file is larger than memory
     histograms = [Histogram.of(entry.scores.detach()) for entry in reversed(entries)][::-1]
-    together = Histogram.together(histograms)
+    counted = [h for entry, h in zip(entries, histograms, strict=True) if entry.name not in sums.zero]
+    together = Histogram.together(counted or histograms)
     threshold = together.smallest(int(in_global["global"].c[0]))
     layers = []
     for entry, histogram in zip(entries, histograms, strict=True):
         layer, rows = in_layer[entry.name], in_neuron[entry.name]
-        pruned = [histogram.below(*threshold), int(layer.c[0]), int(rows.c.sum())]
+        share = histogram.below(*threshold) if entry.name not in sums.zero else 0
+        pruned = [share, int(layer.c.sum()), int(rows.c.sum())]
         dead = int((np.isnan(rows.index) & (rows.d > 0)).sum())
-        layers.append(_layer(entry.name, entry.shape, layer, histogram, pruned, dead))
+        layers.append(_layer(entry.name, entry.shape, int(layer.d.sum()), layer, histogram, pruned, dead))
     pruned = [sum(int(group.c.sum()) for group in of_scope.values()) for of_scope in groups]
     dead = sum(layer.dead_rows for layer in layers)
-    overall = _layer("overall", (), in_global["global"], together, pruned, dead)
+    total = sum(layer.weights for layer in layers)
+    overall = _layer("overall", (), total, in_global["global"], together, pruned, dead)
     return Scan(source, rule.to_dict(), overall, tuple(layers))
 
 
 def _layer(
-    name: str, shape: tuple[int, ...], group: GroupValues, histogram: Histogram, pruned: Sequence[float], dead: int
+    name: str,
+    shape: tuple[int, ...],
+    total: int,
+    group: GroupValues,
+    histogram: Histogram,
+    pruned: Sequence[float],
+    dead: int,
 ) -> LayerScan:
-    total = int(group.d[0])
     in_global, in_layer, in_neuron = (count / total if total else math.nan for count in pruned)
-    return LayerScan(name, shape, total, float(group.index[0]), histogram.gini(), in_global, in_layer, in_neuron, dead)
+    index = mean_defined({name: group.index})
+    return LayerScan(name, shape, total, index, histogram.gini(), in_global, in_layer, in_neuron, dead)
 
 
 class Histogram(NamedTuple):

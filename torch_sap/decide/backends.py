@@ -216,6 +216,7 @@ class Torch:
         return key, (keys < key).sum(1, keepdim=True)
 
     def keep(self, keys: Any, key: Any, left: Any, mask: Any, out: Any) -> Any:
+        left = keys.shape[1] if left is None else left
         key, left = (torch.as_tensor(number, device=keys.device) for number in (key, left))
         keep, equal = keys > key, keys == key
         if mask is not None:

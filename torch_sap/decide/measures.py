@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -131,22 +132,28 @@ def gini(entries: Sequence[Entry], scope: Scope) -> dict[str, Float64]:
     if sharded := [entry.name for entry in entries if entry.part is not None]:
         raise NotImplementedError(f"the Gini index needs whole tensors, but {sharded[0]} is sharded; leave out gini")
     check_finite(entries)
-    found = {}
+    if scope == "global":  # which leaves out tensors that are zero throughout, as PowerSums does
+        alive = [
+            entry for entry in entries if (entry.scores if entry.mask is None else entry.scores * entry.mask).any()
+        ]
+        entries = alive or entries
+    found: dict[str, list[Float64]] = {}
     for group in split(entries, scope):
+        values_of_tensor = found.setdefault(group.name, [np.zeros(0)])
         if group.by_row:
-            found[group.name] = np.concatenate([np.zeros(0), *_gini_of_blocks(group.entries[0])])
+            values_of_tensor += _gini_of_blocks(group.entries[0])
         else:
             home = group.entries[0].scores.device
             kept = [e.scores.reshape(-1) if e.mask is None else e.scores[e.mask] for e in group.entries]
             values = torch.cat([each.double().abs().to(home) for each in kept])
-            found[group.name] = _gini_of_rows(values[None], values.new_tensor([len(values)]))
-    return found
+            values_of_tensor.append(_gini_of_rows(values[None], values.new_tensor([len(values)])))
+    return {name: np.concatenate(values) for name, values in found.items()}
 
 
 def _gini_of_blocks(entry: Entry) -> Iterator[Float64]:
     """Gini indices of some rows at a time."""
-    masks = [None] * entry.channel_groups if entry.mask is None else entry.rows(entry.mask)
-    for rows, mask in zip(entry.rows(entry.scores), masks, strict=True):
+    masks = repeat(None) if entry.mask is None else entry.rows(entry.mask)
+    for rows, mask in zip(entry.rows(entry.scores), masks, strict=False):
         step = max(1, 2**22 // max(1, math.prod(rows.shape[1:])))
         for start in range(0, len(rows), step):
             values = rows[start : start + step].flatten(1).double().abs()

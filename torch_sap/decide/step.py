@@ -20,7 +20,7 @@ from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Entry, Group, Piece, Scope, pieces, split
 from torch_sap.decide.sums import PowerSums, Visit, distinct, index_from_sums, join_blocks, out_of_range, visit_sums
 from torch_sap.decide.threads import scratch
-from torch_sap.decide.threshold import Window, apply, expected_window, find, last_to_go
+from torch_sap.decide.threshold import NOTHING, Window, apply, expected_window, find, last_to_go
 
 Store = Callable[[Piece, Any, Any, Any], Any]
 """Called with a piece, its keys as rows, the last key to go of each row, and how many entries with just that key go
@@ -65,7 +65,7 @@ def prune_step(
         ValueError: if an entry holds NaN or infinity, or has no rows to prune; it is named.
     """
     backend = backend_of(entries) if backend is None else backend
-    whole = [entry.with_whole_rows() for entry in entries] if scope == "neuron" else entries
+    whole = [entry.made_whole(scope) for entry in entries]
     given = [replace(entry, out=torch.empty_like(entry.scores, dtype=torch.bool)) for entry in whole]
 
     def write(piece: Piece, keys: Any, key: Any, left: Any) -> Any:
@@ -82,11 +82,12 @@ def prune_step(
 
 def zero_step(
     entries: Sequence[Entry], scope: Scope, rule: Hyperparameters
-) -> tuple[dict[str, GroupValues], list[int]]:
+) -> tuple[dict[str, GroupValues], PowerSums, list[int]]:
     """Prune unmasked CPU tensors in place, without a mask per entry: what goes is set to +0.0.
 
-    For tensors larger than memory, in files that are mapped. Returns the values of each group by its name, and the
-    unpruned entries of each tensor. Raises as :func:`prune_step` does; some tensors may have been written to then.
+    For tensors larger than memory, in files that are mapped. Returns the values of each group by its name, what the
+    pass before the pruning found, and the unpruned entries of each tensor. Raises as :func:`prune_step` does; some
+    tensors may have been written to then.
     """
 
     def zero(piece: Piece, keys: Any, key: Any, left: Any) -> Any:
@@ -98,7 +99,7 @@ def zero_step(
 
     given = [replace(entry, out=entry.scores) for entry in entries]
     groups, sums, kept = _step(given, scope, rule, NUMPY, zero)
-    return groups, _count(entries, sums, kept, NUMPY)
+    return groups, sums, _count(entries, sums, kept, NUMPY)
 
 
 def _step(
@@ -109,27 +110,35 @@ def _step(
     visits: list[Visit | None] = [None] * len(groups)
     windows: list[Window | None] = [None] * len(groups)
     apart = all(entry.part is None for entry in entries)
-    if backend is NUMPY and apart and groups[0].by_row:
+    if backend is NUMPY and apart and groups and groups[0].by_row:
         visits = [_row_visit(rule, group.dtype, backend, store) for group in groups]
     elif backend is NUMPY and apart:
         windows = [expected_window(group, rule) for group in groups]
         visits = [None if window is None else window.look for window in windows]
-    sums, seen = visit_sums(groups, rule.p, rule.q, backend, visits)
+    sums, seen = visit_sums(entries, groups, rule.p, rule.q, backend, visits)
     values = group_values(sums, scope, rule)
+    if scope == "global" and (alive := [e for e in entries if e.name not in sums.zero]):
+        groups = [groups[0]._replace(entries=alive)]
 
-    def store_group(group: Group, window: Window | None, seen: list[Any]) -> list[Any]:
+    def store_group(group: Group, window: Window | None) -> list[Any]:
         """How many entries of each tensor stay, None if nothing goes."""
         found = values[group.name]
         if not found.c.any():
             return [None] * len(group.entries)
+        looks = [look for entry in group.entries for look in seen[id(entry)]]
         if group.by_row:
-            return [_store_rows(group.entries[0], found, backend, store, seen)]
-        cut = find(group, int(found.c[0]), int(found.d[0]), backend, window, seen)
+            return [_store_rows(group.entries[0], found, backend, store, looks)]
+        count, d = int(found.c[group.place]), int(found.d[group.place])
+        cut = find(group, count, d, backend, window, looks) if count else NOTHING
         return apply(group, cut, backend, store)
 
-    jobs = list(zip(groups, windows, seen, strict=True))  # threads must not mix up exchanges between processes
-    kept = backend.map(store_group, jobs) if apart else list(starmap(store_group, jobs))
-    return values, sums, [number for of_group in kept for number in of_group]
+    jobs = list(zip(groups, windows, strict=True))  # threads must not mix up exchanges between processes
+    stored = backend.map(store_group, jobs) if apart else list(starmap(store_group, jobs))
+    kept: dict[str, Any] = dict.fromkeys(entry.name for entry in entries)
+    for group, numbers in zip(groups, stored, strict=True):
+        for entry, number in zip(group.entries, numbers, strict=True):
+            kept[entry.name] = number if kept[entry.name] is None else kept[entry.name] + number
+    return values, sums, list(kept.values())
 
 
 def group_values(sums: PowerSums, scope: Scope, rule: Hyperparameters) -> dict[str, GroupValues]:
@@ -164,8 +173,7 @@ def _store_rows(
     entry: Entry, found: GroupValues, backend: Backend, store: Store, seen: Sequence[tuple[Any, Any] | None]
 ) -> Any:
     """Store what stays of the rows of an entry, unless it was stored while they were measured; how many stay."""
-    own = slice(None) if entry.part is None else slice(*entry.part.bounds(entry.part.rank))
-    count, d = found.c[own], found.d[own]
+    count, d = found.c[entry.own_rows], found.d[entry.own_rows]
 
     def store_piece(piece: Piece, stored: tuple[Any, Any] | None) -> Any:
         if stored is not None and stored[0] is not None:

@@ -37,19 +37,29 @@ class PowerSums:
         p: The smaller norm.
         q: The larger norm.
         tables: Of each tensor float64 of shape (4, rows): d, the sum of (|w| / s)^p, that of (|w| / s)^q, and log2(s).
+        matrices: Matrices that the rows of each tensor belong to, as many each.
 
     Attributes:
         remaining: Unpruned entries of each whole tensor.
+        zero: Names of the tensors whose unpruned entries are all zero. They have not been trained yet (LoRA's B, zero
+            convolutions), so the global scope leaves them out, unless there are no others.
     """
 
-    def __init__(self, names: Sequence[str], p: float, q: float, tables: Sequence[Float64]) -> None:
+    def __init__(
+        self, names: Sequence[str], p: float, q: float, tables: Sequence[Float64], matrices: Sequence[int]
+    ) -> None:
         self.p, self.q = p, q
-        layers = [self._join(table) for table in tables]
-        self.remaining = [int(table[0, 0]) for table in layers]
+        layers = [
+            np.hstack([self._join(rows) for rows in np.split(table, count, 1)])
+            for table, count in zip(tables, matrices, strict=True)
+        ]
+        self.remaining = [int(layer[0].sum()) for layer in layers]
+        self.zero = {name for name, layer in zip(names, layers, strict=True) if layer[0].any() and not layer[2].any()}
+        counted = [layer for name, layer in zip(names, layers, strict=True) if name not in self.zero]
         self._tables: dict[str, dict[str, Float64]] = {
             "neuron": dict(zip(names, tables, strict=True)),
             "layer": dict(zip(names, layers, strict=True)),
-            "global": {"global": self._join(np.hstack(layers))},
+            "global": {"global": self._join(np.hstack(counted or layers))},
         }
 
     def _join(self, table: Float64) -> Float64:
@@ -80,18 +90,23 @@ def power_sums(entries: Sequence[Entry], p: float, q: float) -> PowerSums:
     Raises:
         ValueError: if an entry holds NaN or infinity; it is named.
     """
-    return visit_sums(split(entries, "layer"), p, q, backend_of(entries))[0]
+    whole = [entry.made_whole("layer") for entry in entries]
+    return visit_sums(whole, split(whole, "layer"), p, q, backend_of(whole))[0]
 
 
 def visit_sums(
-    groups: Sequence[Group], p: float, q: float, backend: Backend, visits: Sequence[Visit | None] | None = None
-) -> tuple[PowerSums, list[list[Any]]]:
-    """Measure groups in one pass, and visit the keys in the same pass.
+    entries: Sequence[Entry],
+    groups: Sequence[Group],
+    p: float,
+    q: float,
+    backend: Backend,
+    visits: Sequence[Visit | None] | None = None,
+) -> tuple[PowerSums, dict[int, list[Any]]]:
+    """Measure entries in one pass, split into groups, and visit the keys in the same pass.
 
-    ``visits`` has one function per group, or None. Returned are the sums and, for each group, what its visits returned,
-    in order of position. Raises a ValueError that names an entry with NaN or infinity.
+    ``visits`` has one function per group, or None. Returned are the sums and, by the id of each entry of a group, what
+    its visits returned, in order of position. Raises a ValueError that names an entry with NaN or infinity.
     """
-    entries = [entry for group in groups for entry in group.entries]
     work = [
         (number, entry, piece)
         for number, group in enumerate(groups)
@@ -107,16 +122,20 @@ def visit_sums(
 
     found = backend.map(add, work)
     read = backend.read([table for d, sums, _ in found for table in (d, sums)])
-    parts: dict[int, list[tuple[Piece, Any, Any]]] = {id(entry): [] for entry in entries}
-    seen: list[list[Any]] = [[] for _ in groups]
-    for (number, entry, piece), d, sums, (*_, result) in zip(work, read[::2], read[1::2], found, strict=True):
+    in_groups = [entry for group in groups for entry in group.entries]
+    parts: dict[int, list[tuple[Piece, Any, Any]]] = {id(entry): [] for entry in in_groups}
+    seen: dict[int, list[Any]] = {id(entry): [] for entry in in_groups}
+    for (_, entry, piece), d, sums, (*_, result) in zip(work, read[::2], read[1::2], found, strict=True):
         parts[id(entry)].append((piece, d, sums))
-        seen[number].append(result)
-    tables = _merged(entries, [_table(entry.row_count, parts[id(entry)]) for entry in entries])
+        seen[id(entry)].append(result)
+    of_tensor: dict[str, list[Float64]] = {entry.name: [np.zeros((4, 0))] for entry in entries}
+    for entry in in_groups:
+        of_tensor[entry.name].append(_table(entry.row_count, parts[id(entry)]))
+    tables = _merged(entries, [np.hstack(of_tensor[entry.name]) for entry in entries])
     for entry, table in zip(entries, tables, strict=True):
         if (unsafe := out_of_range(table[1:3], table[0], entry.scores.dtype, q)).any():
             table[:, unsafe] = _scaled_table(entry, p, q, backend)[:, unsafe]
-    return PowerSums([entry.name for entry in entries], p, q, tables), seen
+    return PowerSums([e.name for e in entries], p, q, tables, [e.matrix_count for e in entries]), seen
 
 
 def _table(row_count: int, parts: Sequence[tuple[Piece, Any, Any]]) -> Float64:

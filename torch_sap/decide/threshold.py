@@ -120,6 +120,10 @@ class Cut(NamedTuple):
     """Whether all entries with just this key are known to go."""
 
 
+NOTHING = Cut(-1, 0, True)
+"""Nothing goes."""
+
+
 def find(
     group: Group, count: int, unpruned: int, backend: Backend, window: Window | None, seen: Sequence[tuple[int, Any]]
 ) -> Cut:

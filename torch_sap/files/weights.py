@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +29,8 @@ from torch_sap.decide.keys import INTEGER_OF, TYPES
 from torch_sap.decide.step import zero_step
 from torch_sap.files.atomic import replacing
 from torch_sap.files.checkpoint import save
-from torch_sap.masks.parameters import excluded_by, is_weight
+from torch_sap.masks.kinds import EXCLUDED, ROWS, ZERO, Axes, kind_on_disk
+from torch_sap.masks.parameters import LeftOut, Patterns, matching
 from torch_sap.records.report import PruningReport, TensorRecord
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -47,11 +48,12 @@ class Stored(NamedTuple):
     kind: str
     tensor: Tensor | None
     path: Path
+    axes: Axes = ROWS
 
     def entry(self) -> Entry:
         """The tensor as the SAP step sees it."""
         assert self.tensor is not None
-        return Entry(self.name, self.tensor)
+        return Entry(self.name, self.tensor, **self.axes._asdict())
 
 
 @dataclass(frozen=True)
@@ -72,30 +74,51 @@ class Checkpoint:
         """Whether the output is a folder."""
         return self.path.is_dir() or self.path.suffix == ".json"
 
-    def weights(self, exclude: str | Iterable[str] = ()) -> list[Stored]:
+    def weights(self, exclude: Patterns = (), include: Patterns = ()) -> tuple[list[Stored], list[LeftOut]]:
         """Choose the tensors that SAP prunes, shared ones once, by the rule of ``prunable_parameters``."""
+        about = self._config()
         first: dict[str, Stored] = {}
         paths: dict[int, list[str]] = {}
+        kinds: dict[int, list[Axes | str]] = {}
         for stored in self.tensors:
-            if is_weight(stored.name.rpartition(".")[2], len(stored.shape)):
+            if len(stored.shape) > 1:
                 tensor, place = stored.tensor, stored.name  # empty tensors may share an address
                 if tensor is not None and tensor.numel():
                     place = f"{tensor.data_ptr()} {stored.shape} {tensor.stride()}"
-                paths.setdefault(id(first.setdefault(place, stored)), []).append(stored.name)
-        excluded = excluded_by(paths, exclude)
-        found = [stored for stored in first.values() if id(stored) not in excluded]
+                key = id(first.setdefault(place, stored))
+                paths.setdefault(key, []).append(stored.name)
+                kinds.setdefault(key, []).append(kind_on_disk(stored.name, stored.shape, **about))
+        excluded, included = matching("exclude", paths, exclude), matching("include", paths, include)
+        found, left_out = [], []
+        for stored in first.values():
+            key, axes = id(stored), [kind for kind in kinds[id(stored)] if isinstance(kind, Axes)]
+            if (axes or key in included) and key not in excluded:
+                found.append(stored._replace(axes=axes[0] if axes else ROWS))
+            else:
+                left_out.append(LeftOut(stored.name, stored.shape, EXCLUDED if key in excluded else str(kinds[key][0])))
         if not found:
             rule = "more than one dimension and 'weight' in the last part of its name"
             left = f" that exclude={exclude!r} leaves" if exclude else ""
             raise ValueError(f"{self.path} has no weight to prune ({rule}){left}")
         _check(found, {stored.name for stored in self.tensors})
-        return found
+        return found, left_out
+
+    def _config(self) -> dict[str, Any]:
+        """What transformers' config.json beside the files says about their model."""
+        config = self.files[0].parent / "config.json"
+        try:
+            content = json.loads(config.read_text(encoding="utf-8"))
+            inner = content.get("text_config") or {}
+            model_type, tied = (content.get(key, inner.get(key)) for key in ("model_type", "tie_word_embeddings"))
+        except (OSError, ValueError, AttributeError):  # none, or not one of transformers'
+            return {}
+        return {"model_type": str(model_type), "tied": tied is True}
 
 
 def _check(weights: Sequence[Stored], names: set[str]) -> None:
     """Raise unless the weights can be pruned in place."""
     spans = []
-    for name, _, kind, tensor, _ in weights:
+    for name, _, kind, tensor, *_ in weights:
         stem = name.removesuffix("_orig").removesuffix("_mask")
         if {f"{stem}_orig", f"{stem}_mask"} <= names:
             advice = "save torch_sap.remove(model).state_dict(), which has plain weights"
@@ -246,7 +269,7 @@ def _tensors(values: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _has_weights(tensors: Mapping[str, Tensor]) -> bool:
-    return any(is_weight(name.rpartition(".")[2], tensor.dim()) for name, tensor in tensors.items())
+    return any(isinstance(kind_on_disk(name, tuple(tensor.shape)), Axes) for name, tensor in tensors.items())
 
 
 def prune_checkpoint(
@@ -255,14 +278,17 @@ def prune_checkpoint(
     scope: Scope,
     rule: Hyperparameters,
     *,
-    exclude: str | Iterable[str] = (),
+    exclude: Patterns = (),
+    include: Patterns = (),
     key: str | None = None,
     overwrite: bool = False,
 ) -> PruningReport:
     """Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format.
 
-    The result equals that of the scope's whole-model function on the same weights in memory, in the file's order;
-    output channels are dimension 0, since a file does not say which weights belong to transposed convolutions. ``out``
+    The result equals that of the scope's whole-model function on the same weights in memory, in the file's order.
+    Lookup tables are known by their names. Output channels are dimension 0, unless a config.json of transformers beside
+    the file says that its kind of model stores some weights otherwise: a file does not tell which weights belong to
+    transposed convolutions. ``out``
     is a folder if ``path`` is a folder or an index; ``key`` names one of several state_dicts. Several files are pruned
     together, and none is renamed before all are complete.
 
@@ -273,7 +299,7 @@ def prune_checkpoint(
             Existing files are unchanged if anything is raised, and nothing new is left.
     """
     checkpoint, out = open_checkpoint(path, key), Path(out)
-    weights = checkpoint.weights(exclude)
+    weights, left_out = checkpoint.weights(exclude, include)
     targets = _targets(checkpoint, out, overwrite)
     with contextlib.ExitStack() as undo:
         if checkpoint.is_folder and not out.exists():
@@ -287,8 +313,8 @@ def prune_checkpoint(
             mapped = {one.path for one in checkpoint.tensors} - checkpoint.contents.keys()
             maps = {source: MappedFile(Path(copies[source]), writable=True) for source in mapped}
             in_copy = {(source, one.name): one for source, file in maps.items() for one in file.tensors}
-            entries = [in_copy.get((one.path, one.name), one).entry() for one in weights]
-            groups, remaining = zero_step(entries, scope, rule)
+            entries = [in_copy.get((one.path, one.name), one)._replace(axes=one.axes).entry() for one in weights]
+            groups, sums, remaining = zero_step(entries, scope, rule)
             for file in maps.values():
                 file.flush()
             for source, copy in copies.items():
@@ -298,7 +324,8 @@ def prune_checkpoint(
         undo.pop_all()
     counts = zip(entries, remaining, strict=True)
     records = tuple(TensorRecord(entry.name, entry.shape, left, entry.scores.numel()) for entry, left in counts)
-    return PruningReport(scope, rule.to_dict(), groups, records)
+    left_out += [LeftOut(entry.name, entry.shape, ZERO) for entry in entries if entry.name in sums.zero]
+    return PruningReport(scope, rule.to_dict(), groups, records, left_out)
 
 
 def _targets(checkpoint: Checkpoint, out: Path, overwrite: bool) -> dict[Path, Path]:

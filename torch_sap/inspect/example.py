@@ -16,9 +16,9 @@ from torch_sap.masks.parameters import Prunable, resolve
 
 
 def whole_weights(model: nn.Module, caller: str) -> list[Prunable]:
-    """List the prunable tensors of a model; a NotImplementedError names one that is sharded."""
+    """List the prunable and the pruned tensors of a model; a NotImplementedError names one that is sharded."""
     check_model(model)
-    prunables = resolve(model)
+    prunables = resolve(model, masked=True).prunables
     if sharded := next((prunable.name for prunable in prunables if is_dtensor(prunable.weight)), None):
         raise NotImplementedError(
             f"{sharded} is sharded (a DTensor), but {caller} needs whole weights; load the full state_dict into a "

@@ -18,6 +18,7 @@ from torch_sap.inspect.macs import count_macs
 from torch_sap.masks.parameters import Prunable, entries_of
 from torch_sap.records.codec import to_plain
 from torch_sap.records.report import OfTensors, TensorRecord
+from torch_sap.records.round import mean_defined
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class LayerSummary(TensorRecord):
 
     Attributes:
         module: Class of the module that has it.
-        pqi: PQ Index of the entries that no mask prunes, as a pruning step measures it; NaN if undefined.
+        pqi: PQ Index of the entries that no mask prunes, as a pruning step measures it; the mean over the matrices of a
+            stack; NaN if undefined.
         empty_rows: Indices of the output channels without remaining entries.
         macs: Multiply-accumulate operations of the example with this tensor; None without an example.
     """
@@ -143,19 +145,20 @@ def summary(model: nn.Module, example_input: Any = None) -> Summary:
     prunables = whole_weights(model, "summary")
     with torch.no_grad():
         sums = power_sums(entries_of(prunables, None), 0.5, 1.0)
-        pqi, whole = sums.index("layer"), float(sums.index("global")["global"][0])
+        pqi = {name: mean_defined({name: index}) for name, index in sums.index("layer").items()}
+        whole = float(sums.index("global")["global"][0])
         macs: Sequence[int | None] = [None] * len(prunables)
         other = None
         if example_input is not None:
             macs, other = count_macs(model, example_input, [prunable.weight for prunable in prunables])
-        layers = [_layer(p, float(pqi[p.name][0]), count) for p, count in zip(prunables, macs, strict=True)]
+        layers = [_layer(p, pqi[p.name], count) for p, count in zip(prunables, macs, strict=True)]
     return Summary(tuple(layers), whole, sum(parameter.numel() for parameter in model.parameters()), other)
 
 
 def _layer(prunable: Prunable, pqi: float, macs: int | None) -> LayerSummary:
     weight, entry = prunable.weight, prunable.entry()
     kept = entry.scores if entry.mask is None else entry.mask
-    rows = [part.movedim(entry.channel_dim, 0).flatten(1) for part in kept.chunk(entry.channel_groups)]
+    rows = [part.flatten(1) for part in entry.rows(kept)]
     counts = torch.cat([row.count_nonzero(1) for row in rows])
     return LayerSummary(
         name=prunable.name,

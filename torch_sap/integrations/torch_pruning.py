@@ -120,7 +120,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
     set_modes(modes)
     for name in frozen:
         small.get_parameter(name).requires_grad_(False)
-    before, after = (sum(p.weight.numel() for p in resolve(one)) for one in (reference, small))
+    before, after = (sum(p.weight.numel() for p in resolve(one).prunables) for one in (reference, small))
     return Shrunk(small, removed, kept, before, after)
 
 
@@ -233,7 +233,8 @@ def _chains(model: nn.Module, example_input: Any, example: Any, tp: Any) -> list
         graph = tp.DependencyGraph().build_dependency(
             model, dict(kwargs) or tuple(args), output_transform=note, verbose=False
         )
-    shared = [module for prunable in resolve(model) if len(prunable.holders) > 1 for module, _ in prunable.holders]
+    tied = [prunable for prunable in resolve(model).prunables if len(prunable.holders) > 1]
+    shared = [module for prunable in tied for module, _ in prunable.holders]
     chains = [_Chain(name, module, graph) for name, module in model.named_modules() if isinstance(module, PLAIN)]
     for chain in chains:
         chain.why = _follow(chain, outputs, shared)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -32,7 +32,7 @@ from torch_sap.files.checkpoint import differences
 from torch_sap.iterate.rewinding import Rewind, State, check_state, copier, masks_of, modes_of, set_modes, snapshot
 from torch_sap.masks.guards import guard, unguard
 from torch_sap.masks.mask import check_copies, finish, hold_masks, hooks_of
-from torch_sap.masks.parameters import entries_of, resolve
+from torch_sap.masks.parameters import Patterns, entries_of, resolve, warn_of_left_out
 from torch_sap.masks.reparametrized import warn_of_reparametrized
 from torch_sap.masks.zeros import check_optimizer
 from torch_sap.records.history import History
@@ -57,6 +57,7 @@ class Settings(TypedDict, total=False):
         rewind: What the surviving weights, all other parameters and the buffers are set back to: "init" (default,
             their state now), "none" (nothing, training continues), or a state_dict from before or after pruning.
         exclude: Patterns of what not to prune, see :func:`prunable_parameters`.
+        include: Patterns of what to prune, too, such as lookup tables.
         optimizer: An optimizer that lives through all rounds, if there is one. Rewinding sets its state back to the
             present one; the learning rate stays as your schedule has it.
         gini: Whether to measure the Gini index in each round, which sorts all weights. Default False.
@@ -64,7 +65,8 @@ class Settings(TypedDict, total=False):
 
     scope: Scope
     rewind: Rewind
-    exclude: str | Iterable[str]
+    exclude: Patterns
+    include: Patterns
     optimizer: Optimizer | None
     gini: bool
 
@@ -90,11 +92,12 @@ class Pruner:
     Args:
         model: Any module. It is pruned in place.
         rule: How many entries of a group a round prunes.
-        scope, rewind, exclude, optimizer, gini: See :class:`Settings`.
+        scope, rewind, exclude, include, optimizer, gini: See :class:`Settings`.
 
     Attributes:
         history: The rounds so far.
         prunables: The tensors that are pruned.
+        left_out: Parameters with more than one dimension that are not, each with a name, a shape, and the reason.
 
     Raises:
         ValueError: if an argument is out of range, a weight is NaN or infinite, or there is nothing to prune.
@@ -108,7 +111,8 @@ class Pruner:
         *,
         scope: Scope = "layer",
         rewind: Rewind = "init",
-        exclude: str | Iterable[str] = (),
+        exclude: Patterns = (),
+        include: Patterns = (),
         optimizer: Optimizer | None = None,
         gini: bool = False,
         **unknown: object,
@@ -121,8 +125,9 @@ class Pruner:
         check_optimizer(optimizer, model)
         self.model, self.rule, self.scope, self.optimizer, self.gini = model, rule, scope, optimizer, gini
         self.history = History()
-        self.prunables = resolve(model, exclude)
+        self.prunables, self.left_out = found = resolve(model, exclude, include)
         warn_of_reparametrized(model, stacklevel=3)
+        warn_of_left_out(model, found, stacklevel=3)
         check_finite(entries := self._entries())
         if gini and (sharded := [entry.name for entry in entries if entry.part is not None]):
             raise NotImplementedError(f"gini needs whole tensors, but {sharded[0]} is sharded; leave it out")
@@ -348,7 +353,7 @@ class SAP(Pruner):
         eta_r: Share of the p-th power mass that may be lost; 0 or more. Larger prunes more.
         gamma: Factor on the prunable number ``d - r``; 0 or more. Larger prunes more.
         beta: The largest share of a group that one round prunes, in [0, 1].
-        settings: scope, rewind, exclude, optimizer, gini; see :class:`torch_sap.iterate.pruner.Settings`.
+        settings: scope, rewind, exclude, include, optimizer, gini; see :class:`torch_sap.iterate.pruner.Settings`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from torch_sap.arguments import check_model
@@ -17,11 +20,14 @@ from torch_sap.decide.keys import check_dtype
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import local, part_of, place, wrap
+from torch_sap.masks.kinds import EXCLUDED, ROWS, TABLE, UNNAMED, Axes, kind_of
 
 Pair = tuple[nn.Module, str]
 """A module and the name of one of its parameters, as torch.nn.utils.prune takes them."""
 
 ImportanceScores = Mapping[Pair, Tensor]
+
+Patterns = str | Iterable[str]
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,14 @@ class Prunable:
     def entry(self, scores: Tensor | None = None) -> Entry:
         """Entry for the SAP step, ranked by the scores if given."""
         weight, mask = self.weight.detach(), self.mask
-        module = self.holders[0][0]
+        kinds = (kind_of(module, name, tuple(weight.shape)) for module, name in self.holders)
+        axes = next((kind for kind in kinds if isinstance(kind, Axes)), ROWS)
         return Entry(
             self.name,
             local(weight if scores is None else place(scores.detach().to(weight.device), like=weight)),
             None if mask is None else local(mask),
             source="weights" if scores is None else "importance_scores",
-            channel_dim=1 if isinstance(module, _ConvTransposeNd) else 0,
-            channel_groups=module.groups if isinstance(module, _ConvTransposeNd) else 1,
+            **axes._asdict(),
             part=part_of(weight, self.name),
         )
 
@@ -67,24 +73,45 @@ class Prunable:
         return wrap(mask, like=self.weight)
 
 
-def prunable_parameters(model: nn.Module, exclude: str | Iterable[str] = ()) -> list[Pair]:
+@dataclass(frozen=True)
+class LeftOut:
+    """A parameter with more than one dimension that is not pruned."""
+
+    name: str
+    """Dotted path by its first holder."""
+    shape: tuple[int, ...]
+    reason: str
+    """One of those in :mod:`torch_sap.masks.kinds`."""
+
+
+class Found(NamedTuple):
+    """What of a model is pruned, and what is not."""
+
+    prunables: list[Prunable]
+    left_out: list[LeftOut]
+
+
+def prunable_parameters(model: nn.Module, exclude: Patterns = (), include: Patterns = ()) -> list[Pair]:
     """The parameters of a model that SAP prunes, in the form that torch.nn.utils.prune takes.
 
-    Every parameter whose own name contains "weight" and that has more than one dimension: those of Linear, Conv,
-    Embedding and recurrent modules, and ``in_proj_weight``; not norm scales, biases, position embeddings and class
-    tokens (the paper's rule).
+    These are what linear maps and convolutions multiply: parameters with more than one dimension whose own name
+    contains "weight" (the paper's rule), and the expert tensors of mixture-of-experts modules. Not norm scales, biases,
+    vectors of any shape, class tokens, and lookup tables (token, position, and query embeddings), unless a linear layer
+    shares the table.
 
     Args:
         model: Any module, pruned or not.
         exclude: Patterns (fnmatch) of the path of a parameter (``head.weight``, ``*.downsample.*``) or of a module
             that it is in ("head"). A shared parameter is excluded if one of its paths is.
+        include: Patterns of parameters with more than one dimension that are pruned though the rule leaves them out;
+            ``exclude`` comes first.
 
     Returns:
         Pairs of a module and the name of its parameter before pruning, in the model's order. A shared parameter has
         several.
 
     Raises:
-        TypeError: if ``model`` is not a module, or ``exclude`` holds anything but strings.
+        TypeError: if ``model`` is not a module, or ``exclude`` or ``include`` holds anything but strings.
         ValueError: if a pattern matches nothing.
 
     Example:
@@ -92,41 +119,84 @@ def prunable_parameters(model: nn.Module, exclude: str | Iterable[str] = ()) -> 
         >>> prunable_parameters(model, exclude="2")
         [(Linear(in_features=3, out_features=4, bias=True), 'weight')]
     """
-    return [pair for prunable in _in_model(model, exclude) for pair in prunable.holders]
+    return [pair for prunable in _in_model(model, exclude, include).prunables for pair in prunable.holders]
 
 
-def is_weight(name: str, dimensions: int) -> bool:
-    """Whether a parameter is pruned unless it is excluded, by its own name and its number of dimensions."""
-    return "weight" in name and dimensions > 1
-
-
-def resolve(target: nn.Module | Iterable[Pair], exclude: str | Iterable[str] = ()) -> list[Prunable]:
+def resolve(
+    target: nn.Module | Iterable[Pair], exclude: Patterns = (), include: Patterns = (), *, masked: bool = False
+) -> Found:
     """Find and check the tensors of a model, or of pairs of (module, name), each once.
+
+    With ``masked`` all tensors of a model that have a mask are found, too.
 
     Raises:
         TypeError: if the target is something else, or a tensor is not of a real floating-point type.
-        ValueError: if there is nothing to prune, a parameter does not exist, or a tensor has no values.
+        ValueError: if there is nothing to prune, a parameter does not exist, a tensor has no values, or two share a
+            part of their memory.
     """
     if isinstance(target, nn.Module):
-        found = _in_model(target, exclude)
-        if not found:
+        found = _in_model(target, exclude, include, masked=masked)
+        if not found.prunables:
+            given = "".join(f" {k}={v!r}" for k, v in (("exclude", exclude), ("include", include)) if v)
             raise ValueError(
                 "model must have a parameter to prune (more than one dimension and 'weight' in its name), "
-                f"but {type(target).__name__} has none" + (f" that exclude={exclude!r} leaves" if exclude else "")
+                f"but {type(target).__name__} has none" + (f" with{given}" if given else "")
             )
     else:
-        if exclude:
-            raise ValueError(
-                "exclude needs a model; leave what you do not want to prune out of the (module, name) pairs"
-            )
-        found = _in_pairs(target)
-    reshard(module for prunable in found for module, _ in prunable.holders)
-    for prunable in found:
+        for name, patterns in (("exclude", exclude), ("include", include)):
+            if patterns:
+                raise ValueError(f"{name} needs a model; choose among the (module, name) pairs yourself")
+        found = Found(_in_pairs(target), [])
+    reshard(module for prunable in found.prunables for module, _ in prunable.holders)
+    for prunable in found.prunables:
         weight = prunable.weight
         if is_lazy(weight) or weight.is_meta:
             raise ValueError(f"{prunable.name} must have values, but it is on the meta device or not initialized yet")
         check_dtype(weight, prunable.name)
+    _check_memory(found.prunables)
     return found
+
+
+def _check_memory(prunables: Sequence[Prunable]) -> None:
+    """Raise a ValueError if two Parameters share entries: a mask of one would prune the other behind its back."""
+    spans = []
+    for prunable in prunables:
+        tensor = local(prunable.weight.detach())
+        if tensor.numel():
+            length = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            start = tensor.data_ptr()
+            spans.append((start, start + length * tensor.itemsize, prunable.name, tensor))
+    spans.sort(key=lambda span: span[:2])
+    for (_, end, before, first), (start, _, name, second) in pairwise(spans):
+        if start < end and _share_entries(first, second):
+            raise ValueError(
+                f"{name} and {before} share memory, but are two Parameters; use one Parameter for both (as in "
+                "b.weight = a.weight), or exclude one of them"
+            )
+
+
+def _share_entries(first: Tensor, second: Tensor) -> bool:
+    """Whether two overlapping tensors have an entry in common; columns of one matrix have none."""
+    if first.dtype != second.dtype or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return True
+    used = torch.zeros(first.untyped_storage().nbytes() // first.itemsize, dtype=torch.bool)
+    used.as_strided(first.shape, first.stride(), first.storage_offset()).fill_(True)
+    return bool(used.as_strided(second.shape, second.stride(), second.storage_offset()).any())
+
+
+def warn_of_left_out(model: nn.Module, found: Found, stacklevel: int) -> None:
+    """Warn if more than a tenth of the matrix entries are left out because nothing says that they are weights."""
+    matrices = [one for one in found.left_out if one.reason != TABLE and sum(size > 1 for size in one.shape) > 1]
+    unknown = {one.name: math.prod(one.shape) for one in matrices if one.reason == UNNAMED}
+    total = sum(math.prod(one.shape) for one in matrices) + sum(one.weight.numel() for one in found.prunables)
+    if (missed := sum(unknown.values())) > total / 10:
+        names = ", ".join(list(unknown)[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        warnings.warn(
+            f"{missed / total:.0%} of the matrix entries of {type(model).__name__} are not pruned, in parameters "
+            f"without 'weight' in their names: {names}. Name them in include= to prune them, or in exclude= to leave "
+            "them dense",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def entries_of(prunables: Sequence[Prunable], importance_scores: ImportanceScores | None) -> list[Entry]:
@@ -167,41 +237,56 @@ def _parameter(module: nn.Module, name: str) -> tuple[str, nn.Parameter]:
     return now, parameter
 
 
-def _in_model(model: nn.Module, exclude: str | Iterable[str]) -> list[Prunable]:
+def _in_model(model: nn.Module, exclude: Patterns, include: Patterns, *, masked: bool = False) -> Found:
     check_model(model)
     holders: dict[int, list[Pair]] = {}
     paths: dict[int, list[str]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
     for path, module in unwrap(model).named_modules():
         for now, parameter in module._parameters.items():
-            name = now.removesuffix("_orig") if now.removesuffix("_orig") + "_mask" in module._buffers else now
-            if parameter is None or not is_weight(name, 2 if is_lazy(parameter) else parameter.dim()):
+            if parameter is None:
                 continue
+            name = now.removesuffix("_orig") if now.removesuffix("_orig") + "_mask" in module._buffers else now
             holders.setdefault(id(parameter), []).append((module, name))
             paths.setdefault(id(parameter), []).append(f"{path}.{name}".removeprefix("."))
-    excluded = excluded_by(paths, exclude)
-    return [Prunable(paths[key][0], tuple(pairs)) for key, pairs in holders.items() if key not in excluded]
+            shapes[id(parameter)] = (2, 2) if is_lazy(parameter) else tuple(parameter.shape)
+    kinds = {key: [kind_of(*pair, shapes[key]) for pair in pairs] for key, pairs in holders.items()}
+    weights = {key for key, found in kinds.items() if any(isinstance(kind, Axes) for kind in found)}
+    if masked:
+        weights |= {key for key, pairs in holders.items() if any(name + "_mask" in m._buffers for m, name in pairs)}
+    matrices = {key: names for key, names in paths.items() if len(shapes[key]) > 1}
+    weights |= matching("include", matrices, include)
+    excluded = matching("exclude", matrices, exclude)
+    prunables = [Prunable(paths[key][0], tuple(holders[key])) for key in holders if key in weights - excluded]
+    left_out = [
+        LeftOut(paths[key][0], shapes[key], EXCLUDED if key in excluded else str(found[0]))
+        for key, found in kinds.items()
+        if len(shapes[key]) > 1 and key not in weights - excluded
+    ]
+    return Found(prunables, left_out)
 
 
-def excluded_by(paths: Mapping[int, Sequence[str]], exclude: str | Iterable[str]) -> set[int]:
-    """Find the keys of the parameters (with their dotted paths) that patterns exclude.
+def matching(argument: str, paths: Mapping[int, Sequence[str]], given: Patterns) -> set[int]:
+    """Find the keys of the parameters (with their dotted paths) that the patterns of an argument match.
 
     Raises:
         TypeError: if something is not a pattern.
         ValueError: if a pattern matches nothing.
     """
-    if not isinstance(exclude, Iterable):
-        raise TypeError(f"exclude must be a pattern or an iterable of patterns, got {exclude!r}")
-    patterns = [exclude] if isinstance(exclude, str) else exclude
-    excluded: set[int] = set()
-    for pattern in patterns:
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{argument} must be a pattern or an iterable of patterns, got {given!r}")
+    found: set[int] = set()
+    for pattern in [given] if isinstance(given, str) else given:
         if not isinstance(pattern, str):
-            raise TypeError(f"exclude must hold patterns (strings), got {pattern!r}")
+            raise TypeError(f"{argument} must hold patterns (strings), got {pattern!r}")
         matched = {key for key, names in paths.items() if any(_matches(name, pattern) for name in names)}
         if not matched:
-            known = ", ".join(name for names in paths.values() for name in names)
-            raise ValueError(f"exclude must match a prunable parameter, but {pattern!r} matches none of: {known}")
-        excluded |= matched
-    return excluded
+            known = [name for names in paths.values() for name in names]
+            some = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+            rule = f"{argument} must match a parameter with more than one dimension"
+            raise ValueError(f"{rule}, but {pattern!r} matches none of: {some}")
+        found |= matched
+    return found
 
 
 def _matches(path: str, pattern: str) -> bool:

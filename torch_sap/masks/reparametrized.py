@@ -15,7 +15,7 @@ def warn_of_reparametrized(model: nn.Module, stacklevel: int) -> None:
     """Warn about modules whose weight is computed, with their paths and what to do.
 
     ``torch.nn.utils.parametrize`` keeps the values under another name, which is not pruned; the older
-    ``torch.nn.utils.weight_norm`` keeps lengths and directions of the rows, which are pruned as two weights.
+    ``torch.nn.utils.weight_norm`` keeps lengths and directions of the rows, of which the directions are pruned.
     """
     modules = [(path or "the model", module) for path, module in unwrap(model).named_modules()]
     for found, warning in (
@@ -26,7 +26,7 @@ def warn_of_reparametrized(model: nn.Module, stacklevel: int) -> None:
         ),
         (
             [p for p, m in modules if any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values())],
-            "from weight_g and weight_v, which are pruned as two weights: {}. Call "
+            "from weight_g and weight_v, and weight_v is pruned by its own magnitudes: {}. Call "
             "torch.nn.utils.remove_weight_norm(module) before pruning, or exclude them",
         ),
     ):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch_sap.decide.step import GroupValues
-from torch_sap.masks.parameters import Prunable
+from torch_sap.masks.parameters import LeftOut, Prunable
 from torch_sap.records.codec import to_plain
 
 
@@ -74,14 +74,18 @@ class PruningReport(OfTensors):
         hyperparameters: p, q, eta_r, gamma, beta.
         groups: By name, arrays with one value per group: ``d`` unpruned entries before, ``index`` I (NaN if
             undefined), ``r`` entries to retain at least, ``c`` entries pruned. The only name in the global scope is
-            "global"; the others have a name per tensor, with one value (layer) or one per output channel (neuron).
+            "global"; the others have a name per tensor, with one value (layer; one per matrix of a stack of experts) or
+            one per output channel (neuron).
         tensors: Counts of each tensor after the pruning.
+        left_out: Parameters with more than one dimension that are not pruned, each with a ``name``, a ``shape``, and
+            the ``reason``. A tensor that is zero throughout has not been trained yet; it loses nothing in any scope.
     """
 
     scope: str
     hyperparameters: Mapping[str, float]
     groups: Mapping[str, GroupValues]
     tensors: Sequence[TensorRecord]
+    left_out: Sequence[LeftOut] = ()
 
     @property
     def pruned(self) -> int:
@@ -93,7 +97,7 @@ class PruningReport(OfTensors):
         return dict(to_plain(self))
 
     def __str__(self) -> str:
-        """One line in total and one per tensor."""
+        """One line in total, one per tensor, and one about what is left out."""
         width = max((len(tensor.name) for tensor in self.tensors), default=0)
         head = f"{self.scope} scope: pruned {self.pruned:,}, "
         head += f"{self.remaining:,} of {self.total:,} weights remain ({self.density:.1%})"
@@ -101,4 +105,11 @@ class PruningReport(OfTensors):
             f"  {t.name:<{width}} {t.remaining / max(t.total, 1):7.1%} {t.remaining:>12,} of {t.total:>12,}  {t.shape}"
             for t in self.tensors
         ]
-        return "\n".join([head, *lines])
+        reasons: dict[str, list[str]] = {}
+        for one in self.left_out:
+            reasons.setdefault(one.reason, []).append(one.name)
+        for reason, names in reasons.items():
+            names[1:] = [f"and {len(names) - 1} more"] if len(names) > 1 else []
+            names.append(f"({reason})")
+        left = ", ".join(" ".join(names) for names in reasons.values())
+        return "\n".join([head, *lines, *([f"  left out: {left}"] if left else [])])

@@ -22,8 +22,8 @@ class Sparsity:
     """Sparsity of a model at one moment, by scope and then by name, as arrays with one value per group.
 
     Attributes:
-        pqi: PQ Index, ``pqi["global"]["global"][0]``, ``pqi["layer"][name][0]``, ``pqi["neuron"][name][row]``; NaN if
-            undefined.
+        pqi: PQ Index, ``pqi["global"]["global"][0]``, ``pqi["layer"][name][0]`` (one value per matrix
+            of a stack), ``pqi["neuron"][name][row]``; NaN if undefined.
         gini: Gini index in the same form; None unless it was requested.
     """
 
