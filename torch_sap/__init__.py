@@ -15,6 +15,7 @@ from torch_sap.inspect.verify import verify
 from torch_sap.iterate.pruner import SAP, LotteryTicket, OneShot
 from torch_sap.iterative import iterative_sap
 from torch_sap.masks.parameters import prunable_parameters
+from torch_sap.masks.plain import dense_state_dict
 from torch_sap.methods import PQIGlobal, PQILayer, PQINeuron
 from torch_sap.records.history import History
 
@@ -28,6 +29,7 @@ __all__ = [
     "PQIGlobal",
     "PQILayer",
     "PQINeuron",
+    "dense_state_dict",
     "gini_index",
     "global_unstructured",
     "iterative_sap",

@@ -20,6 +20,7 @@ from torch_sap.decide.groups import Entry, Scope
 from torch_sap.decide.keys import check_dtype, check_whole
 from torch_sap.decide.step import prune_step
 from torch_sap.masks.mask import hooks_of
+from torch_sap.masks.plain import save_plainly
 from torch_sap.masks.standardized import is_masked, is_standardized
 
 
@@ -32,6 +33,7 @@ class PQIMethod(prune.BasePruningMethod):
         self, p: float = 0.5, q: float = 1.0, eta_r: float = 0.0, gamma: float = 1.0, beta: float = 0.9
     ) -> None:
         self.rule = Hyperparameters(p, q, eta_r, gamma, beta)
+        save_plainly()
 
     def _row_dim(self, name: str, scores: Tensor) -> int:
         return 0

@@ -59,8 +59,9 @@ def scatter_values(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def not_zero(tensor: Tensor) -> Tensor:
-    """Find the entries of a tensor that are anything but +0.0."""
-    return _bits_of(tensor) != 0
+    """Find the entries of a tensor that are anything but +0.0 and -0.0, subnormal numbers and NaN too."""
+    bits = _bits_of(tensor)
+    return bits & torch.iinfo(bits.dtype).max != 0
 
 
 def _bits_of(tensor: Tensor) -> Tensor:

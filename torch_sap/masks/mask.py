@@ -8,6 +8,7 @@ they may be replaced (``load_state_dict(assign=True)``, ``to_empty``).
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,8 +19,9 @@ from torch.nn.utils import prune
 
 from torch_sap.distributed.fsdp import manages, rename, reshard
 from torch_sap.distributed.replicas import check_agreement, groups_of_copies
-from torch_sap.distributed.sharded import is_dtensor, place, same_placement
+from torch_sap.distributed.sharded import is_dtensor, local, place, same_placement
 from torch_sap.masks.parameters import Prunable
+from torch_sap.masks.plain import save_plainly
 from torch_sap.masks.standardized import fold_, mask_standardized
 from torch_sap.masks.zeros import MaskedGradient, Pair, restore_zeros_, unwatch, watch
 
@@ -44,6 +46,7 @@ class InPlaceMask(prune.BasePruningMethod):
         self._lent: Tensor | None = None  # the Parameter, while a traced forward computes with a product
         self._managed = False  # by FSDP, as far as is known
         watch(self)
+        save_plainly()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self._module(), "name": self._tensor_name, "number": self.number}
@@ -171,10 +174,25 @@ class InPlaceMask(prune.BasePruningMethod):
             link(module, self._tensor_name, self._lent)
             self._lent = None
 
-    def before_load(self, module: nn.Module, *_: Any) -> None:
-        """load_state_dict pre-hook. A sharded mask can only be copied into one that is sharded too."""
-        if self._find(module):
-            self._place_mask(module)
+    def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """load_state_dict pre-hook: a plain weight is taken as ``weight_orig``, and the mask stays.
+
+        A sharded mask can only be copied into one that is sharded too.
+        """
+        if not self._find(module):
+            return
+        mask = self._place_mask(module)
+        plain, key, mask_key = (prefix + name for name in (self._tensor_name, self._weight_key, self._mask_key))
+        if plain in state and key not in state:
+            weight = state[key] = state.pop(plain)
+            state.setdefault(mask_key, mask)
+            alike = same_placement(weight, mask) and weight.shape == mask.shape and not weight.is_meta
+            if alike and bool((local(weight).to(local(mask).device)[~local(mask)] != 0).any()):
+                warnings.warn(
+                    "the loaded state_dict has plain weights that are not zero where the model is pruned; they are "
+                    "set to zero there. To load another model, call torch_sap.remove(model) first",
+                    stacklevel=2,
+                )
 
     def after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         """load_state_dict post-hook. ``assign=True`` may have brought another Parameter, and a mask of another type."""
