@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import get_args
@@ -16,7 +17,8 @@ from torch_sap.cli.runs import compare_runs, load_run
 from torch_sap.cli.scan import scan_entries
 from torch_sap.cli.tables import give, shape_text
 from torch_sap.decide.groups import Scope
-from torch_sap.files.weights import SUFFIXES, open_checkpoint, prune_checkpoint
+from torch_sap.files.folder import SUFFIXES, companions
+from torch_sap.files.weights import open_checkpoint, prune_checkpoint
 from torch_sap.masks.parameters import resolve
 from torch_sap.records.metrics import choose_metric
 from torch_sap.records.report import TensorRecord
@@ -78,8 +80,10 @@ def prune(arguments: Namespace) -> None:
     """Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format, with zeros.
 
     CHECKPOINT is a .safetensors or .pt file, an index of several, or a folder with one of these; for the last two the
-    output is a folder with the same files. Everything else in the files stays as it is. They are written under other
-    names until all are complete. safetensors files may be larger than memory, .pt files may not.
+    output is a folder with the same files. Everything else in the files stays as it is. What else belongs to the model
+    in a folder (config.json, tokenizer) is copied; other weights in it (onnx/, pytorch_model.bin beside
+    model.safetensors) are left out and named. Files are written under other names until all are complete. safetensors
+    files may be larger than memory, .pt files may not.
 
     Examples:
       torch-sap prune model.safetensors -o pruned.safetensors
@@ -87,14 +91,17 @@ def prune(arguments: Namespace) -> None:
       torch-sap prune checkpoint.pt -o checkpoint.pt --overwrite --eta-r 0.1
     """
     options = {name: getattr(arguments, name) for name in ("exclude", "include", "key", "overwrite")}
+    beside = companions(Path(arguments.checkpoint), arguments.out)
     report = prune_checkpoint(arguments.checkpoint, arguments.out, arguments.scope, arguments.rule, **options)
     rows = []
     for one in (*report.tensors, TensorRecord("overall", (), report.remaining, report.total)):
         counts = {"total": one.total, "remaining": one.remaining, "density": one.density}
         rows.append({"name": one.name, "shape": shape_text(one.shape), **counts})
     titles = {"name": "layer", "shape": "shape", "total": "weights", "remaining": "remaining"}
-    content = {"out": str(arguments.out), **report.to_dict()}
+    content = {"out": str(arguments.out), "copied": beside.copied, "not_copied": beside.left_out, **report.to_dict()}
     give(arguments, content, rows, titles | {"density": "remaining %"}, total=True)
+    if beside.left_out:
+        print(f"torch-sap: not copied, since it has weights: {', '.join(beside.left_out)}", file=sys.stderr)
 
 
 def report(arguments: Namespace) -> None:

@@ -29,15 +29,13 @@ from torch_sap.decide.keys import INTEGER_OF, TYPES
 from torch_sap.decide.step import zero_step
 from torch_sap.files.atomic import replacing
 from torch_sap.files.checkpoint import save
+from torch_sap.files.folder import SUFFIXES, TORCH_SUFFIXES, checkpoint_files, companions
 from torch_sap.masks.kinds import EXCLUDED, ROWS, ZERO, Axes, kind_on_disk
 from torch_sap.masks.parameters import LeftOut, Patterns, matching
 from torch_sap.records.report import PruningReport, TensorRecord
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The types that can be pruned, by their names in a file."""
-
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 
 class Stored(NamedTuple):
@@ -139,11 +137,12 @@ def _check(weights: Sequence[Stored], names: set[str]) -> None:
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
     """Map the tensors of a checkpoint into memory, without reading them; arguments as in :func:`prune_checkpoint`."""
     path = Path(path)
-    found = _in_folder(path) if path.is_dir() else path
-    files = _files_of_index(found) if found.name.endswith(".index.json") else [found]
+    files = checkpoint_files(path)
     tensors: list[Stored] = []
     contents: dict[Path, Any] = {}
     for file in files:
+        if file.name.endswith(".index.json"):
+            continue
         if file.suffix in TORCH_SUFFIXES:
             contents[file] = _load(file)
             for name, tensor in _choose(contents[file], file, key).items():
@@ -155,29 +154,7 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
             raise ValueError(f"key chooses in PyTorch's files, but {file.name} is a safetensors file; leave it out")
         else:
             tensors += MappedFile(file).tensors
-    return Checkpoint(path, files if found in files else [*files, found], tensors, contents)
-
-
-def _in_folder(folder: Path) -> Path:
-    """The one checkpoint of a folder: an index, or else a file."""
-    for pattern in ("*.safetensors.index.json", "*.index.json", *(f"*{suffix}" for suffix in SUFFIXES)):
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            raise ValueError(f"{folder} holds several checkpoints, name one: {', '.join(p.name for p in found)}")
-        if found:
-            return found[0]
-    raise ValueError(f"{folder} holds no checkpoint: no *.index.json, no {', '.join('*' + s for s in SUFFIXES)}")
-
-
-def _files_of_index(index: Path) -> list[Path]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        plain = all(Path(name).name == name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} must be an index with a weight_map from tensors to files: {error!r}") from error
-    if not plain or not names:
-        raise ValueError(f"{index} must name files of its own folder, got {sorted(names)}")
-    return [index.parent / name for name in sorted(names)]
+    return Checkpoint(path, files, tensors, contents)
 
 
 class MappedFile:
@@ -290,7 +267,8 @@ def prune_checkpoint(
     the file says that its kind of model stores some weights otherwise: a file does not tell which weights belong to
     transposed convolutions. ``out``
     is a folder if ``path`` is a folder or an index; ``key`` names one of several state_dicts. Several files are pruned
-    together, and none is renamed before all are complete.
+    together, and none is renamed before all are complete. What else belongs to the model in a folder is copied
+    (:func:`torch_sap.files.folder.companions`).
 
     Raises:
         OSError: if a file cannot be read or written.
@@ -302,9 +280,10 @@ def prune_checkpoint(
     weights, left_out = checkpoint.weights(exclude, include)
     targets = _targets(checkpoint, out, overwrite)
     with contextlib.ExitStack() as undo:
-        if checkpoint.is_folder and not out.exists():
-            out.mkdir(parents=True)
-            undo.callback(out.rmdir)
+        if checkpoint.is_folder:
+            for folder in _missing_folders(targets.values()):
+                folder.mkdir()
+                undo.callback(folder.rmdir)
         with replacing(*targets.values()) as temporary:
             copies = dict(zip(targets, temporary, strict=True))
             for source, copy in copies.items():
@@ -329,8 +308,9 @@ def prune_checkpoint(
 
 
 def _targets(checkpoint: Checkpoint, out: Path, overwrite: bool) -> dict[Path, Path]:
-    """The file to write for each file of a checkpoint."""
+    """The file to write for each file of a checkpoint, and for each that is copied."""
     targets = {source: out / source.name if checkpoint.is_folder else out for source in checkpoint.files}
+    targets |= {checkpoint.path / name: out / name for name in companions(checkpoint.path, out).copied}
     if not checkpoint.is_folder and out.suffix != checkpoint.path.suffix:
         raise ValueError(f"out must end in {checkpoint.path.suffix}, as the input does, got {out}")
     for target in targets.values():
@@ -339,3 +319,9 @@ def _targets(checkpoint: Checkpoint, out: Path, overwrite: bool) -> dict[Path, P
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} exists; choose another name, or overwrite it by --overwrite")
     return targets
+
+
+def _missing_folders(targets: Iterable[Path]) -> list[Path]:
+    """The folders that do not exist yet, outer ones first."""
+    parents = {folder for target in targets for folder in target.parents if not folder.exists()}
+    return sorted(parents, key=lambda folder: len(folder.parts))

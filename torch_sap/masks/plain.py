@@ -39,11 +39,11 @@ WRITERS = (
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return the state_dict that :func:`remove` would leave, without changing the model.
 
-    The keys are those from before the pruning, in the same order, and pruned entries are +0.0, whatever was written
-    there. It is for other programs: ``torch.save``, ``save_pretrained(path, state_dict=...)``,
-    ``torch.distributed.checkpoint``. Tensors share memory with the model as in ``model.state_dict()``, and with each
-    other where the model's do. Only tensors that torch_sap does not hold in place (pruned by PyTorch's methods, or in a
-    standardized convolution) are copies.
+    The keys are those from before the pruning (in the same order, unless PyTorch's methods moved them), and pruned
+    entries are +0.0, whatever was written there. It is for other programs: ``torch.save``, ``save_pretrained(path,
+    state_dict=...)``, ``torch.distributed.checkpoint``. Tensors share memory with the model as in
+    ``model.state_dict()``, and with each other where the model's do. Only those that PyTorch's methods pruned, and those
+    of standardized convolutions, are copies.
 
     Args:
         model: Any module, pruned or not. Of DistributedDataParallel, DataParallel, and torch.compile it is the
@@ -145,7 +145,7 @@ class _Plain:
         """Warn if modules that share a weight mask it differently: a plain state_dict has one tensor for all."""
         paths = self._paths[id(weight)]
         masks = [module._buffers[name + "_mask"] for module, name in holders]
-        if len(paths) > len(holders) or any(not torch.equal(mask != 0, masks[0] != 0) for mask in masks[1:]):  # type: ignore[operator, arg-type]
+        if len(paths) > len(holders) or any(not torch.equal(mask != 0, masks[0] != 0) for mask in masks[1:]):  # type: ignore[arg-type]
             warnings.warn(
                 f"{' and '.join(paths)} are one parameter, but PyTorch's masks prune it differently in each; the plain "
                 "state_dict has it pruned everywhere, as torch_sap.remove leaves it. Prune it by a function of "
