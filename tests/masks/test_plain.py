@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import FUNCTIONS, assert_held, assert_unchanged, bits, convnet, mask_of, mlp, snapshot
-from standardized_layers import KINDS, layer
 from torch import nn
 from torch.nn.utils import prune
 
@@ -31,7 +30,6 @@ class Tied(nn.Module):
 
 MODELS = {"mlp": mlp, "bfloat16": lambda: mlp(torch.bfloat16), "convnet": convnet, "tied": Tied}
 MODELS["channels_last"] = lambda: convnet().to(memory_format=torch.channels_last)
-MODELS["standardized"] = lambda: nn.Sequential(*(layer(kind, torch.float32) for kind in KINDS))
 each_model = pytest.mark.parametrize("kind", MODELS)
 
 

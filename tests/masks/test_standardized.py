@@ -251,6 +251,21 @@ def test_what_pytorchs_methods_pruned_on_top_is_removed_too():
 
 
 @every_kind
+@pytest.mark.parametrize("on_top", [False, True])
+def test_dense_state_dict_is_what_remove_leaves(kind, on_top):
+    module = layer(kind)
+    torch_sap.layer_unstructured(module)
+    if on_top:
+        prune.l1_unstructured(module, "weight", amount=20)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    state = torch_sap.dense_state_dict(module)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    expected = torch_sap.remove(module).state_dict()
+    assert set(state) == set(expected)
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+@every_kind
 def test_pytorchs_entrance_warns_where_its_masks_do_not_hold(kind, received):
     module, masked = layer(kind), layer(kind)
     with pytest.warns(UserWarning, match=rf"{kind.__name__} standardizes its weight.*layer_unstructured") as warned:

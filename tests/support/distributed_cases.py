@@ -1,10 +1,13 @@
 """Cases of test_distributed.py, run in every process: models on several processes against one process."""
 
 import copy
+import shutil
+import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from distributed_copies import data_parallel, processes_disagree, wrapped_after_sap
 from distributed_models import assert_same_model, assert_same_report, data, full_state, mine, mlp, shard, step_alike
 from distributed_standardized import standardized_convolutions
@@ -163,6 +166,35 @@ def states_are_loaded(order):
     assert_same_model(pruned, plain)
 
 
+def plain_states(order):
+    model = mlp()
+    if order == "shard, prune":
+        shard(model)
+    torch_sap.layer_unstructured(model)
+    if order == "prune, shard":
+        shard(model)
+    for gathered in (False, True):
+        if gathered:
+            model(data())
+        state = torch_sap.dense_state_dict(model)
+        assert list(state) == list(mlp().state_dict())
+        assert all(isinstance(value, DTensor) for value in state.values())
+    one = mlp()
+    torch_sap.layer_unstructured(one)
+    expected = torch_sap.remove(one).state_dict()
+    path = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(path)
+    dcp.save({"model": state}, checkpoint_id=path[0])
+    found = {"model": mlp().state_dict()}
+    dcp.load(found, checkpoint_id=path[0])
+    for key, value in expected.items():
+        assert torch.equal(state[key].full_tensor(), value), key
+        assert torch.equal(found["model"][key], value), key
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(path[0])
+
+
 def a_forward_never_sees_what_was_written(order):
     model = mlp()
     if order == "shard, prune":
@@ -253,6 +285,7 @@ CASES = {
         for order in ORDERS
         for function in (
             states_are_loaded,
+            plain_states,
             a_forward_never_sees_what_was_written,
             weights_read_without_calling,
             mixed_precision_and_accumulation,

@@ -26,6 +26,7 @@ def data_parallel():
         optimizer.step()
         assert all(torch.count_nonzero(weight[~mask]) == 0 for weight, mask in pruned)
         stepper.step()
+    assert list(torch_sap.dense_state_dict(model)) == list(mlp().state_dict())
     torch_sap.remove(model)
 
 

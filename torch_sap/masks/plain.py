@@ -42,8 +42,8 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     The keys are those from before the pruning (in the same order, unless PyTorch's methods moved them), and pruned
     entries are +0.0, whatever was written there. It is for other programs: ``torch.save``, ``save_pretrained(path,
     state_dict=...)``, ``torch.distributed.checkpoint``. Tensors share memory with the model as in
-    ``model.state_dict()``, and with each other where the model's do. Only those that PyTorch's methods pruned, and those
-    of standardized convolutions, are copies.
+    ``model.state_dict()``, and with each other where the model's do. Only those that PyTorch's methods pruned, and
+    those of standardized convolutions, are copies.
 
     Args:
         model: Any module, pruned or not. Of DistributedDataParallel, DataParallel, and torch.compile it is the
