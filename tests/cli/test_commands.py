@@ -3,12 +3,13 @@
 import csv
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from checkpoints import pruned_in_memory, weights, write
+from checkpoints import pruned_in_memory, shard, weights, write
 from torch import nn
 
 import torch_sap
@@ -51,13 +52,41 @@ def test_prune(folder, capsys, scope):
     wanted = report.to_dict()
     left_out = [sorted(found.pop("left_out"), key=str) for found in (told, wanted)]
     assert left_out[0] == left_out[1] != []
-    assert told == {"out": "b.pt", **wanted}
+    assert told == {"out": "b.pt", "copied": [], "not_copied": [], **wanted}
     found = torch.load("b.pt", weights_only=True)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     with open("b.csv", newline="") as file:
         assert int(list(csv.DictReader(file))[-1]["total"]) == report.total
     assert "b.pt exists" in refuse(capsys, *command)
     assert main([*command, "--overwrite"]) == 0
+
+
+def test_prune_a_folder(folder, capsys):
+    shard(weights(), folder / "in")
+    for name in ("config.json", "pytorch_model.bin", "flax_model.msgpack"):
+        (folder / "in" / name).write_text("{}")
+    assert main(["prune", "in", "-o", "out", "--json"]) == 0
+    printed = capsys.readouterr()
+    left_out = ["flax_model.msgpack", "pytorch_model.bin"]
+    told = json.loads(printed.out)
+    assert (told["copied"], told["not_copied"]) == (["config.json"], left_out)
+    assert printed.err == f"torch-sap: not copied, since they hold weights: {', '.join(left_out)}\n"
+    assert sorted(os.listdir("out")) == sorted({*os.listdir("in")} - {*left_out})
+    for file in (folder / "out").glob("model*"):
+        file.unlink()
+    assert "config.json exists" in refuse(capsys, "prune", "in", "-o", "out")
+
+
+def test_negative_zeros_are_zeros(folder, capsys):
+    values = {"a.weight": torch.randn(30, 40), "b.weight": torch.randn(20, 10).relu()}
+    values["a.weight"][3:5] = 0
+    scans = []
+    for name, zero in (("a.pt", 0.0), ("b.pt", -0.0)):
+        write({key: torch.where(value == 0, zero, value) for key, value in values.items()}, folder / name)
+        assert main(["scan", name, "--json"]) == 0
+        scans.append(json.loads(capsys.readouterr().out))
+    assert scans[0]["layers"] == scans[1]["layers"]
+    assert scans[1]["overall"]["dead_rows"] == 2
 
 
 def make_run(path, seed=0, config=None, iterations=3):

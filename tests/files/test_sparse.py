@@ -123,6 +123,47 @@ def test_negative_zero_nan_infinity_and_subnormals(tmp_path):
     assert_same(load_sparse(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4)), tmp_path / "model.safetensors"), model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("how", ["masked", "removed"])
+def test_zeros_of_pytorchs_masks_take_no_place(how, dtype, tmp_path):
+    """Half of them are -0.0."""
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 64)).to(dtype)
+    for layer in (model[0], model[2]):
+        prune.l1_unstructured(layer, "weight", amount=0.9)
+        assert torch.signbit(layer.weight[layer.weight == 0]).any()
+    ours = copy_of_zeros(model, dtype)
+    if how == "removed":
+        remove(model)
+    save_sparse(model, tmp_path / "a.safetensors")
+    save_sparse(ours, tmp_path / "b.safetensors")
+    assert abs((tmp_path / "a.safetensors").stat().st_size - (tmp_path / "b.safetensors").stat().st_size) < 100
+    found = load_sparse(copy_of_zeros(model, dtype), tmp_path / "a.safetensors")
+    for layer, same in ((model[0], found[0]), (model[2], found[2])):
+        assert torch.equal(same.weight, layer.weight)
+        assert not torch.signbit(same.weight[same.weight == 0]).any()
+
+
+def copy_of_zeros(model, dtype):
+    """A dense model with the same weights, all zeros +0.0."""
+    made = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 64)).to(dtype)
+    with torch.no_grad():
+        for layer, same in ((model[0], made[0]), (model[2], made[2])):
+            same.weight.copy_(layer.weight.masked_fill(layer.weight == 0, 0))
+    return made
+
+
+def test_only_zeros_are_left_out_of_a_tensor_without_a_mask(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64))
+    special = torch.tensor([-0.0, 1e-42, -1e-42, math.nan, math.inf, -math.inf, torch.finfo(torch.float32).tiny])
+    with torch.no_grad():
+        model[0].weight.zero_().view(-1)[: len(special)] = special
+    save_sparse(model, tmp_path / "a.safetensors")
+    found = load_sparse(nn.Sequential(nn.Linear(64, 64)), tmp_path / "a.safetensors")
+    special[0] = 0.0
+    assert torch.equal(bits(found[0].weight.view(-1)[: len(special)]), bits(special))
+    assert (tmp_path / "a.safetensors").stat().st_size < 64 * 64 * 4 / 4
+
+
 def test_tensors_of_few_entries(tmp_path):
     def few():
         model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
@@ -177,7 +218,7 @@ def test_a_removed_model_is_as_small_and_comes_back_plain(tmp_path):
     save_sparse(model, tmp_path / "pruned.safetensors")
     remove(model)
     with torch.no_grad():
-        model[0].weight.view(-1)[:2] = torch.tensor([-0.0, math.nan])
+        model[0].weight.view(-1)[0] = math.nan
     save_sparse(model, tmp_path / "removed.safetensors")
     sizes = [(tmp_path / name).stat().st_size for name in ("pruned.safetensors", "removed.safetensors")]
     assert sizes[1] == pytest.approx(sizes[0], abs=16)

@@ -214,6 +214,7 @@ CASES = {
         ('iterative_sap(model, train_fn, checkpoint=truncated)', 'ValueError', "checkpoint must be a file that torch_sap wrote, but 'FOLDER/truncated.json' is not or is damaged: File is not a zip file. Nothing was loaded. Move it away to start over, or pass another path"),
     ],
     'Files of sparse models': [
+        ('dense_state_dict({})', 'TypeError', 'model must be a torch.nn.Module, got dict'),
         ('save_sparse(3, figure)', 'TypeError', 'model must be a torch.nn.Module, got int'),
         ('load_sparse(model, "no.safetensors")', 'FileNotFoundError', 'No such file or directory: no.safetensors'),
         ('save_sparse(model, figure, what="masks")', 'ValueError', 'model must have masks to save, but no tensor of it is pruned; prune it first'),

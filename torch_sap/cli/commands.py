@@ -101,7 +101,7 @@ def prune(arguments: Namespace) -> None:
     content = {"out": str(arguments.out), "copied": beside.copied, "not_copied": beside.left_out, **report.to_dict()}
     give(arguments, content, rows, titles | {"density": "remaining %"}, total=True)
     if beside.left_out:
-        print(f"torch-sap: not copied, since it has weights: {', '.join(beside.left_out)}", file=sys.stderr)
+        print(f"torch-sap: not copied, since they hold weights: {', '.join(beside.left_out)}", file=sys.stderr)
 
 
 def report(arguments: Namespace) -> None:

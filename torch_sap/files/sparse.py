@@ -40,9 +40,9 @@ def save_sparse(model: nn.Module, path: PathLike, *, what: What = "model") -> No
     """Save a model as the values that pruning left and one bit per weight, bit for bit, in a safetensors file.
 
     A pruned tensor takes its remaining values, one bit per entry and 8 bytes per row. A weight without a mask, as
-    :func:`remove` leaves it, is stored in the same way where that is smaller, with bits for the nonzero entries.
-    Everything else in the state_dict is stored as it is, shared tensors once. The file is written under another name
-    and renamed when it is complete.
+    :func:`remove` leaves it, is stored in the same way where that is smaller, with bits for the nonzero entries; of
+    its zeros, -0.0 (which PyTorch's own masks leave) comes back as +0.0. Everything else in the state_dict is stored
+    as it is, shared tensors once. The file is written under another name and renamed when it is complete.
 
     Args:
         model: Any module, pruned or not; it is not changed. Of tensors pruned by PyTorch's methods, the values behind
