@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torch_sap
+from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.files.weights import prune_checkpoint
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.arange(1, 9)[None]
@@ -148,7 +150,13 @@ def test_adapters(order, tmp_path):
         base = classifier()
         base.load_state_dict({name: dense[key] for name, key in own.items() if name in base.state_dict()})
         loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    assert torch.equal(outputs(loaded), expected)
+        assert torch.equal(outputs(loaded), expected)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(parameter.requires_grad)  # of adapters and the head
+        assert not torch.equal(outputs(model), expected)
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+        assert torch.equal(outputs(model.eval()), expected)
     assert not any("_orig" in key or "_mask" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
 
 
@@ -188,6 +196,28 @@ def test_diffusers(tmp_path):
         found = diffusers.UNet2DModel.from_pretrained(tmp_path / folder).state_dict()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
         json.loads((tmp_path / folder / "config.json").read_text())
+
+
+def test_sentence_transformers(tmp_path):
+    sentences = pytest.importorskip("sentence_transformers")
+    models = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=64)).save_pretrained(tmp_path / "bert")
+    words = Tokenizer(WordLevel({"word": 0, "?": 1, "[PAD]": 2}, unk_token="?"))
+    special = {"unk_token": "?", "pad_token": "[PAD]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path / "bert")
+    layers = [models.Transformer(str(tmp_path / "bert")), models.Pooling(32), models.Dense(32, 24)]
+    model = sentences.SentenceTransformer(modules=layers, device="cpu")
+    torch_sap.layer_unstructured(model)
+    expected = model.encode(["word"])
+    model.save_pretrained(str(tmp_path / "a"))
+    assert (sentences.SentenceTransformer(str(tmp_path / "a"), device="cpu").encode(["word"]) == expected).all()
+    prune_checkpoint(tmp_path / "a", tmp_path / "b", "layer", Hyperparameters(gamma=0.0))  # prunes nothing
+    assert (sentences.SentenceTransformer(str(tmp_path / "b"), device="cpu").encode(["word"]) == expected).all()
 
 
 def test_a_dense_model_is_saved_by_the_librarys_own_code(tmp_path):

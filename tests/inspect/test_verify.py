@@ -86,6 +86,20 @@ def test_zeros_of_a_removed_model_count_as_pruned():
     assert {weight.name: weight.effective_sparsity for weight in found.weights} == pytest.approx(sparsity)
 
 
+def test_negative_zeros_are_zeros():
+    """As PyTorch's own masks leave them."""
+    found = []
+    for zero in (0.0, -0.0):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2))
+        with torch.no_grad():
+            model[0].weight[:3] = zero
+        found.append([torch_sap.verify(model, torch.ones(1, 8)).to_dict(), torch_sap.summary(model).to_dict()])
+    assert found[0] == found[1]
+    assert found[1][0]["weights"][0]["effective_sparsity"] == 0.5
+    assert found[1][1]["tensors"][0]["empty_rows"] == [0, 1, 2]
+
+
 def test_weights_that_are_not_pruned_are_left_out():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     torch_sap.layer_unstructured(model, exclude="1")

@@ -27,13 +27,14 @@ from torch_sap.masks.standardized import centered, is_masked
 from torch_sap.masks.zeros import restore_zeros_
 
 WRITERS = (
-    ("transformers.modeling_utils", "PreTrainedModel"),
-    ("peft.peft_model", "PeftModel"),
-    ("diffusers.models.modeling_utils", "ModelMixin"),
-    ("huggingface_hub.hub_mixin", "ModelHubMixin"),
-    ("sentence_transformers", "SentenceTransformer"),
+    ("transformers.modeling_utils", "PreTrainedModel", "save_pretrained"),
+    ("peft.peft_model", "PeftModel", "save_pretrained"),
+    ("peft.peft_model", "PeftModel", "load_adapter"),  # which asks the model's state_dict for names in the file
+    ("diffusers.models.modeling_utils", "ModelMixin", "save_pretrained"),
+    ("huggingface_hub.hub_mixin", "ModelHubMixin", "save_pretrained"),
+    ("sentence_transformers", "SentenceTransformer", "save_pretrained"),
 )
-"""The classes whose ``save_pretrained`` writes a state_dict for a ``from_pretrained`` that knows the dense model."""
+"""The methods, with their modules and classes, of files that a ``from_pretrained`` reads into the dense model."""
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -198,22 +199,23 @@ def _plain_given(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 def save_plainly() -> None:
     """Let every ``save_pretrained`` of the libraries that are imported by now write plain weights."""
-    for library, kind in WRITERS:
+    for library, kind, name in WRITERS:
         writer = getattr(sys.modules.get(library), kind, None)
-        if writer is not None and not hasattr(writer.save_pretrained, "writes_plain_weights"):
-            writer.save_pretrained = _plainly(writer.save_pretrained)
+        method = getattr(writer, name, None)
+        if method is not None and not hasattr(method, "sees_plain_weights"):
+            setattr(writer, name, _plainly(method))
 
 
-def _plainly(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(save_pretrained)
-    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _plainly(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def plainly(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, nn.Module) or not any(map(_pruned_names, self.modules())):
-            return save_pretrained(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         args = tuple(_plain_given(self, given) if isinstance(given, Mapping) else given for given in args)
         if isinstance(given := kwargs.get("state_dict"), Mapping):
             kwargs["state_dict"] = _plain_given(self, given)
         with plain_state_dicts(self):
-            return save_pretrained(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
 
-    save.writes_plain_weights = True  # type: ignore[attr-defined]
-    return save
+    plainly.sees_plain_weights = True  # type: ignore[attr-defined]
+    return plainly
