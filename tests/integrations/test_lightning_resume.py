@@ -101,7 +101,8 @@ class TestResume:
         fit(1, ModelCheckpoint(tmp_path, filename="dense"))
         module = Module()
         report = torch_sap.global_unstructured(module)
-        with pytest.raises(RuntimeError, match="weight_mask"):
+        refused = pytest.raises(RuntimeError, match="weight_mask")
+        with refused, pytest.warns(UserWarning, match="plain weights that are not zero where the model is pruned"):
             fit(2, SAPCallback(EPOCHS), module=module, ckpt_path=tmp_path / "dense.ckpt")
         assert sum(int(module.network[number].weight_mask.sum()) for number in (0, 3)) == report.remaining < 216
 

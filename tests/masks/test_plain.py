@@ -196,11 +196,15 @@ def test_a_plain_state_is_loaded_into_the_pruned_model(kind, assign):
         for parameter in other.parameters():
             parameter.fill_(7.0)
     given = list(state)
-    other.load_state_dict(state, strict=True, assign=assign)
+    missing, unexpected = other.load_state_dict(state, strict=False, assign=assign)
+    assert missing == [key for key in model.state_dict() if key.endswith("_mask")]
+    assert not unexpected
     assert list(state) == given
     assert_held(other)
     for key, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[key], value)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: ".*_mask"'):
+        other.load_state_dict(state, assign=assign)
 
 
 def test_a_plain_state_that_does_not_fit_the_masks_is_pruned_with_a_warning():
@@ -210,7 +214,7 @@ def test_a_plain_state_that_does_not_fit_the_masks_is_pruned_with_a_warning():
     torch.manual_seed(1)
     dense = {key: torch.ones_like(value) for key, value in mlp().state_dict().items()}
     with pytest.warns(UserWarning, match="not zero where the model is pruned"):
-        model.load_state_dict(dense)
+        model.load_state_dict(dense, strict=False)
     assert torch.equal(model[0].weight, dense["0.weight"] * mask)
     assert torch.equal(model[0].weight_mask, mask)
     with pytest.raises(RuntimeError, match="size mismatch"):

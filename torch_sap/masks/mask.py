@@ -175,17 +175,17 @@ class InPlaceMask(prune.BasePruningMethod):
             self._lent = None
 
     def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        """load_state_dict pre-hook: a plain weight is taken as ``weight_orig``, and the mask stays.
+        """load_state_dict pre-hook: a plain weight is taken as ``weight_orig``; its mask stays, as a missing key.
 
-        A sharded mask can only be copied into one that is sharded too.
+        Without that, ``strict=False`` would skip the weight silently. A sharded mask can only be copied into one that
+        is sharded too.
         """
         if not self._find(module):
             return
         mask = self._place_mask(module)
-        plain, key, mask_key = (prefix + name for name in (self._tensor_name, self._weight_key, self._mask_key))
+        plain, key = prefix + self._tensor_name, prefix + self._weight_key
         if plain in state and key not in state:
             weight = state[key] = state.pop(plain)
-            state.setdefault(mask_key, mask)
             alike = same_placement(weight, mask) and weight.shape == mask.shape and not weight.is_meta
             if alike and bool((local(weight).to(local(mask).device)[~local(mask)] != 0).any()):
                 warnings.warn(
