@@ -16,7 +16,7 @@ LAYERS = (  # from the bottom to the top: a module imports from its own layer an
     ("masks",),
     ("records", "files", "inspect", "methods"),
     ("functional", "stopping"),
-    ("iterate", "iterative"),
+    ("iterate", "iterative", "scores"),
     ("__init__",),
     ("integrations", "cli", "__main__"),
 )

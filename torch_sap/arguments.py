@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
 
@@ -67,6 +67,16 @@ def check_model(model: object) -> None:
     """Raise unless a value is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+_SHOWN = 5
+"""Names that a message lists before it counts the rest."""
+
+
+def some(names: Sequence[str], separator: str = ", ") -> str:
+    """List the first few names, and how many more there are."""
+    shown, more = separator.join(names[:_SHOWN]), len(names) - _SHOWN
+    return shown if more <= 0 else f"{shown}{separator}and {more} more"
 
 
 def check_path(name: str, path: object) -> None:

@@ -63,7 +63,8 @@ def global_unstructured(
         exclude: Patterns of what not to prune, see :func:`prunable_parameters`. Only with a module.
         include: Patterns of what to prune, too, such as lookup tables. Only with a module.
         importance_scores: Dict from (module, name) to a tensor of the parameter's shape whose magnitudes replace those
-            of the weights, in the PQ Index and in the order, as in torch.nn.utils.prune.global_unstructured.
+            of the weights, in the PQ Index and in the order, as in torch.nn.utils.prune.global_unstructured. Or a
+            callable from the model to such a dict, as those of :mod:`torch_sap.scores`.
 
     Returns:
         d, I, r, c per group, and the remaining weights per tensor.
@@ -143,8 +144,9 @@ def _prune(
     if isinstance(model, nn.Module):
         warn_of_reparametrized(model, stacklevel=3)
         warn_of_left_out(model, found, stacklevel=3)
+    entries = entries_of(prunables, scores, model)
     with torch.no_grad():
-        result = prune_step(entries_of(prunables, scores), scope, rule)
+        result = prune_step(entries, scope, rule)
         check_copies(model, prunables, result.masks)
         records = tensor_records(prunables, result.remaining)
         left_out += [LeftOut(one.name, one.shape, ZERO) for one in records if one.name in result.sums.zero]

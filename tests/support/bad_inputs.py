@@ -107,7 +107,7 @@ CASES = {
         ('layer_unstructured(model, exclude="heads")', 'ValueError', "exclude must match a parameter with more than one dimension, but 'heads' matches none of: 0.weight, 3.weight"),
         ('layer_unstructured(model, exclude=3)', 'TypeError', 'exclude must be a pattern or an iterable of patterns, got 3'),
         ('layer_unstructured(nn.LazyLinear(3))', 'ValueError', 'weight must have values, but it is on the meta device or not initialized yet'),
-        ('neuron_unstructured(model, importance_scores=ones(9, 6))', 'TypeError', 'importance_scores must be a dict from (module, name) to a tensor, got Tensor'),
+        ('neuron_unstructured(model, importance_scores=ones(9, 6))', 'TypeError', 'importance_scores must be a dict from (module, name) to a tensor, or a callable that returns one, got Tensor'),
         ('neuron_unstructured(model, importance_scores={(model[0], "weight"): ones(6, 9)})', 'ValueError', "importance_scores of 0.weight must have the parameter's shape (9, 6), got (6, 9)"),
         ('neuron_unstructured(model, importance_scores={(layer, "weight"): ones(9, 6)})', 'ValueError', "importance_scores must belong to parameters that are pruned, got one for (Linear(in_features=6, out_features=9, bias=True), 'weight')"),
         ('neuron_unstructured(pruned, gamma=nan)', 'ValueError', 'gamma must be finite, got gamma=nan'),

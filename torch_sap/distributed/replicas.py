@@ -85,6 +85,13 @@ def share(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 tensor.copy_(sent)
 
 
+def add_up(model: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Add up tensors of the processes that hold copies of a model, in place (see :func:`wrapper_of`)."""
+    if isinstance(model, DistributedDataParallel):
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor, group=model.process_group)
+
+
 def _are_equal(tensors: Sequence[Tensor | None], group: Any, home: torch.device) -> bool:
     """Whether all processes of a group have the same tensors."""
     found = _checksum(tensors, home)

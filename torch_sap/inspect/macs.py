@@ -55,13 +55,13 @@ def count_macs(model: nn.Module, example: Any, weights: Sequence[Tensor]) -> tup
     An operation on several joined weights is divided in proportion to their entries.
     """
     args, kwargs = arguments_of(example)
-    with as_it_was(model), _in_counted_operations(), _Count(weights, tensors_of(example)) as counter:
+    with as_it_was(model), in_counted_operations(), _Count(weights, tensors_of(example)) as counter:
         model(*args, **kwargs)
     return counter.macs, counter.other
 
 
 @contextmanager
-def _in_counted_operations() -> Iterator[None]:
+def in_counted_operations() -> Iterator[None]:
     """Make attention and recurrent modules run in operations that have a formula, not in fused ones."""
     onednn: Any = torch.backends.mkldnn
     fast, enabled = torch.backends.mha.get_fastpath_enabled(), onednn.enabled

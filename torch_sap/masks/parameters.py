@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from torch_sap.masks.kinds import EXCLUDED, ROWS, TABLE, UNNAMED, Axes, kind_of
 Pair = tuple[nn.Module, str]
 """A module and the name of one of its parameters, as torch.nn.utils.prune takes them."""
 
-ImportanceScores = Mapping[Pair, Tensor]
+ImportanceScores = Mapping[Pair, Tensor] | Callable[[nn.Module], Mapping[Pair, Tensor]]
+"""A tensor of scores for each (module, name), or what returns such a mapping for a model."""
 
 Patterns = str | Iterable[str]
 
@@ -199,17 +200,23 @@ def warn_of_left_out(model: nn.Module, found: Found, stacklevel: int) -> None:
         )
 
 
-def entries_of(prunables: Sequence[Prunable], importance_scores: ImportanceScores | None) -> list[Entry]:
+def entries_of(
+    prunables: Sequence[Prunable], importance_scores: ImportanceScores | None = None, model: object = None
+) -> list[Entry]:
     """Make entries for the SAP step, ranked by the user's scores where given.
 
     Raises:
         TypeError: if the scores are not a mapping to real floating-point tensors.
         ValueError: if scores have another shape than their tensor, or belong to none.
     """
-    scores = {} if importance_scores is None else importance_scores
+    scores: Any = {} if importance_scores is None else importance_scores
+    if callable(scores) and not isinstance(model, nn.Module):
+        raise ValueError("importance_scores may only be a callable for a model, but there are (module, name) pairs")
+    scores = scores(model) if callable(scores) else scores
     if not isinstance(scores, Mapping):
         raise TypeError(
-            f"importance_scores must be a dict from (module, name) to a tensor, got {type(scores).__name__}"
+            "importance_scores must be a dict from (module, name) to a tensor, or a callable that returns one, got "
+            f"{type(scores).__name__}"
         )
     known = {pair: prunable for prunable in prunables for pair in prunable.holders}
     chosen: dict[str, Tensor] = {}
