@@ -122,3 +122,28 @@ def test_theorem_2(w, place, p, step):
 @given(index=st.floats(0, 0.999), d=st.integers(0, 10**7), gamma=st.floats(0.1, 9), beta=st.floats(0.01, 1))
 def test_count_stays_between_nothing_and_beta(index, d, gamma, beta):
     assert 0 <= prune_count(index, d, gamma=gamma, beta=beta) <= beta * d
+
+
+@pytest.mark.parametrize(("p", "q"), [(0.5, 1.0), (1.0, 2.0), (0.3, 2.5)])
+def test_the_bound_is_the_effective_number_of_weights(p, q):
+    """docs/maths.md explains r by this: d cancels, zeros and scale do not matter, equal weights all count."""
+    w = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def bound(w):
+        return retention_bound(float(pq_index(w, p=p, q=q)), len(w), p=p, q=q)
+
+    ratio = torch.linalg.vector_norm(w, p) / torch.linalg.vector_norm(w, q)
+    assert bound(w) == pytest.approx(float(ratio) ** (p * q / (q - p)), rel=1e-12)
+    if (p, q) == (0.5, 1.0):
+        assert bound(w) == pytest.approx(float(w.abs().sqrt().sum() ** 2 / w.abs().sum()), rel=1e-12)
+    if (p, q) == (1.0, 2.0):
+        assert bound(w) == pytest.approx(float(w.abs().sum() ** 2 / w.square().sum()), rel=1e-12)
+    assert bound(torch.cat([w * -7, torch.zeros(300)])) == pytest.approx(bound(w), rel=1e-12)
+    assert bound(torch.full((40,), 3.0, dtype=torch.float64)) == pytest.approx(40, rel=1e-12)
+    assert bound(torch.eye(1, 30, dtype=torch.float64)[0]) == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize(("p", "q", "kept"), [(0.5, 1.0, 0.85), (1.0, 2.0, 0.64)])
+def test_how_much_of_normal_weights_counts(p, q, kept):
+    w = torch.randn(10**6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert retention_bound(float(pq_index(w, p=p, q=q)), len(w), p=p, q=q) / len(w) == pytest.approx(kept, abs=0.005)
