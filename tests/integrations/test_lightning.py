@@ -15,7 +15,13 @@ import torch_sap
 
 L = pytest.importorskip("lightning.pytorch")
 
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning_modules import (  # noqa: E402
     BATCHES,
     EPOCHS,
@@ -93,6 +99,43 @@ def test_schedulers_that_step_per_batch_restart(name):
     fit(3 * EPOCHS, SAPCallback(EPOCHS), rates, module=Scheduled())
     assert rates.found[:steps] == rates.found[steps : 2 * steps] == rates.found[2 * steps :]
     assert len(set(rates.found)) > steps / 2
+
+
+def test_beside_finetuning_of_a_backbone_which_adds_a_parameter_group():
+    class Finetuned(Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = self.network[0]
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=LR, momentum=0.9)
+
+    class Groups(L.Callback):
+        def __init__(self):
+            self.found = []
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            (optimizer,) = trainer.optimizers
+            trained = sum(p in optimizer.state for group in optimizer.param_groups for p in group["params"])
+            self.found.append(([group["lr"] for group in optimizer.param_groups], trained))
+
+    groups, module = Groups(), Finetuned()
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, lambda_func=lambda epoch: 1.0)
+    fit(3 * EPOCHS, finetuning, SAPCallback(EPOCHS), groups, module=module)
+    assert [len(rates) for rates, _ in groups.found] == [1] + [2] * (3 * EPOCHS - 1)
+    assert [trained for _, trained in groups.found] == [0, 4, 6, 0, 6, 6, 0, 6, 6]
+    assert all(rates[0] == LR for rates, _ in groups.found)
+    assert (module.network[0].weight[~module.network[0].weight_mask] == 0).all()
+
+
+def test_beside_stochastic_weight_averaging_which_adds_keys_to_groups():
+    callback, module = SAPCallback(EPOCHS), Module()
+    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2 * EPOCHS - 1, annealing_epochs=1)
+    fit(3 * EPOCHS, averaging, callback, module=module)
+    assert [found.pruned is None for found in callback.history] == [False, False, True]
+    mask, average = module.network[0].weight_mask, averaging._average_model.network[0].weight
+    assert torch.equal(module.network[0].weight, average * mask)  # not rewound before the epoch that the averaging adds
+    assert (module.network[0].weight[~module.network[0].weight_mask] == 0).all()
 
 
 def test_it_prunes_as_a_loop_by_hand_does():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_unchanged, mlp, snapshot
+from helpers import assert_unchanged, fit, mlp, snapshot
 from iterating import ARGUMENTS, trainer
 from torch import nn
 
@@ -42,6 +42,59 @@ def test_every_pruner_resumes(pruner, tmp_path):
     history = iterative_sap(pruner(mlp()), train, iterations=3, checkpoint=path)  # repeats no training
     assert [found.remaining for found in history] == [found.remaining for found in whole]
     assert train.rounds == 4
+
+
+SCHEDULERS = {
+    "milestones": lambda o: torch.optim.lr_scheduler.MultiStepLR(o, milestones=[2, 3], gamma=0.1),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.2, total_steps=5),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "warm-up": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(step / 2, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_an_optimizer_and_its_schedulers_resume(name, tmp_path):
+    rates = []
+
+    def run(callback=None, path=None):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        scheduler = SCHEDULERS[name](optimizer)
+        sap = SAP(model, optimizer=optimizer, scheduler=scheduler, **ARGUMENTS)
+
+        def train(model):
+            for step in range(4):
+                rates.append(optimizer.param_groups[0]["lr"])
+                fit(model, optimizer, SHAPE, steps=1, seed=step)
+                scheduler.step(*([1.0] if name == "plateau" else []))
+
+        history = iterative_sap(sap, train, iterations=3, checkpoint=path, callback=callback)
+        return history, model.state_dict(), optimizer.state_dict(), scheduler.state_dict()
+
+    history, *whole = run()
+    expected = list(rates)
+    rates.clear()
+    with pytest.raises(Stop):
+        run(until(1), tmp_path / "run.ckpt")
+    again, *states = run(path=tmp_path / "run.ckpt")
+    assert rates == expected == 4 * expected[:4]
+    assert [found.remaining for found in again] == [found.remaining for found in history]
+    assert all(torch.equal(value, states[0][key]) for key, value in whole[0].items())
+    assert str(states[1]) == str(whole[1])
+    assert states[2] == whole[2]
+
+
+def test_another_schedule_is_another_run(tmp_path):
+    def run(steps):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)]
+        sap = SAP(model, optimizer=optimizer, scheduler=schedulers)
+        iterative_sap(sap, trainer(SHAPE), iterations=1, checkpoint=tmp_path / "run.ckpt")
+
+    run(5)
+    with pytest.raises(ValueError, match=r"schedulers.0.T_max: 7 here, 5 in the file"):
+        run(7)
 
 
 def test_more_iterations_later(tmp_path):

@@ -132,6 +132,11 @@ CASES = {
         ('SAP(model, rewind={**model.state_dict(), "0.weight": ones(6, 9)})', 'ValueError', 'rewind must be a state_dict of the model, but 0.weight has shape (6, 9), not (9, 6)'),
         ('SAP(model, optimizer=torch.optim.SGD(layer.parameters()))', 'ValueError', 'optimizer must hold parameters of the model, but holds none of them: make it from model.parameters()'),
         ('SAP(model, optimizer="adam")', 'TypeError', 'optimizer must be a torch.optim.Optimizer, got str'),
+        ('SAP(model, scheduler=LambdaLR(torch.optim.SGD(model.parameters()), float))', 'ValueError', 'scheduler must come with its optimizer, whose learning rates are set back too, got optimizer=None'),
+        ('SAP(model, optimizer=torch.optim.SGD(model.parameters()), scheduler=0.1)', 'TypeError', 'scheduler must have state_dict and load_state_dict, or be a list of such, got float'),
+        ('sap.attach(optimizer=torch.optim.SGD(layer.parameters()))', 'ValueError', 'optimizer must hold parameters of the model, but holds none of them: make it from model.parameters()'),
+        ('sap.attach(optimizer=torch.optim.SGD(sap.model.parameters()), scheduler=LambdaLR(torch.optim.SGD(layer.parameters()), float))', 'ValueError', 'scheduler must belong to the optimizer, but this LambdaLR moves the learning rates of another one: pass the optimizer that it was made with'),
+        ('sap.load_state_dict(other_masks)', 'ValueError', "state must belong to the masks of the model, but 0.weight has 48 entries left here, 54 in the state: load the model's state first, of the same moment"),
         ('SAP(with_nan)', 'ValueError', 'weights must be finite, but 0.weight of shape (9, 6) has NaN entries'),
         ('SAP(model, q=inf)', 'ValueError', 'q must be finite, got q=inf'),
         ('SAP(3)', 'TypeError', 'model must be a torch.nn.Module, got int'),
@@ -141,7 +146,7 @@ CASES = {
         ('sap.step(eval_fn=0.9)', 'TypeError', 'eval_fn must be callable or None, got 0.9'),
         ('sap.record([0.9])', 'TypeError', 'metrics must give None, a number or a mapping from names to numbers, got [0.9]'),
         ('unrewound.set_rewind_point()', 'ValueError', 'rewind must not be "none" for set_rewind_point'),
-        ('sap.load_state_dict({})', 'ValueError', 'state must be a state_dict of a torch_sap pruner in format 2'),
+        ('sap.load_state_dict({})', 'ValueError', 'state must be a state_dict of a torch_sap pruner in format 3'),
         ('sap.load_state_dict(other_settings)', 'ValueError', 'state must come from a pruner with the same settings, but they differ: beta: 0.9 here, 0.5 in the state'),
         ('sap.load_state_dict(other_model)', 'ValueError', 'state must come from a pruner with the same settings, but they differ: tensors.0.weight: [9, 6] here, [2, 3] in the state; tensors.3.weight: [4, 9] here, nothing in the state'),
         ('sap.load_state_dict({**sap.state_dict(), "history": {}})', 'ValueError', 'history must have format 1 of torch_sap, got None'),
@@ -159,9 +164,9 @@ CASES = {
         ('OneShot(model, ratio=-0.1)', 'ValueError', 'ratio must lie in [0, 1], got ratio=-0.1'),
         ('OneShot(model, scope="tensor")', 'ValueError', "scope must be one of 'global', 'layer', 'neuron', got scope='tensor'"),
         ('SAP(model, gini="yes")', 'TypeError', "gini must be True or False, got 'yes'"),
-        ('sap.load_state_dict({**sap.state_dict(), "settings": 3})', 'ValueError', 'state must be a state_dict of a torch_sap pruner in format 2'),
-        ('sap.load_state_dict({**sap.state_dict(), "kept": 3})', 'ValueError', 'state must be a state_dict of a torch_sap pruner in format 2'),
-        ('sap.load_state_dict({"format": 2})', 'ValueError', 'state must be a state_dict of a torch_sap pruner in format 2'),
+        ('sap.load_state_dict({**sap.state_dict(), "settings": 3})', 'ValueError', 'state must be a state_dict of a torch_sap pruner in format 3'),
+        ('sap.load_state_dict({**sap.state_dict(), "kept": 3})', 'ValueError', 'state must be a state_dict of a torch_sap pruner in format 3'),
+        ('sap.load_state_dict({"format": 3})', 'ValueError', 'state must be a state_dict of a torch_sap pruner in format 3'),
         ('iterative_sap(sap, train_fn, scope="layer", gini=True)', 'TypeError', 'settings must be given to the pruner when it is made, got scope, gini here'),
     ],
     'History': [
@@ -278,6 +283,7 @@ def make_world(folder):
     sap.step({"accuracy": 0.9})
     world |= {"sap": sap, "unrewound": torch_sap.SAP(mlp(), rewind="none"), "history": sap.history}
     world |= {"other_settings": torch_sap.SAP(mlp(), beta=0.5).state_dict(), "other_model": other.state_dict()}
+    world |= {"other_masks": torch_sap.SAP(mlp()).state_dict(), "LambdaLR": torch.optim.lr_scheduler.LambdaLR}
     world |= {"train_fn": lambda model: None, "raising": raising}
     names = {"whole": "history.json", "truncated": "truncated.json", "of_others": "others.json"}
     files = {name: folder / file for name, file in names.items()}

@@ -142,6 +142,12 @@ def stepper_and_rewinding():
         assert_same_model(many, one)
     steppers[1].set_rewind_point()
     steppers[1].load_state_dict(steppers[1].state_dict())
+    fresh = torch_sap.SAP(shard(mlp()), scope="global")
+    with pytest.raises(ValueError, match="load the model's state first"):
+        fresh.load_state_dict(steppers[1].state_dict())
+    fresh.model.load_state_dict(many.state_dict())
+    fresh.load_state_dict(steppers[1].state_dict())
+    fresh.load_state_dict(fresh.state_dict())
     torch_sap.SAP(many, rewind=mlp().state_dict())
     torch_sap.remove(many)
     assert list(many.state_dict()) == list(mlp().state_dict())

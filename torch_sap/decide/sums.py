@@ -233,6 +233,16 @@ def check_finite(entries: Sequence[Entry]) -> None:
             power_sums([entry], 0.5, 1.0)  # says whether it is NaN
 
 
+def count_remaining(entries: Sequence[Entry]) -> list[int]:
+    """Unpruned entries of each whole tensor, from the masks alone."""
+    here = [entry.scores.numel() if entry.mask is None else int(entry.mask.sum()) for entry in entries]
+    counts = torch.tensor([here], dtype=torch.int64)
+    for part in distinct([entry.part for entry in entries]):
+        cut = [i for i, entry in enumerate(entries) if entry.part is not None and part.same_processes(entry.part)]
+        counts[:, cut] = part.add_up(counts[:, cut])
+    return [int(count) for count in counts[0]]
+
+
 def index_from_sums(sum_p: Float64, sum_q: Float64, d: NDArray[Any], *, p: float, q: float) -> Float64:
     r"""Compute the PQ Index of groups from their power sums, NaN where a group is empty or all zero.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
@@ -75,7 +76,8 @@ def as_plain(value: Any, place: str = "") -> Any:
     if type(value) in (Tensor, nn.Parameter, nn.Buffer):
         return value.detach()
     if isinstance(value, Mapping) and all(type(key) in (str, int) for key in value):
-        return {key: as_plain(item, f"{place}[{key!r}]") for key, item in value.items()}
+        plain = {key: as_plain(item, f"{place}[{key!r}]") for key, item in value.items()}
+        return Counter(plain) if isinstance(value, Counter) else plain  # the milestones of a scheduler
     if type(value) in (list, tuple):
         return type(value)(as_plain(item, f"{place}[{number}]") for number, item in enumerate(value))
     raise TypeError(

@@ -6,7 +6,6 @@ so that every checkpoint holds a trained model and that model's metrics.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -20,11 +19,13 @@ from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Scope, check_scope
 from torch_sap.functional import global_unstructured, remove
 from torch_sap.iterate.pruner import SAP
+from torch_sap.iterate.starts import Start, resetter, start_of
 from torch_sap.masks.parameters import prunable_parameters
 from torch_sap.records.history import History
 
 with needs("torch_sap.integrations.lightning", "Lightning", "lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class SAPCallback(Callback):
         self._round_start: int | None = None  # the Trainer's epoch at its start; None between fits
         self._gave_masks = False  # to a module that has not loaded its state yet
         self._load_handle: RemovableHandle | None = None
-        self._fresh: list[tuple[Any, Any]] = []  # optimizers and schedulers, and their states before training
+        self._starts: list[tuple[Any, Start]] = []  # optimizers and schedulers, and their states before training
 
     @property
     def history(self) -> History:
@@ -133,7 +134,7 @@ class SAPCallback(Callback):
             self._metrics, self._epochs_before, self._round_start = {}, 0, None
         self._resume()
         stateful: list[Any] = [*trainer.optimizers, *(config.scheduler for config in trainer.lr_scheduler_configs)]
-        self._fresh = [(each, copy.deepcopy(each.state_dict())) for each in stateful]
+        self._starts = [(each, start_of(each)) for each in stateful]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue the round of the last fit; the Trainer knows its own epoch only now."""
@@ -144,12 +145,12 @@ class SAPCallback(Callback):
         """Prune if a round is complete."""
         assert self.sap is not None and self._round_start is not None
         epochs = trainer.current_epoch - self._round_start
-        if epochs >= self.epochs_per_round:
+        if epochs >= self.epochs_per_round and not _only_updates_statistics(trainer):
             self._drop_unpruned_round()
             _logger.info("%r", self.sap.step(self._metrics))
             if self.rewind != "none":
-                for each, state in self._fresh:
-                    each.load_state_dict(copy.deepcopy(state))
+                for each, start in self._starts:
+                    resetter(each, start)()
             self._round_start = trainer.current_epoch
         elif epochs == self.rewind and not any(found.pruned for found in self.history):
             self.sap.set_rewind_point()
@@ -217,3 +218,9 @@ class SAPCallback(Callback):
         if self._round_start is not None:
             self._epochs_before = trainer.current_epoch - self._round_start
             self._round_start = None
+
+
+def _only_updates_statistics(trainer: Trainer) -> bool:
+    """Whether this is the epoch that StochasticWeightAveraging adds, for the batch-norm statistics of its average."""
+    averaging = [each for each in trainer.callbacks if isinstance(each, StochasticWeightAveraging)]  # type: ignore[attr-defined]
+    return any(trainer.current_epoch > each.swa_end for each in averaging)

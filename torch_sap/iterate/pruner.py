@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -25,11 +25,22 @@ from torch_sap.arguments import check_callable, check_flag, check_model
 from torch_sap.decide.bounds import FixedRatio, Hyperparameters
 from torch_sap.decide.groups import Entry, Scope, check_scope
 from torch_sap.decide.step import StepResult, group_values, prune_step
-from torch_sap.decide.sums import check_finite, power_sums
+from torch_sap.decide.sums import check_finite, count_remaining, power_sums
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import share, wrapper_of
+from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.files.checkpoint import differences
 from torch_sap.iterate.rewinding import Rewind, State, check_state, copier, masks_of, modes_of, set_modes, snapshot
+from torch_sap.iterate.starts import (
+    Start,
+    Stateful,
+    as_schedulers,
+    check_starts,
+    is_starts,
+    resetter,
+    start_of,
+    with_present_groups,
+)
 from torch_sap.masks.guards import guard, unguard
 from torch_sap.masks.mask import check_copies, finish, hold_masks, hooks_of
 from torch_sap.masks.parameters import Patterns, entries_of, resolve, warn_of_left_out
@@ -43,7 +54,7 @@ from torch_sap.records.round import Measured, Round, Sparsity
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FORMAT = 2
+FORMAT = 3
 """Of a pruner's state_dict."""
 
 
@@ -58,8 +69,12 @@ class Settings(TypedDict, total=False):
             their state now), "none" (nothing, training continues), or a state_dict from before or after pruning.
         exclude: Patterns of what not to prune, see :func:`prunable_parameters`.
         include: Patterns of what to prune, too, such as lookup tables.
-        optimizer: An optimizer that lives through all rounds, if there is one. Rewinding sets its state back to the
-            present one; the learning rate stays as your schedule has it.
+        optimizer: An optimizer that lives through all rounds, if there is one. Rewinding sets it back to its start,
+            its state now: momentum and averages, and the learning rates of its groups with all that schedules move. A
+            scheduler that is made anew for each round then starts right.
+        scheduler: A scheduler of the optimizer that lives through all rounds, or several, each with ``state_dict`` and
+            ``load_state_dict``. Rewinding sets it back too, so it is a schedule for one round. Optimizer and scheduler
+            may also come later, see :meth:`Pruner.attach`.
         gini: Whether to measure the Gini index in each round, which sorts all weights. Default False.
     """
 
@@ -68,6 +83,7 @@ class Settings(TypedDict, total=False):
     exclude: Patterns
     include: Patterns
     optimizer: Optimizer | None
+    scheduler: Stateful | Iterable[Stateful] | None
     gini: bool
 
 
@@ -92,7 +108,7 @@ class Pruner:
     Args:
         model: Any module. It is pruned in place.
         rule: How many entries of a group a round prunes.
-        scope, rewind, exclude, include, optimizer, gini: See :class:`Settings`.
+        scope, rewind, exclude, include, optimizer, scheduler, gini: See :class:`Settings`.
 
     Attributes:
         history: The rounds so far.
@@ -114,6 +130,7 @@ class Pruner:
         exclude: Patterns = (),
         include: Patterns = (),
         optimizer: Optimizer | None = None,
+        scheduler: Stateful | Iterable[Stateful] | None = None,
         gini: bool = False,
         **unknown: object,
     ) -> None:
@@ -123,7 +140,8 @@ class Pruner:
         check_flag("gini", gini)
         check_model(model)
         check_optimizer(optimizer, model)
-        self.model, self.rule, self.scope, self.optimizer, self.gini = model, rule, scope, optimizer, gini
+        schedulers = as_schedulers(scheduler, optimizer)
+        self.model, self.rule, self.scope, self.gini = model, rule, scope, gini
         self.history = History()
         self.prunables, self.left_out = found = resolve(model, exclude, include)
         warn_of_reparametrized(model, stacklevel=3)
@@ -137,7 +155,11 @@ class Pruner:
         if rewind != "none":
             self._rewind_point = snapshot(model) if rewind == "init" else check_state(model, rewind)
         self._at_rewind_point = rewind == "init"
-        self._optimizer_start = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
+        self._at_start = self._counts(count_remaining(entries))
+        self.optimizer, self.schedulers = optimizer, schedulers
+        self._optimizer_start: Start | None = None if optimizer is None else start_of(optimizer)
+        self._scheduler_starts: list[Start] = [start_of(each) for each in schedulers]
+        self._awaited: set[str] = set()  # what load_state_dict brought a start of, and attach has not brought yet
         self._new = [prunable for prunable in self.prunables if prunable.mask is None]
         self._kept: dict[str, Any] | None = None  # number, state and masks of a model that may be given back
         self._ended = time.perf_counter()
@@ -178,6 +200,40 @@ class Pruner:
         measured, _ = self._measure(metrics, prune=False)
         return self._record(measured)
 
+    def attach(
+        self, *, optimizer: Optimizer | None = None, scheduler: Stateful | Iterable[Stateful] | None = None
+    ) -> None:
+        """Set back an optimizer and its schedulers too, to the state that they have now.
+
+        For those that are made after the pruner; they replace those given before. A start that :meth:`load_state_dict`
+        has loaded stays the start.
+
+        Args:
+            optimizer: See :class:`Settings`.
+            scheduler: See :class:`Settings`. It may come alone if there is an optimizer already.
+
+        Raises:
+            ValueError: if the optimizer is not of this model, the scheduler not of the optimizer, or a loaded state has
+                another number of schedulers; nothing is changed.
+            TypeError: if they are none; nothing is changed.
+        """
+        check_optimizer(optimizer, self.model)
+        schedulers = as_schedulers(scheduler, self.optimizer if optimizer is None else optimizer)
+        if "scheduler" in self._awaited:
+            check_starts(self._scheduler_starts, schedulers)
+        if optimizer is not None:
+            self.optimizer, self.schedulers = optimizer, []
+            if "optimizer" not in self._awaited:
+                self._optimizer_start = start_of(optimizer)
+            self._awaited.discard("optimizer")
+        if schedulers:
+            self.schedulers = schedulers
+            if "scheduler" not in self._awaited:  # the rates of its start are those that it has set by now
+                self._scheduler_starts = [start_of(each) for each in schedulers]
+                assert self._optimizer_start is not None
+                self._optimizer_start = with_present_groups(self._optimizer_start, self.optimizer)
+            self._awaited.discard("scheduler")
+
     def set_rewind_point(self) -> None:
         """Copy the model's present state as the rewind point of later rounds (late rewinding).
 
@@ -197,6 +253,8 @@ class Pruner:
             "settings": self._settings(),
             "rewind_point": None if self._rewind_point is None else dict(self._rewind_point),
             "optimizer_start": self._optimizer_start,
+            "scheduler_starts": list(self._scheduler_starts),
+            "remaining": self._remaining(),
             "kept": self._kept,
             "history": self.history.to_dict(),
             "seconds": time.perf_counter() - self._ended,
@@ -206,22 +264,41 @@ class Pruner:
         """Continue from a :meth:`state_dict`, after the model has loaded its own (masks and weights).
 
         Raises:
-            ValueError: if the state has another format, other settings or another model; nothing is changed.
+            ValueError: if the state has another format, other settings, another model or a model with other masks;
+                nothing is changed.
         """
-        types: dict[str, Any] = {"settings": Mapping, "history": Mapping, "seconds": float}
+        self._continue(state, count_remaining(self._entries()))
+
+    def _continue(self, state: Mapping[str, Any], remaining: Sequence[int]) -> None:
+        """Load a state for a model that has, or is going to have, so many unpruned entries in each tensor."""
+        types: dict[str, Any] = {"settings": Mapping, "history": Mapping, "remaining": Mapping, "seconds": float}
         types |= dict.fromkeys(("rewind_point", "optimizer_start", "kept"), Mapping | None)
         ours = isinstance(state, Mapping) and state.get("format") == FORMAT
-        if not ours or not all(name in state and isinstance(state[name], kind) for name, kind in types.items()):
+        whole = ours and all(name in state and isinstance(state[name], kind) for name, kind in types.items())
+        if not whole or not is_starts(state.get("scheduler_starts")):
             raise ValueError(f"state must be a state_dict of a torch_sap pruner in format {FORMAT}")
         if different := differences(self._settings(), state["settings"], "in the state"):
             raise ValueError(f"state must come from a pruner with the same settings, but they differ: {different}")
+        here, there = self._counts(remaining), state["remaining"]
+        if wrong := next((name for name in here if here[name] != there.get(name)), None):
+            raise ValueError(
+                f"state must belong to the masks of the model, but {wrong} has {here[wrong]} entries left here, "
+                f"{there.get(wrong)} in the state: load the model's state first, of the same moment"
+            )
+        check_starts(state["scheduler_starts"], self.schedulers)
         kept = state["kept"]
         point = None if state["rewind_point"] is None else check_state(self.model, state["rewind_point"])
         if kept is not None:
             kept = {"number": kept["number"], "state": check_state(self.model, kept["state"]), "masks": kept["masks"]}
         self.history = History.from_dict(state["history"])
         self._rewind_point, self._kept, self._at_rewind_point = point, kept, False
-        self._optimizer_start = state["optimizer_start"] or self._optimizer_start
+        self._at_start = there
+        if state["optimizer_start"] is not None:
+            self._optimizer_start = copy.deepcopy(dict(state["optimizer_start"]))
+            self._awaited |= {"optimizer"} if self.optimizer is None else set()
+        if state["scheduler_starts"]:
+            self._scheduler_starts = copy.deepcopy([dict(start) for start in state["scheduler_starts"]])
+            self._awaited |= set() if self.schedulers else {"scheduler"}
         self._ended = time.perf_counter() - state["seconds"]
 
     def _settings(self) -> dict[str, Any]:
@@ -233,6 +310,20 @@ class Pruner:
             "gini": self.gini,
             "tensors": {prunable.name: list(prunable.weight.shape) for prunable in self.prunables},
         }
+
+    def _counts(self, remaining: Sequence[int]) -> dict[str, int]:
+        return {prunable.name: count for prunable, count in zip(self.prunables, remaining, strict=True)}
+
+    def _remaining(self) -> dict[str, int]:
+        """Unpruned entries of each tensor; those of sharded ones as of the last round, since adding up would wait."""
+        masks = [prunable.mask for prunable in self.prunables]
+        if not any(map(is_dtensor, masks)):
+            return self._counts([int(mask.sum()) for mask in masks if mask is not None])
+        returned, last = self.history.returned, self.history[-1:]
+        if not last:
+            return dict(self._at_start)
+        tensors = last[0].tensors_after if returned is None else self.history[returned].tensors
+        return {tensor.name: tensor.remaining for tensor in tensors}
 
     def _entries(self) -> list[Entry]:
         reshard(self.model.modules())
@@ -272,7 +363,7 @@ class Pruner:
             left = [replace(entry, mask=mask) for entry, mask in zip(self._entries(), masks, strict=True)]
             pruned = Sparsity.of(power_sums(left, self.rule.p, self.rule.q), left if self.gini else None)
         after = tensor_records(self.prunables, pruning.remaining)
-        changes = copier(self.model, point, self.prunables, masks), self._start_optimizer()
+        changes = [copier(self.model, point, self.prunables, masks), *self._resetters()]
         try:
             if eval_fn is not None:  # else masks and rewound values come together, and zeros are restored once
                 hold_masks(self.prunables, masks)
@@ -282,16 +373,16 @@ class Pruner:
                 finish(lambda: [change() for change in changes])
                 self._at_rewind_point = point is not None
             finally:
+                self.history.returned = None  # the model is no longer the one that was given back
                 found = self._append(measured, tensors_after=after, pruned=pruned, pruned_metrics=metrics)
         return found
 
-    def _start_optimizer(self) -> Callable[[], None]:
-        """Prepare to give the optimizer its first state, with the present learning rates."""
-        optimizer, start = self.optimizer, self._optimizer_start
-        if optimizer is None or start is None or self._rewind_point is None:
-            return lambda: None
-        fresh = {**optimizer.state_dict(), "state": copy.deepcopy(start["state"])}  # optimizers write into it
-        return lambda: optimizer.load_state_dict(fresh)
+    def _resetters(self) -> list[Callable[[], None]]:
+        """Prepare to set the optimizer and the schedulers back to their start."""
+        if self._rewind_point is None or self.optimizer is None or self._optimizer_start is None:
+            return []
+        pairs = zip(self.schedulers, self._scheduler_starts, strict=True) if self.schedulers else ()
+        return [resetter(*pair) for pair in ((self.optimizer, self._optimizer_start), *pairs)]
 
     def _record(self, measured: Measured) -> Round:
         """Add a round without pruning."""
@@ -353,7 +444,8 @@ class SAP(Pruner):
         eta_r: Share of the p-th power mass that may be lost; 0 or more. Larger prunes more.
         gamma: Factor on the prunable number ``d - r``; 0 or more. Larger prunes more.
         beta: The largest share of a group that one round prunes, in [0, 1].
-        settings: scope, rewind, exclude, include, optimizer, gini; see :class:`torch_sap.iterate.pruner.Settings`.
+        settings: scope, rewind, exclude, include, optimizer, scheduler, gini; see
+            :class:`torch_sap.iterate.pruner.Settings`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -414,9 +506,8 @@ class OneShot(LotteryTicket):
         """As of :class:`SAP`, with the first trained weights."""
         return {**super().state_dict(), "first": self._first}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As of :class:`SAP`."""
-        super().load_state_dict(state)
+    def _continue(self, state: Mapping[str, Any], remaining: Sequence[int]) -> None:
+        super()._continue(state, remaining)
         weights = {prunable.name: prunable.weight.device for prunable in self.prunables}
         first = state["first"]
         self._first = None if first is None else {name: first[name].to(device) for name, device in weights.items()}

@@ -22,6 +22,7 @@ from torch_sap.files.checkpoint import as_plain, differences, read, unreadable, 
 from torch_sap.iterate.pruner import Pruner
 from torch_sap.iterate.randomness import random_state, set_random_state
 from torch_sap.iterate.rewinding import copier, masks_of, modes_of, set_modes, tensors_of
+from torch_sap.iterate.starts import resetter, start_of
 from torch_sap.masks.mask import finish
 from torch_sap.masks.parameters import entries_of
 from torch_sap.records.metrics import Metrics, as_metrics
@@ -29,12 +30,14 @@ from torch_sap.stopping import StoppingRule
 
 KEYS = {
     "format", "settings", "iterations", "trained", "finished",
-    "pruner", "model", "masks", "modes", "extra", "optimizer", "random",
+    "pruner", "model", "masks", "modes", "extra", "optimizer", "schedulers", "random",
 }  # fmt: skip
 
 
 class Run:
-    """A run and its file, if ``path`` is not None; an existing file sets pruner, model, optimizer and random state.
+    """A run and its file, if ``path`` is not None.
+
+    An existing file sets the pruner, the model, the optimizer, its schedulers and the random state.
 
     Attributes:
         finished: Whether the run is over.
@@ -95,16 +98,18 @@ class Run:
             "modes": list(modes_of(model).values()),
             "extra": {name: module.get_extra_state() for name, module in _with_extra_state(model).items()},
             "optimizer": None if pruner.optimizer is None else pruner.optimizer.state_dict(),
+            "schedulers": [each.state_dict() for each in pruner.schedulers],
             "random": self._random if self._trained is not None else _gathered(random_state(), self._group),
         }
         first = self._group is None or torch.distributed.get_rank(self._group) == 0
         _together(lambda: write(path, state) if first else None, self._group)
 
     def _load(self, path: str | os.PathLike[str]) -> None:
-        pruner, random, optimizer = self._pruner, random_state(), self._pruner.optimizer
+        pruner, random = self._pruner, random_state()
         state = _together(lambda: read(path), self._group)
         extended = self._check(state, path)
-        own = None if optimizer is None else optimizer.state_dict()
+        stateful = [*([] if pruner.optimizer is None else [pruner.optimizer]), *pruner.schedulers]
+        undo = [resetter(each, start_of(each)) for each in stateful]
         rank = 0 if self._group is None else torch.distributed.get_rank(self._group)
         model = unwrap(pruner.model)
         try:
@@ -119,13 +124,14 @@ class Run:
             restore = copier(model, state["model"], pruner.prunables, masks)
             if not state["finished"] or extended:
                 set_random_state(state["random"][rank])
-            if optimizer is not None:
-                optimizer.load_state_dict(state["optimizer"])
-            pruner.load_state_dict(state["pruner"])
+            saved = [*([] if pruner.optimizer is None else [state["optimizer"]]), *state["schedulers"]]
+            for each, value in zip(stateful, saved, strict=True):
+                each.load_state_dict(value)
+            pruner._continue(state["pruner"], [int(mask.sum()) for mask in masks])
         except Exception as error:  # from corrupt input
             set_random_state(random)
-            if optimizer is not None and own is not None:
-                optimizer.load_state_dict(own)
+            for reset in undo:
+                reset()
             raise unreadable(path, str(error) or repr(error)) from error
         finish(restore)
         set_modes(modes)
@@ -170,6 +176,12 @@ class Run:
             "tensors": dict.fromkeys(of_pruner["settings"]["tensors"], "pruned"),
             "model": _table(tensors_of(self._pruner.model)),
             "optimizer": {} if optimizer is None else {"class": type(optimizer).__name__, "groups": groups},
+            "schedulers": {
+                str(number): {"class": type(each).__name__, **as_plain(start)}
+                for number, (each, start) in enumerate(
+                    zip(self._pruner.schedulers, of_pruner["scheduler_starts"], strict=True)
+                )
+            },
             "stop": {str(number): _about_rule(rule) for number, rule in enumerate(self._rules)},
             "processes": len(_gathered(None, self._group)),
         }

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_sap.distributed.fsdp import is_fsdp
 from torch_sap.distributed.replicas import unwrap
-from torch_sap.masks.mask import InPlaceMask, runs_eagerly
+from torch_sap.masks.mask import InPlaceMask, is_replica, runs_eagerly
 from torch_sap.masks.zeros import restore_zeros_
 
 Held = list[tuple[InPlaceMask, nn.Module]]
@@ -39,6 +39,9 @@ class Guard:
 
     def before(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
+        if is_replica(module):
+            link_replica(module)
+            return
         compiling = torch.compiler.is_compiling()
         if not compiling and is_fsdp(module):
             self._come_first(module)
@@ -61,6 +64,8 @@ class Guard:
 
     def after(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Forward hook, permanent on a root and temporary on another outermost module."""
+        if is_replica(module):
+            return
         for hook, inner in self.held if self.is_root else self._covering:
             hook.covered = False
             if hook.changes:
@@ -109,6 +114,14 @@ def _install(module: nn.Module, new: Guard) -> None:
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether the forward may read weights itself: Sequential's only calls modules, and module lists have none."""
     return type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
+
+
+def link_replica(module: nn.Module) -> None:
+    """Link the weights of a copy by DataParallel, which runs in a thread beside the other copies, and of all in it."""
+    for inner in module.modules():
+        for hook in list(inner._forward_pre_hooks.values()):
+            if isinstance(hook, InPlaceMask):
+                hook.link_replica(inner)
 
 
 def unguard(model: nn.Module) -> None:

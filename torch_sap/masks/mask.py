@@ -139,6 +139,9 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
+        if is_replica(module):
+            self.link_replica(module)
+            return
         weight = module._parameters.get(self._weight_key)
         if self.covered and (weight is self.weight or self._lent is not None or not runs_eagerly()):
             return
@@ -173,6 +176,16 @@ class InPlaceMask(prune.BasePruningMethod):
         if self._lent is not None:
             link(module, self._tensor_name, self._lent)
             self._lent = None
+
+    def link_replica(self, module: nn.Module) -> None:
+        """Make a module that DataParallel has copied to a device compute with that device's weight times its mask.
+
+        A copy has plain tensors for parameters, lives for one forward, and refers to the Parameter of its original.
+        """
+        weight, mask = module.__dict__.get(self._weight_key), module._buffers.get(self._mask_key)
+        if weight is not None and mask is not None:
+            link(module, self._tensor_name, weight * mask)
+            mask_standardized(module)
 
     def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         """load_state_dict pre-hook: a plain weight is taken as ``weight_orig``; its mask stays, as a missing key.
@@ -230,6 +243,11 @@ class InPlaceMask(prune.BasePruningMethod):
         if self._gradient is not None:
             self._gradient.handle.remove()
         self._gradient = None
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether this is a copy that torch.nn.DataParallel has made for one forward."""
+    return bool(module.__dict__.get("_is_replica", False))
 
 
 def runs_eagerly() -> bool:
