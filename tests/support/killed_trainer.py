@@ -1,0 +1,21 @@
+"""python killed_trainer.py FOLDER STEP     a training by the Trainer that kills itself after a step."""
+
+import os
+import signal
+import sys
+
+import transformers
+from language_models import trainer
+
+from torch_sap.integrations.transformers import SAPCallback
+
+
+class Kill(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **given):
+        if state.global_step == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    callbacks = [SAPCallback(2, p=1.0, q=2.0, beta=0.5), Kill()]
+    trainer(sys.argv[1], callbacks, save_strategy="steps", save_steps=3).train()
