@@ -22,7 +22,7 @@ def gpt2():
 def llama():
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
-    return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=16, attention_dropout=0.1, pad_token_id=0))
+    return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=16, attention_dropout=0.1))
 
 
 def data(number=8 * BATCHES):

@@ -33,8 +33,10 @@ from torch_sap.masks.mask import hold_masks
 from torch_sap.records.history import History
 
 with needs("torch_sap.integrations.transformers", "transformers", "transformers"):
+    from safetensors.torch import save_file
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import ExportableState
+    from transformers.utils import SAFE_WEIGHTS_NAME
 
 FILE = "torch_sap.pt"
 """Name of the file in a checkpoint's folder."""
@@ -194,11 +196,7 @@ class SAPCallback(TrainerCallback, ExportableState):
         """Measure the last training: this log is the Trainer's last event before it loads its best model."""
         if self._training and "train_runtime" in (logs or {}):
             self._end(state)
-            if (
-                args.load_best_model_at_end
-                and state.best_model_checkpoint
-                and hasattr(given["model"], "save_pretrained")
-            ):
+            if args.load_best_model_at_end and state.best_model_checkpoint:
                 remove(given["model"])  # the best model has zeros of its own
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
@@ -231,6 +229,9 @@ class SAPCallback(TrainerCallback, ExportableState):
 
     def _write(self, folder: str) -> None:
         assert self.sap is not None
+        model: Any = self.sap.model
+        if not hasattr(model, "save_pretrained"):  # the Trainer has written the state_dict as it is
+            save_file(_plain_state_dict(model), os.path.join(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
         masks = {prunable.name: prunable.mask for prunable in self.sap.prunables}
         place = {"start": self._start, "metrics": self._metrics}
         write(
@@ -249,13 +250,10 @@ class SAPCallback(TrainerCallback, ExportableState):
         state = read(path)
         if different := differences(self._round(), state["round"], "in the checkpoint"):
             raise ValueError(f"SAPCallback must have the settings of the checkpoint, but they differ: {different}")
-        plain = hasattr(model, "save_pretrained")
-        if plain and is_pruned(model):  # by a training in this process; plain weights did not fit
+        if is_pruned(model):  # by a training in this process; plain weights did not fit
             trainer._load_from_checkpoint(folder, remove(model))
         self._new(model)
         assert self.sap is not None
-        if not plain:  # the checkpoint has masks, and the model has not had any
-            trainer._load_from_checkpoint(folder, model)
         prunables = self.sap.prunables
         if missing := [prunable.name for prunable in prunables if prunable.name not in state["masks"]]:
             raise ValueError(f"the checkpoint must be of the same model, but it has no mask for {', '.join(missing)}")
