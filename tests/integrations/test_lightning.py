@@ -2,8 +2,10 @@
 
 import copy
 import importlib
+import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import reference
@@ -136,6 +138,25 @@ def test_beside_stochastic_weight_averaging_which_adds_keys_to_groups():
     mask, average = module.network[0].weight_mask, averaging._average_model.network[0].weight
     assert torch.equal(module.network[0].weight, average * mask)  # not rewound before the epoch that the averaging adds
     assert (module.network[0].weight[~module.network[0].weight_mask] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:[\\s\\S]*[dD]eprecat:DeprecationWarning")  # jsonargparse, about Lightning's calls
+def test_the_command_line_takes_the_callback_from_the_configuration_of_the_guide(tmp_path, monkeypatch):
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    page = (Path(__file__).parents[2] / "docs" / "guide-scripts.md").read_text(encoding="utf-8")
+    (configuration,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    quiet = {"accelerator": "cpu", "logger": "false", "enable_checkpointing": "false", "enable_progress_bar": "false"}
+    lines = "".join(f"  {key}: {value}\n" for key, value in quiet.items())
+    (tmp_path / "settings.yaml").write_text("seed_everything: 0\n" + configuration + lines)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config=settings.yaml"])
+    cli = LightningCLI(Module, run=False)
+    cli.trainer.fit(cli.model, loader())
+    (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, SAPCallback)]
+    assert [found.pruned is None for found in callback.history] == [False, False, True]
+    assert callback.history[0].scope == "global"
 
 
 def test_it_prunes_as_a_loop_by_hand_does():

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ from iterating import state_without_masks
 from torch import nn
 
 from torch_sap import remove
+from torch_sap.files.checkpoint import read
 
 transformers = pytest.importorskip("transformers")
 
 from language_models import BATCHES, LR, data, gpt2, llama, trainer  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from transformers.trainer_callback import DefaultFlowCallback, EarlyStoppingCallback  # noqa: E402
 
 from torch_sap.integrations.transformers import FILE, SAPCallback  # noqa: E402
@@ -143,7 +146,7 @@ def test_resumes_from_any_checkpoint(tmp_path, name):
     expected = run(tmp_path, **settings)
     paths = checkpoints(tmp_path)
     assert len(paths) >= 5
-    for path in paths[:: max(len(paths) // 5, 1)]:
+    for path in paths[:: max(len(paths) // 3, 1)]:
         assert_same(run(tmp_path / "other", resume=path, **settings), expected)
 
 
@@ -155,7 +158,7 @@ def test_resumes_in_rounds_of_steps(tmp_path, callback):
 
     expected = training()
     assert len(expected[1].history) == -(-24 // callback["steps_per_round"])
-    for path in checkpoints(tmp_path / "a")[1::5]:
+    for path in checkpoints(tmp_path / "a")[1::8]:
         assert_same(training(resume=path), expected)
 
 
@@ -166,7 +169,7 @@ def test_resumes_with_late_rewinding_and_without(tmp_path, rewind):
         return run(tmp_path / "a", callback=callback, save_strategy="steps", save_steps=2, **settings)
 
     expected = training()
-    for path in checkpoints(tmp_path / "a")[::3]:  # also at the moment of the rewind point, and inside the next epoch
+    for path in checkpoints(tmp_path / "a")[:6:2]:  # also at the moment of the rewind point, and inside the next epoch
         assert_same(training(resume=path), expected)
 
 
@@ -212,6 +215,31 @@ def test_killed_in_the_second_round_and_resumed(tmp_path):
         ids = data(1)[0]["input_ids"][None]
         loaded = type(resumed[0]).from_pretrained(folder / "final").eval()
         assert torch.equal(loaded(ids).logits, resumed[0].eval()(ids).logits)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    def training(*arguments):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        environment = {**os.environ, **shared, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        workers = [
+            subprocess.Popen(command, env={**environment, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.DEVNULL)
+            for rank in ("0", "1")
+        ]
+        assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+
+    training(tmp_path / "whole", 0)
+    middle = checkpoints(tmp_path / "whole")[1]
+    training(tmp_path / "again", 0, middle)
+    last, other = (checkpoints(tmp_path / name)[-1] for name in ("whole", "again"))
+    assert last.name == other.name
+    weights = [load_file(folder / "model.safetensors") for folder in (last, other)]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    records = [read(folder / FILE) for folder in (last, other)]
+    assert all(torch.equal(mask, records[1]["masks"][key]) for key, mask in records[0]["masks"].items())
+    assert any(not mask.all() for mask in records[0]["masks"].values())
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])

@@ -10,7 +10,7 @@ from iterating import ARGUMENTS, saved
 from torch import nn
 from torch.optim import lr_scheduler
 
-from torch_sap import SAP, LotteryTicket, OneShot, layer_unstructured
+from torch_sap import SAP, LotteryTicket, OneShot, iterative_sap, layer_unstructured
 
 SHAPE = (6, 6)
 STEPS = 6
@@ -216,6 +216,28 @@ def test_the_start_outlives_a_resume(order, make_scheduler):
     assert train(again, its_optimizer, its_scheduler) == whole[1] == whole[0]
     for one, other in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_new_optimizer_comes_without_the_schedulers_of_the_old_one():
+    model = mlp()
+    first, second = (torch.optim.SGD(model.parameters(), lr=rate) for rate in (0.1, 0.2))
+    sap = SAP(model, optimizer=first, scheduler=SCHEDULERS["step"](first), **ARGUMENTS)
+    sap.attach(optimizer=second)
+    assert sap.schedulers == sap.state_dict()["scheduler_starts"] == []
+    scheduler = SCHEDULERS["step"](second)
+    train(model, second, scheduler)
+    sap.step()
+    assert second.param_groups[0]["lr"] == 0.2
+    assert scheduler.last_epoch == STEPS
+
+
+def test_iterative_sap_takes_both_as_settings():
+    model, rates = mlp(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = SCHEDULERS["one cycle with momentum"](optimizer)
+    settings = dict(optimizer=optimizer, scheduler=scheduler, **ARGUMENTS)
+    iterative_sap(model, lambda model: rates.append(train(model, optimizer, scheduler)), iterations=2, **settings)
+    assert rates[0] == rates[1] == rates[2]
 
 
 def test_what_is_attached_after_the_loaded_start_was_used_begins_anew():

@@ -1,4 +1,8 @@
-"""python killed_trainer.py FOLDER STEP     a training by the Trainer that kills itself after a step."""
+"""A training by the Trainer.
+
+python killed_trainer.py FOLDER STEP               that kills itself after a step
+python killed_trainer.py FOLDER 0 [CHECKPOINT]     that goes to its end, from a checkpoint if one is named
+"""
 
 import os
 import signal
@@ -18,4 +22,5 @@ class Kill(transformers.TrainerCallback):
 
 if __name__ == "__main__":
     callbacks = [SAPCallback(2, p=1.0, q=2.0, beta=0.5), Kill()]
-    trainer(sys.argv[1], callbacks, save_strategy="steps", save_steps=3).train()
+    training = trainer(sys.argv[1], callbacks, save_strategy="steps", save_steps=3)
+    training.train(resume_from_checkpoint=sys.argv[3] if len(sys.argv) > 3 else None)

@@ -223,6 +223,8 @@ class Pruner:
             check_starts(self._scheduler_starts, schedulers)
         if optimizer is not None:
             self.optimizer, self.schedulers = optimizer, []
+            if "scheduler" not in self._awaited:
+                self._scheduler_starts = []
             if "optimizer" not in self._awaited:
                 self._optimizer_start = start_of(optimizer)
             self._awaited.discard("optimizer")

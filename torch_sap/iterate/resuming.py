@@ -179,7 +179,7 @@ class Run:
             "schedulers": {
                 str(number): {"class": type(each).__name__, **as_plain(start)}
                 for number, (each, start) in enumerate(
-                    zip(self._pruner.schedulers, of_pruner["scheduler_starts"], strict=True)
+                    zip(self._pruner.schedulers, of_pruner["scheduler_starts"], strict=False)
                 )
             },
             "stop": {str(number): _about_rule(rule) for number, rule in enumerate(self._rules)},
