@@ -365,6 +365,30 @@ def test_a_second_training_goes_on_with_the_round(tmp_path):
     assert len(callback.history) == 1
 
 
+def test_a_training_anew_after_an_interrupted_one_begins_a_round(tmp_path):
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **given):
+            if state.global_step == 10 and len(callback.history) == 1:
+                raise KeyboardInterrupt
+
+    callback = SAPCallback(steps_per_round=8, **SETTINGS)
+    training = trainer(tmp_path, [callback, Interrupt()], epochs=4)
+    with pytest.raises(KeyboardInterrupt):
+        training.train()
+    training.callback_handler.callbacks.pop()
+    training.train()
+    assert [found.pruned is None for found in callback.history] == [False, False, True]
+
+
+def test_a_training_of_one_round_says_that_nothing_is_pruned(tmp_path, caplog):
+    with caplog.at_level("WARNING", "torch_sap"):
+        run(tmp_path, rounds=1)
+        assert "prunes nothing: 8 steps are no more than one round" in caplog.text
+        caplog.clear()
+        run(tmp_path, rounds=2)
+    assert not caplog.text
+
+
 def test_what_is_refused(tmp_path):
     run(tmp_path / "a", rounds=2, save_strategy="epoch")
     with pytest.raises(ValueError, match="epochs_per_round: 1 here, 2 in the checkpoint"):

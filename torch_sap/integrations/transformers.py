@@ -141,19 +141,21 @@ class SAPCallback(TrainerCallback, ExportableState):
         if folder is not None:
             self._resume(trainer, model, os.fspath(folder))
         elif self.sap is not None and self.sap.model is model and is_pruned(model):
-            self._start -= self._reached(state)  # another train() goes on with the round; its steps count from 0
+            if self._training:  # the one before was interrupted
+                self._start = 0.0
             self._drop_unpruned_round()
         else:
             self._new(model)
             self._start, self._metrics = 0.0, {}
         assert self.sap is not None
-        if hasattr(model, "save_pretrained"):
+        if not hasattr(getattr(model, "save_pretrained", _save_pretrained), "writes_plain_weights"):
             model.save_pretrained = functools.partial(_save_pretrained, model)
         if self._rewind != "none":
             scheduler = self._schedule_of_a_round(trainer, given["train_dataloader"], resumed=folder is not None)
             known = self.sap.optimizer is not None and self.sap.optimizer is trainer.optimizer
             self.sap.attach(optimizer=None if known else trainer.optimizer, scheduler=scheduler)
-        if state.max_steps <= self._steps(given["train_dataloader"], args):
+        steps = self._steps(given["train_dataloader"], args)
+        if not self.history and state.max_steps <= steps + self._start:
             _logger.warning("SAPCallback prunes nothing: %d steps are no more than one round", state.max_steps)
         self._training = True
 
@@ -317,6 +319,9 @@ def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("state_dict") is None and len(args) < 3:
         kwargs["state_dict"] = _plain_state_dict(model)
     return type(model).save_pretrained(model, *args, **kwargs)
+
+
+_save_pretrained.writes_plain_weights = True  # type: ignore[attr-defined]
 
 
 def _plain_state_dict(model: nn.Module) -> dict[str, Any]:
