@@ -14,6 +14,7 @@ from torch_sap.inspect.summary import summary
 from torch_sap.inspect.verify import verify
 from torch_sap.iterate.pruner import SAP, LotteryTicket, OneShot
 from torch_sap.iterative import iterative_sap
+from torch_sap.masks import averages as _averages  # noqa: F401 - makes averages follow the masks of their model
 from torch_sap.masks.parameters import prunable_parameters
 from torch_sap.masks.plain import dense_state_dict
 from torch_sap.methods import PQIGlobal, PQILayer, PQINeuron

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
 from torch_sap.arguments import check_model
 from torch_sap.decide.bounds import Hyperparameters
@@ -16,7 +15,7 @@ from torch_sap.decide.step import prune_step
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.masks.guards import guard, unguard
 from torch_sap.masks.kinds import ZERO
-from torch_sap.masks.mask import check_copies, hold_masks, load_hooks_of
+from torch_sap.masks.mask import check_copies, check_not_offloaded, hold_masks, remove_masks
 from torch_sap.masks.parameters import (
     ImportanceScores,
     LeftOut,
@@ -163,7 +162,8 @@ def remove(model: Model) -> Model:
     """Make the pruning of a model permanent, in place: plain parameters with zeros where weights were pruned.
 
     The Parameter objects, their names and their order are those from before the pruning, so optimizers keep working.
-    Tensors pruned by PyTorch's methods are made permanent too. A model without pruning stays as it is.
+    Tensors pruned by PyTorch's methods are made permanent too. A model without pruning stays as it is. What a
+    conversion has left is taken away: hooks on layers that were replaced, weights and masks without their hooks.
 
     Args:
         model: Any module.
@@ -173,6 +173,7 @@ def remove(model: Model) -> Model:
 
     Raises:
         TypeError: if the model is not a module.
+        RuntimeError: if accelerate has offloaded weights; nothing is changed.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -181,14 +182,11 @@ def remove(model: Model) -> Model:
         ['0.weight', '0.bias']
     """
     check_model(model)
+    check_not_offloaded(model)
     with torch.no_grad():
         reshard(model.modules())
         for module in model.modules():
             fold_(module)
-            hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)]
-            for hook in hooks:
-                prune.remove(module, hook._tensor_name)
-            for left in load_hooks_of(module):
-                left.release(module)
+            remove_masks(module)
         unguard(model)
     return model

@@ -269,3 +269,11 @@ def test_differences_lists_all():
         "scope: 'layer' here, 'global' there",
     ]
     assert differences(here, here, "there") == ""
+
+
+def test_many_differences_are_cut_to_a_line():
+    here = {"tensors": {f"layers.{number}.weight": [number] for number in range(600)}}
+    found = differences(here, {}, "in the file")
+    assert found.startswith("tensors.layers.0.weight: [0] here, nothing in the file; ")
+    assert found.endswith("; and 595 more")
+    assert len(found) < 400

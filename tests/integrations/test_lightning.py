@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (  # noqa: E402
     ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
+    WeightAveraging,
 )
 from lightning_modules import (  # noqa: E402
     BATCHES,
@@ -261,6 +262,60 @@ def test_it_works_in_the_trainer_of_pytorch_lightning():
     trainer(2 * EPOCHS, callback, kind=kind).fit(module, loader(), loader())
     assert_same(module, fit(2 * EPOCHS, expected))
     assert history_of(callback) == history_of(expected)
+
+
+def pruned_entries(module):
+    """Per pruned tensor, the entries that the mask says are zero, all of which are."""
+    found = []
+    for layer in module.modules():
+        if hasattr(layer, "weight_mask"):
+            assert not layer.weight[~layer.weight_mask].any()
+            found.append(~layer.weight_mask)
+    return found
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("make", [EMAWeightAveraging, WeightAveraging, lambda: WeightAveraging(use_buffers=False)])
+def test_averages_beside_the_callback_are_pruned_where_the_module_is(make, order):
+    averaging, callback = make(), SAPCallback(EPOCHS)
+    module = fit(3 * EPOCHS, *[callback, averaging][::order])
+    entries, of_average = pruned_entries(module), pruned_entries(averaging._average_model.module)
+    assert len(entries) == len(of_average) == 2
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(entries, of_average, strict=True))
+    assert sum(int(each.sum()) for each in entries) > 0
+    assert len(callback.history) == 3
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_stochastic_weight_averaging_beside_the_callback(order):
+    averaging, callback = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2), SAPCallback(EPOCHS)
+    module = fit(3 * EPOCHS, *[callback, averaging][::order])
+    assert sum(int(each.sum()) for each in pruned_entries(module)) > 0
+    assert [each.pruned is None for each in callback.history] == [False, False, True]
+
+
+class Finetuned(Module):
+    """A backbone that is frozen at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = self.network[:3], self.network[3]
+
+    def configure_optimizers(self):
+        return self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")  # those of batch norm
+@pytest.mark.parametrize("order", [1, -1])
+def test_backbone_finetuning_beside_the_callback(order):
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, lambda_func=lambda epoch: 1.0)
+    callback, starts = SAPCallback(EPOCHS), Starts()
+    module = fit(3 * EPOCHS, *[callback, finetuning][::order], starts, module=Finetuned())
+    assert sum(int(each.sum()) for each in pruned_entries(module)) > 0
+    for number in (EPOCHS, 2 * EPOCHS):
+        assert_rewound(starts.states[number], starts.states[0])
+        assert starts.lrs[number] == LR
+        assert starts.optimizers[number] == {}
 
 
 @pytest.mark.parametrize(

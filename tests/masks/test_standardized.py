@@ -1,4 +1,4 @@
-"""Masks of timm's standardized convolutions hold behind the standardization: alone, in models, and exported."""
+"""Masks of standardized convolutions hold behind the standardization: alone, in models, and exported."""
 
 import copy
 import gc
@@ -62,7 +62,7 @@ def test_values_and_gradients_are_those_of_masking_by_hand(kind):
 
 
 @every_kind
-def test_channels_that_lost_nothing_are_computed_as_timm_does(kind):
+def test_channels_that_lost_nothing_are_computed_as_before(kind):
     pruned, dense = layer(kind, torch.float32), layer(kind, torch.float32)
     mask = torch.ones_like(pruned.weight, dtype=torch.bool)
     mask[0, 0] = False
@@ -321,3 +321,23 @@ torch_sap.remove(model)
 assert not any(name.partition(".")[0] == "timm" for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_bit_of_transformers_holds_its_zeros(received):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BitConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=4, global_padding="SAME"
+    )
+    model = transformers.BitForImageClassification(config).eval()
+    torch_sap.layer_unstructured(model, eta_r=0.3)
+    inputs = torch.randn(2, 3, 32, 32)
+    output = model(inputs).logits
+    masks = [module.weight_mask for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert len(received) == len(masks) > 4
+    for mask in masks:
+        assert not mask.all()
+        assert any(weight.shape == mask.shape and torch.equal(weight != 0, mask) for weight in received)
+    assert torch_sap.verify(model, inputs).effective
+    plain = transformers.BitForImageClassification(config).eval()
+    plain.load_state_dict(torch_sap.remove(model).state_dict())
+    torch.testing.assert_close(plain(inputs).logits, output)

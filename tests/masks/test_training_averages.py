@@ -1,5 +1,7 @@
 """Averages of weights (ModelEmaV3, AveragedModel) of pruned timm models: those of dense ones, with zeros."""
 
+import copy
+
 import pytest
 import torch
 from helpers import assert_held, mask_of, masked_by_hand, masks_of, value_of, weight_names
@@ -10,18 +12,33 @@ from torch_sap import SAP, layer_unstructured, remove
 
 
 def averages_but_copies_masks(average, value, number):
-    """For use_buffers=True, with which AveragedModel averages masks too."""
+    """What a user may write for use_buffers=True, with which AveragedModel averages masks too."""
     return value if value.dtype == torch.bool else average * 0.75 + value * 0.25
 
 
+class ExponentialMovingAverage(AveragedModel):
+    """That of torchvision's reference scripts."""
+
+    def __init__(self, model, decay=0.75):
+        super().__init__(model, "cpu", lambda mean, value, number: decay * mean + (1 - decay) * value, use_buffers=True)
+
+
+AVERAGED_MODELS = {
+    "swa": AveragedModel,
+    "swa, ema": lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75)),
+    "swa, buffers": lambda model: AveragedModel(model, use_buffers=True),
+    "swa, ema, buffers": lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True),
+    "swa, ema of floats, buffers": lambda model: AveragedModel(
+        model, avg_fn=averages_but_copies_masks, use_buffers=True
+    ),
+    "torchvision": ExponentialMovingAverage,
+}
 AVERAGES = {
     "ema": lambda model: timm.utils.ModelEmaV3(model, decay=0.75),
     "ema, one by one": lambda model: timm.utils.ModelEmaV3(model, decay=0.75, foreach=False),
     "ema, warm-up": lambda model: timm.utils.ModelEmaV3(model, decay=0.9, use_warmup=True),
     "ema, no buffers": lambda model: timm.utils.ModelEmaV3(model, decay=0.75, exclude_buffers=True),
-    "swa": AveragedModel,
-    "swa, ema": lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75)),
-    "swa, buffers": lambda model: AveragedModel(model, avg_fn=averages_but_copies_masks, use_buffers=True),
+    **AVERAGED_MODELS,
 }
 each_average = pytest.mark.parametrize("make_average", AVERAGES.values(), ids=AVERAGES)
 
@@ -131,3 +148,125 @@ def test_update_bn_of_an_average():
     update_bn(batches(2), dense)
     for name, value in dense.named_buffers():
         assert torch.equal(dict(average.module.named_buffers())[name], value), name
+
+
+@pytest.mark.parametrize("make_average", AVERAGED_MODELS.values(), ids=AVERAGED_MODELS)
+@each_kind
+def test_an_average_from_before_any_pruning_gets_masks(kind, make_average):
+    """Without the line that other averages need."""
+    model, dense = twins(kind)
+    averages = [make_average(each) for each in (model, dense)]
+    optimizers = [momentum(each) for each in (model, dense)]
+    for number in range(3):
+        masks = masks_of(model)
+        train(model, averages[0], Hand(model), optimizers[0], number)
+        train(dense, averages[1], Hand(dense, masks), optimizers[1], number)
+        if number:
+            for average in averages:
+                average.eval()
+            averages[1](torch.ones(SHAPE))
+            assert_average(averages[0], model, averages[1])
+        layer_unstructured(model, eta_r=0.2)
+        masked_by_hand(dense, masks_of(model))
+        for each in (model, dense):
+            each.train()
+
+
+def test_an_update_that_fails_leaves_the_masks():
+    def fails(mean, value, number):
+        raise OSError("no")
+
+    model = make("resnet")
+    layer_unstructured(model)
+    average = AveragedModel(model, avg_fn=fails, use_buffers=True)
+    update(average, model)
+    keys = list(model.state_dict())
+    with pytest.raises(OSError, match="no"):
+        update(average, model)
+    assert list(model.state_dict()) == list(average.module.state_dict()) == keys
+    for each in (model, average.module):
+        assert_held(each)
+
+
+class SkipsMasks:
+    """An average of what is a float (Ultralytics)."""
+
+    def __init__(self, model):
+        self.module = copy.deepcopy(model).eval()
+
+    def update(self, model):
+        state = model.state_dict()
+        for name, value in self.module.state_dict().items():
+            if value.dtype.is_floating_point:
+                value.mul_(0.75).add_(state[name].detach(), alpha=0.25)
+
+
+class Momentum(SkipsMasks):
+    """A momentum encoder, as of MoCo."""
+
+    @torch.no_grad()
+    def update(self, model):
+        for mean, value in zip(self.module.parameters(), model.parameters(), strict=True):
+            mean.mul_(0.75).add_(value, alpha=0.25)
+
+
+OTHERS = {"ema v2": lambda model: timm.utils.ModelEmaV2(model, decay=0.75), "floats": SkipsMasks, "momentum": Momentum}
+
+
+@pytest.mark.parametrize("make_average", OTHERS.values(), ids=OTHERS)
+def test_another_average_warns_when_it_is_used_with_old_masks(make_average):
+    model = make("vit")
+    sap = SAP(model, eta_r=0.2)
+    average, optimizer = make_average(model), momentum(model)
+    for number in range(2):
+        train(model, average, Hand(model), optimizer, number)
+        average.module(torch.ones(SHAPE))  # no warning: the masks are those of the model
+    sap.step()
+    average.module(torch.ones(SHAPE))  # nor here: it is the average of the model before the step
+    train(model, average, Hand(model), optimizer, 2)
+    with pytest.warns(UserWarning, match=r"If it is an average .* after each update add average\.load_state_dict\("):
+        average.module(torch.ones(SHAPE))
+    average.module(torch.ones(SHAPE))  # once is enough
+    average = average.module
+    average.load_state_dict({k: v for k, v in model.state_dict().items() if k.endswith("_mask")}, strict=False)
+    assert all(torch.equal(mask_of(average, name), mask) for name, mask in masks_of(model).items())
+    average(torch.ones(SHAPE))
+    assert_held(average)
+
+
+@pytest.mark.parametrize("use", ["kept", "trained", "loaded", "pruned"])
+def test_a_copy_that_is_no_average_does_not_warn(use):
+    model = make("vit")
+    layer_unstructured(model, eta_r=0.2)
+    copied = copy.deepcopy(model)
+    masks = masks_of(copied)
+    for number in range(3):
+        if use == "trained":
+            plain_step(copied, momentum(copied), batches(1)[0], Hand(copied))
+        elif use == "loaded" and number == 0:
+            copied.load_state_dict(model.state_dict())
+        elif use == "pruned" and number == 0:
+            layer_unstructured(copied, eta_r=0.1)
+            masks = masks_of(copied)
+        layer_unstructured(model, eta_r=0.2)
+        copied(torch.ones(SHAPE))
+        assert all(torch.equal(mask_of(copied, name), mask) for name, mask in masks.items())
+
+
+def test_an_average_swapped_in_by_data_is_pruned():
+    """As apply_shadow and restore of many scripts."""
+    model = make("vit").eval()
+    layer_unstructured(model, eta_r=0.2)
+    shadow = {name: parameter.data + 0.1 for name, parameter in model.named_parameters()}
+    layer_unstructured(model, eta_r=0.2)
+    backup = {name: parameter.data for name, parameter in model.named_parameters()}
+    expected = model(torch.ones(SHAPE))
+    for name, parameter in model.named_parameters():
+        parameter.data = shadow[name]
+    output = model(torch.ones(SHAPE))
+    assert_held(model)
+    assert not torch.equal(output, expected)
+    for name, parameter in model.named_parameters():
+        parameter.data = backup[name]
+    assert torch.equal(model(torch.ones(SHAPE)), expected)
+    assert_held(model)

@@ -128,7 +128,7 @@ CASES = {
         ('SAP(model, scope="row")', 'ValueError', "scope must be one of 'global', 'layer', 'neuron', got scope='row'"),
         ('SAP(model, rewind="start")', 'ValueError', 'rewind must be "init", "none" or a state_dict, got rewind=\'start\''),
         ('SAP(model, rewind=3)', 'TypeError', 'rewind must be "init", "none" or a state_dict of tensors, got 3'),
-        ('SAP(model, rewind={"0.weight": ones(9, 6)})', 'ValueError', "rewind must be a state_dict of the model, but lacks ['0.bias', '1.bias', '1.num_batches_tracked', '1.running_mean', '1.running_var', '1.weight', '3.bias', '3.weight'] and has unknown []"),
+        ('SAP(model, rewind={"0.weight": ones(9, 6)})', 'ValueError', "rewind must be a state_dict of the model, but lacks 0.bias, 1.bias, 1.num_batches_tracked, 1.running_mean, 1.running_var, and 3 more and has unknown nothing"),
         ('SAP(model, rewind={**model.state_dict(), "0.weight": ones(6, 9)})', 'ValueError', 'rewind must be a state_dict of the model, but 0.weight has shape (6, 9), not (9, 6)'),
         ('SAP(model, optimizer=torch.optim.SGD(layer.parameters()))', 'ValueError', 'optimizer must hold parameters of the model, but holds none of them: make it from model.parameters()'),
         ('SAP(model, optimizer="adam")', 'TypeError', 'optimizer must be a torch.optim.Optimizer, got str'),

@@ -280,6 +280,34 @@ def mixed_precision_and_accumulation(order):
                 assert torch.count_nonzero(state[key.replace("_mask", "_orig")][~mask]) == 0
 
 
+def converted(order):
+    """``model.to(dtype)`` before the first forward swaps the tensors of DTensors, and the hooks of their gradients.
+
+    Gradients are masked from the first backward on, whatever came first.
+    """
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model = mlp()
+        for step in order.split(", "):
+            if step == "prune":
+                torch_sap.layer_unstructured(model, eta_r=0.3)
+            else:
+                shard(model)
+        model.to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        for _ in range(2):
+            model(mine(data()).to(dtype)).sum().backward()
+            state = full_state(model)
+            for name, parameter in model.named_parameters():
+                if name.endswith("_orig"):
+                    gradient, mask = parameter.grad.full_tensor(), state[name.replace("_orig", "_mask")]
+                    assert gradient.dtype == dtype
+                    assert not mask.all()
+                    assert gradient.any()
+                    assert not gradient[~mask].any()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 ORDERS = ("shard, prune", "prune, shard")
 CASES = {
     **{f"training {s} {o}": (pruned_and_trained_as_on_one_process, s, o) for s in SCOPES for o in ORDERS},
@@ -296,6 +324,7 @@ CASES = {
             weights_read_without_calling,
             mixed_precision_and_accumulation,
             standardized_convolutions,
+            converted,
         )
     },
     **{

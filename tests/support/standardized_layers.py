@@ -1,4 +1,6 @@
-"""timm's standardized convolutions, and what a masked one computes, written out."""
+"""Standardized convolutions of timm and transformers, and what a masked one computes, written out."""
+
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,6 +11,16 @@ from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv
 from timm.layers.padding import pad_same
 
 KINDS = [StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame]
+if find_spec("transformers"):
+    from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+
+    class BitConv2d(WeightStandardizedConv2d):
+        """With a padding that pickle can take."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, padding=1, **kwargs)
+
+    KINDS.append(BitConv2d)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -40,6 +52,8 @@ def by_hand(module, mask, x):
         weight = weight * module.gain * module.scale
     if getattr(module, "same_pad", False):
         x = pad_same(x, module.kernel_size, module.stride)
+    elif getattr(module, "pad", None) is not None:
+        x = module.pad(x)
     return F.conv2d(x, weight, module.bias, module.stride, module.padding, module.dilation, module.groups)
 
 

@@ -25,12 +25,31 @@ INTEGER_OF = {
 TYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in INTEGER_OF)
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_prunable(tensor: Tensor) -> bool:
+    """Whether the values of a tensor are dense floating-point numbers in its own memory, or DTensors' local memory.
+
+    A class with a dispatch of its own (quantized weights of torchao, for example) keeps them in other tensors.
+    """
+    if tensor.dtype not in INTEGER_OF or tensor.layout is not torch.strided or tensor.is_nested:
+        return False
+    plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return type(tensor) in _PLAIN or plain or hasattr(tensor, "to_local")
+
+
 def check_dtype(tensor: Tensor, name: str) -> None:
     """Raise an error that names the tensor unless it is a dense one with values of a type that keys can order."""
+    kind = "" if type(tensor) in _PLAIN else f" ({type(tensor).__name__})"
     if tensor.dtype not in INTEGER_OF:
-        raise TypeError(f"{name} must be a real floating-point tensor ({TYPES}), got {tensor.dtype}")
+        raise TypeError(f"{name} must be a real floating-point tensor ({TYPES}), got {tensor.dtype}{kind}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be one tensor, got a nested one{kind}")
     if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}; call its to_dense() first")
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}{kind}; call its to_dense() first")
+    if not is_prunable(tensor):
+        raise TypeError(f"{name} must be a plain tensor, got {type(tensor).__name__}, whose values are elsewhere")
     if tensor.is_meta:
         raise ValueError(f"{name} must have values, but it is on the meta device")
 

@@ -41,9 +41,10 @@ def rename(module: nn.Module, old: str, new: str) -> None:
             raise RuntimeError(f"FSDP does not know the parameter {old!r} of {type(module).__name__} that it shards")
 
 
-def manages(module: nn.Module, name: str) -> bool:
-    """Whether FSDP shards a parameter of a module."""
-    return any((module, name) in _places(record) for _, record in _records())
+def sharded_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The sharded form of a parameter of a module, which may be gathered now; None if FSDP does not shard it."""
+    found = (record.sharded_param for _, record in _records() if (module, name) in _places(record))
+    return next(found, None)
 
 
 def _records() -> Iterator[tuple[Any, Any]]:

@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from torch_sap.arguments import some
 from torch_sap.files.atomic import replacing
 
 FORMAT = 1
@@ -86,11 +87,11 @@ def as_plain(value: Any, place: str = "") -> Any:
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any], source: str) -> str:
-    """List the keys whose values differ, with both values; ``source`` says where the other ones were found."""
+    """List the first few keys whose values differ, with both values; ``source`` says where the others were found."""
     own, other = dict(_flat(here)), dict(_flat(there))
     different = sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
-    return "; ".join(
-        f"{key}: {own.get(key, 'nothing')} here, {other.get(key, 'nothing')} {source}" for key in different
+    return some(
+        [f"{key}: {own.get(key, 'nothing')} here, {other.get(key, 'nothing')} {source}" for key in different], "; "
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torch_sap.arguments import check_choice, check_model, check_path, needs
+from torch_sap.arguments import check_choice, check_model, check_path, needs, some
 from torch_sap.decide.keys import INTEGER_OF, check_dtype, count_true
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import is_dtensor
@@ -300,7 +300,10 @@ def _pair(
     missing = sorted(set(held) - set(known)) if what == "model" else []
     unknown = sorted(set(known) - set(held))
     if missing or unknown:
-        raise ValueError(f"{path} must fit the model, but lacks {missing} and has unknown {unknown}")
+        raise ValueError(
+            f"{path} must fit the model, but lacks {some(missing) or 'nothing'} and has unknown "
+            f"{some(unknown) or 'nothing'}"
+        )
     pairs: dict[int, tuple[_Held, _Stored]] = {}
     for name, there in known.items():
         before = pairs.setdefault(id(held[name]), (held[name], there))[1]

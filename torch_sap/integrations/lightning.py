@@ -7,11 +7,13 @@ so that every checkpoint holds a trained model and that model's metrics.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.utils.prune import is_pruned
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from torch_sap.arguments import check_int, needs
@@ -20,6 +22,7 @@ from torch_sap.decide.groups import Scope, check_scope
 from torch_sap.functional import global_unstructured, remove
 from torch_sap.iterate.pruner import SAP
 from torch_sap.iterate.starts import Start, resetter, start_of
+from torch_sap.masks.mask import hold_masks
 from torch_sap.masks.parameters import prunable_parameters
 from torch_sap.records.history import History
 
@@ -115,6 +118,9 @@ class SAPCallback(Callback):
         if stage == "fit" and prunable_parameters(pl_module) and not is_pruned(pl_module):
             global_unstructured(pl_module, gamma=0, exclude=self._exclude)  # gamma=0 prunes nothing
             self._gave_masks = True
+            for average in _averages(trainer):  # made before this callback was set up
+                if not is_pruned(average.module):
+                    global_unstructured(average.module, gamma=0, exclude=self._exclude)
         register: Any = pl_module.register_load_state_dict_pre_hook
         self._load_handle = register(self._match_masks)
 
@@ -142,7 +148,10 @@ class SAPCallback(Callback):
             self._round_start = trainer.current_epoch - self._epochs_before
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune if a round is complete."""
+        """Prune if a round is complete.
+
+        StochasticWeightAveraging adds an epoch at the end, for the statistics of the average: that is no new round.
+        """
         assert self.sap is not None and self._round_start is not None
         epochs = trainer.current_epoch - self._round_start
         if epochs >= self.epochs_per_round and not _only_updates_statistics(trainer):
@@ -165,9 +174,15 @@ class SAPCallback(Callback):
         self._end(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the last training if there was none in this fit, after resuming from the last checkpoint."""
+        """Restore the zeros of weights that other callbacks have written (StochasticWeightAveraging).
+
+        Measure the last training if there was none in this fit, after resuming from the last checkpoint.
+        """
         if self._round_start is not None and trainer.current_epoch > self._round_start:
             self._end(trainer)
+        if self.sap is not None:
+            with torch.no_grad():
+                hold_masks(self.sap.prunables, [prunable.mask for prunable in self.sap.prunables])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let another fit continue after an error."""
@@ -224,3 +239,9 @@ def _only_updates_statistics(trainer: Trainer) -> bool:
     """Whether this is the epoch that StochasticWeightAveraging adds, for the batch-norm statistics of its average."""
     averaging = [each for each in trainer.callbacks if isinstance(each, StochasticWeightAveraging)]  # type: ignore[attr-defined]
     return any(trainer.current_epoch > each.swa_end for each in averaging)
+
+
+def _averages(trainer: Trainer) -> Iterator[AveragedModel]:
+    """The averages that callbacks keep (WeightAveraging)."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        yield from (value for value in vars(callback).values() if isinstance(value, AveragedModel))

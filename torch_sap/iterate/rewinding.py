@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from torch_sap.arguments import some
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import local, place
@@ -82,7 +83,10 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
     keys = {name for key in model.state_dict() if (name := _plain_name(model, key)) is not None}
     missing, unknown = sorted((keys & set(own)) - set(plain)), sorted(set(plain) - keys - set(own))
     if missing or unknown:
-        raise ValueError(f"rewind must be a state_dict of the model, but lacks {missing} and has unknown {unknown}")
+        raise ValueError(
+            f"rewind must be a state_dict of the model, but lacks {some(missing) or 'nothing'} and has unknown "
+            f"{some(unknown) or 'nothing'}"
+        )
     for key in own.keys() & plain.keys():
         if own[key].shape != plain[key].shape:
             raise ValueError(

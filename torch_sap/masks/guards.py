@@ -7,35 +7,41 @@ modules around it have guards. The outermost one does the work; guards and hooks
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from torch_sap.arguments import some
 from torch_sap.distributed.fsdp import is_fsdp
 from torch_sap.distributed.replicas import unwrap
+from torch_sap.distributed.sharded import local
 from torch_sap.masks.mask import InPlaceMask, is_replica, runs_eagerly
 from torch_sap.masks.zeros import restore_zeros_
 
 Held = list[tuple[InPlaceMask, nn.Module]]
+Tree = tuple[tuple[dict[str, Any], ...], tuple[str, ...], tuple[nn.Module, ...]]
+"""Every module inside one: the dict of children that it is in, its name there, and the module."""
 
 
 class Guard:
     """Restores the zeros of all weights inside one module.
 
     A root, the module that the user pruned, restores them whether they are covered or not, which also ends what an
-    interrupted forward has left, and keeps a forward hook of its own.
+    interrupted forward has left, and keeps a forward hook of its own. It also notices that a layer was replaced.
     """
 
-    def __init__(self, held: Held, *, is_root: bool) -> None:
-        self.held, self.is_root = held, is_root
+    def __init__(self, held: Held, tree: Tree, *, is_root: bool) -> None:
+        self.held, self.tree, self.is_root = held, tree, is_root
         self._covering: Held = []
         self._handle: RemovableHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"held": self.held, "is_root": self.is_root, "_covering": [], "_handle": None}
+        return {**vars(self), "_covering": [], "_handle": None}
 
     def before(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
@@ -45,6 +51,8 @@ class Guard:
         compiling = torch.compiler.is_compiling()
         if not compiling and is_fsdp(module):
             self._come_first(module)
+        if self.is_root and not compiling:
+            self._look(module)
         todo = self.held if self.is_root else [pair for pair in self.held if not pair[0].covered]
         if todo:
             if runs_eagerly():
@@ -80,6 +88,18 @@ class Guard:
         for hook, inner in self.held:
             hook.relink(inner)
 
+    def _look(self, module: nn.Module) -> None:
+        """See whether the model still has the layers that were pruned, and whether it is an average with old masks."""
+        parents, names, children = self.tree
+        if tuple(map(dict.get, parents, names)) != children:
+            check_layers(module, self)
+            self.held, self.tree = _held(module, {}), _tree(module)
+        first = self.held[0][0] if self.held else None
+        if first is not None and first.copied_from is not None:
+            source = first.copied_from()
+            if source is None or source.prunings != first.seen:
+                warn_of_average(self.held)
+
     def _come_first(self, module: nn.Module) -> None:
         """Restore zeros before FSDP gathers the weights, though fully_shard came after the guard."""
         hooks: Any = module._forward_pre_hooks  # an OrderedDict
@@ -93,14 +113,15 @@ def guard(model: nn.Module) -> None:
     """Install guards on a model and on the modules in it that may read an inner weight without calling its module."""
     root, found = unwrap(model), {}  # type: ignore[var-annotated]
     for module in root.modules():
-        held = [(h, inner) for h, inner in _hooks_in(module, found).items() if inner is not module or is_fsdp(module)]
         known = _guards(module)
         is_root = module is root or any(other.is_root for other in known)
-        if known and known[0].held == held and known[0].is_root == is_root:
+        held = _held(module, found)
+        tree = _tree(module) if is_root else ((), (), ())
+        if known and known[0].held == held and known[0].tree == tree and known[0].is_root == is_root:
             continue
         _release(module)
         if held and (is_root or is_fsdp(module) or _has_own_forward(module)):
-            _install(module, Guard(held, is_root=is_root))
+            _install(module, Guard(held, tree, is_root=is_root))
 
 
 def _install(module: nn.Module, new: Guard) -> None:
@@ -128,6 +149,80 @@ def unguard(model: nn.Module) -> None:
     """Remove all guards of a model."""
     for module in model.modules():
         _release(module)
+
+
+def _held(module: nn.Module, found: dict[nn.Module, dict[InPlaceMask, nn.Module]]) -> Held:
+    """What a guard of a module restores: all in it, but what its own hook restores."""
+    return [(h, inner) for h, inner in _hooks_in(module, found).items() if inner is not module or is_fsdp(module)]
+
+
+def _tree(root: nn.Module) -> Tree:
+    edges = [
+        (module._modules, name, child)
+        for module in root.modules()
+        for name, child in module._modules.items()
+        if child is not None
+    ]
+    return tuple(zip(*edges, strict=True)) if edges else ((), (), ())  # type: ignore[return-value]
+
+
+def check_layers(root: nn.Module, guard: Guard) -> None:
+    """Raise a RuntimeError if pruned layers of a model are gone and new ones with dense weights are there.
+
+    Layers may be taken away (a head that became nn.Identity), moved, wrapped, or made anew with the same Parameters and
+    hooks (QAT).
+    """
+    for module in root.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, InPlaceMask) and hook._weight_key not in module._parameters:
+                hook.adopt(module)
+    paths = {module: path for path, module in root.named_modules()}
+    lost = [hook.path for hook, inner in guard.held if inner not in paths]
+    new = [
+        f"{path}.{name}".removeprefix(".")
+        for module, path in paths.items()
+        if module not in guard.tree[2] and module is not root
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and (is_lazy(parameter) or parameter.dim() > 1)
+        and name.removesuffix("_orig") + "_mask" not in module._buffers
+    ]
+    if lost and new:
+        raise RuntimeError(
+            f"the pruned layers must stay in the model, but {some(lost)} was replaced, and {some(new)} is dense; call "
+            "torch_sap.remove(model) before replacing layers, or, to train the new ones dense until the next pruning, "
+            "torch_sap.layer_unstructured(model, gamma=0) now"
+        )
+
+
+def warn_of_average(held: Held) -> None:
+    """Warn if a copy of a pruned model is an average that keeps masks from before a pruning of that model.
+
+    Whoever averages weights writes into a copy that is neither trained by an optimizer nor pruned nor loaded.
+    """
+    for hook, _ in held:
+        source = hook.copied_from() if hook.copied_from is not None else None
+        if source is None or (own := hook.find()) is None or (other := source.find()) is None:
+            hook.copied_from = None
+            continue
+        now = source.prunings, 0 if own[0].is_inference() else own[0]._version  # which our own zeros do not count up
+        if source.prunings == hook.seen or now == hook.noted:
+            continue
+        if torch.equal(local(own[1]), local(other[1]).to(own[1].device)):
+            hook.seen = source.prunings
+        elif hook.noted is None or hook.noted[0] != source.prunings:  # the average may be updated later
+            hook.noted = now
+        else:
+            for each, _ in held:
+                each.copied_from = None
+            warnings.warn(
+                f"{hook.path} of a copy of a pruned model was changed, but has the mask from before the model's last "
+                "pruning. If it is an average of weights, it is not pruned where the model is: after each update add "
+                "average.load_state_dict({k: v for k, v in model.state_dict().items() if k.endswith('_mask')}, "
+                "strict=False), or average with torch.optim.swa_utils.AveragedModel",
+                stacklevel=2,
+            )
+            return
 
 
 def _hooks_in(module: nn.Module, found: dict[nn.Module, dict[InPlaceMask, nn.Module]]) -> dict[InPlaceMask, nn.Module]:

@@ -8,22 +8,28 @@ they may be replaced (``load_state_dict(assign=True)``, ``to_empty``).
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_sap.distributed.fsdp import manages, rename, reshard
+from torch_sap.decide.keys import check_dtype, is_prunable
+from torch_sap.distributed.fsdp import rename, reshard, sharded_parameter
 from torch_sap.distributed.replicas import check_agreement, groups_of_copies
 from torch_sap.distributed.sharded import is_dtensor, local, place, same_placement
 from torch_sap.masks.parameters import Prunable
 from torch_sap.masks.plain import save_plainly
 from torch_sap.masks.standardized import fold_, mask_standardized
-from torch_sap.masks.zeros import MaskedGradient, Pair, restore_zeros_, unwatch, watch
+from torch_sap.masks.zeros import MARK, MaskedGradient, Pair, renew_hooks, restore_zeros_, unwatch, watch
+
+OFFLOADED = "call accelerate.hooks.remove_hook_from_submodules(model), then torch_sap.remove(model)"
+"""What to do about a pruned model that accelerate has offloaded."""
 
 
 class InPlaceMask(prune.BasePruningMethod):
@@ -31,29 +37,43 @@ class InPlaceMask(prune.BasePruningMethod):
 
     PRUNING_TYPE = "unstructured"
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self._bind(module, name)
+    def __init__(self, module: nn.Module, name: str, path: str = "") -> None:
+        self._bind(module, name, path or name, (module._parameters, module._buffers))
 
-    def _bind(self, module: nn.Module, name: str) -> None:
-        self._tensor_name = name
+    def _bind(self, module: nn.Module | None, name: str, path: str, dicts: Any) -> None:
+        self._tensor_name, self.path = name, path
+        self._dicts = dicts  # the module's parameters and buffers, for a layer that takes its place (adopt)
         self._weight_key, self._mask_key = name + "_orig", name + "_mask"
-        self._module = weakref.ref(module)  # a strong one would be a cycle, and memory that waits for the collector
+        # a strong reference would be a cycle, and memory that waits for the collector
+        self._module: Callable[[], nn.Module | None] = (lambda: None) if module is None else weakref.ref(module)
         self.number = -1  # in the forward pre-hooks of the module
         self.weight: Tensor | None = None  # the Parameter whose gradients are masked
         self.covered = False  # a running forward around the module has restored the zeros
         self.sharded = False  # the mask is a DTensor
         self._gradient: MaskedGradient | None = None
+        self._mark: int | None = None  # of the Parameter, when the gradient's hook was registered
         self._lent: Tensor | None = None  # the Parameter, while a traced forward computes with a product
         self._managed = False  # by FSDP, as far as is known
+        self.prunings = 0  # how often the mask was set
+        self.copied_from: Callable[[], InPlaceMask | None] | None = None  # until the copy is used on its own
+        self.seen = 0  # prunings of that hook whose mask this one is known to have
+        self.noted: tuple[int, int] | None = None  # prunings of that hook, and writes here, when the masks differed
         watch(self)
         save_plainly()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self._module(), "name": self._tensor_name, "number": self.number}
+        module, name, path = self._module(), self._tensor_name, self.path
+        return {"module": module, "name": name, "path": path, "dicts": self._dicts, "number": self.number}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._bind(state["module"], state["name"])
+        self._bind(state["module"], state["name"], state["path"], state["dicts"])
         self.number = state["number"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InPlaceMask:
+        copied = memo[id(self)] = InPlaceMask.__new__(InPlaceMask)
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied.copied_from, copied.seen = weakref.ref(self), self.prunings
+        return copied
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """Return the mask as it is: what to prune is decided elsewhere, for all tensors together."""
@@ -82,14 +102,15 @@ class InPlaceMask(prune.BasePruningMethod):
         weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
         if weight is None or mask is None or self.sharded or (self._gradient is None and weight.requires_grad):
             return self._attach(module)
-        pair = weight, mask
-        known = weight is self.weight and weight is module.__dict__.get(self._tensor_name)
-        return pair if known else self._attach(module)
+        known = (
+            weight is self.weight
+            and weight is module.__dict__.get(self._tensor_name)
+            and weight.__dict__.get(MARK) == self._mark  # swap_tensors takes it away, and the gradient's hook with it
+        )
+        return (weight, mask) if known else self._attach(module)
 
     def _attach(self, module: nn.Module) -> Pair | None:
-        name = self._tensor_name
-        if name in module._parameters and self._weight_key in module._parameters:  # the user's: it replaces ours
-            module._parameters[self._weight_key] = module._parameters.pop(name)
+        self._take_replacement(module)
         self._lent = None  # left by a torch.export that failed
         found = self._find(module)
         if found is None:
@@ -98,16 +119,53 @@ class InPlaceMask(prune.BasePruningMethod):
             self._lend(module)
             return None
         weight, mask = found[0], self._place_mask(module)
-        link(module, name, weight)
+        shard = None if self.sharded else sharded_parameter(module, self._weight_key)
+        if shard is not None:  # fully_shard came after the pruning, and has gathered the weight for its first forward
+            module._buffers[self._mask_key], self.sharded = place(mask, like=shard), True
+        self.check()
+        link(module, self._tensor_name, weight)
         if not same_placement(weight, mask):
             self._check_gathered(module)
             return None
-        if weight is not self.weight:
+        self._mask_gradient_of(weight if shard is None else shard)
+        return weight, mask
+
+    def _mask_gradient_of(self, weight: nn.Parameter) -> None:
+        if weight is not self.weight or weight.__dict__.get(MARK) != self._mark:
             self._release_gradient()
+            if weight is self.weight:
+                renew_hooks(weight)
             self.weight = weight
         if weight.requires_grad and self._gradient is None:
             self._gradient = MaskedGradient(weight, self)
-        return weight, mask
+        self._mark = weight.__dict__.get(MARK)
+
+    def _take_replacement(self, module: nn.Module) -> None:
+        """Prune the parameter that somebody has put in the place of ours."""
+        if self._tensor_name in module._parameters and self._weight_key in module._parameters:
+            module._parameters[self._weight_key] = module._parameters.pop(self._tensor_name)
+
+    def check(self) -> None:
+        """Raise an error that names the weight if it has been changed so that its mask cannot hold."""
+        module = self._module()
+        if module is None or (found := self._find(module)) is None:
+            return
+        weight, mask = found
+        if weight.shape != mask.shape:
+            raise RuntimeError(
+                f"{self.path} must keep its shape {tuple(mask.shape)} while it is pruned, but was replaced by one of "
+                f"shape {tuple(weight.shape)}; call torch_sap.remove(model) first, before resizing or replacing it"
+            )
+        if weight.is_meta and (not mask.is_meta or hasattr(module, "_hf_hook")):
+            raise RuntimeError(
+                f"{self.path} must not be offloaded while it is pruned, but is on the meta device; {OFFLOADED}, "
+                "and offload the model then"
+            )
+        if not weight.is_meta and isinstance(weight, nn.Parameter):
+            try:
+                check_dtype(weight, self.path)
+            except TypeError as error:
+                raise TypeError(f"{error}; call torch_sap.remove(model) before converting the model") from None
 
     def _place_mask(self, module: nn.Module) -> Tensor:
         """The mask, sharded like the weight even if fully_shard came after the pruning."""
@@ -120,7 +178,7 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def _check_gathered(self, module: nn.Module) -> None:
         """Raise a RuntimeError unless FSDP explains why weight and mask are placed differently."""
-        self._managed = self._managed or manages(module, self._weight_key)
+        self._managed = self._managed or sharded_parameter(module, self._weight_key) is not None
         if not self._managed:
             raise RuntimeError(
                 f"{self._tensor_name}_orig and {self._tensor_name}_mask of {type(module).__name__} must be placed "
@@ -143,6 +201,9 @@ class InPlaceMask(prune.BasePruningMethod):
             self.link_replica(module)
             return
         weight = module._parameters.get(self._weight_key)
+        if weight is None:
+            self.adopt(module)(module, inputs)
+            return
         if self.covered and (weight is self.weight or self._lent is not None or not runs_eagerly()):
             return
         if self.covered and self.sharded and isinstance(weight, nn.Parameter):  # gathered by FSDP
@@ -154,6 +215,37 @@ class InPlaceMask(prune.BasePruningMethod):
             restore_zeros_([pair])
         if self._lent is not None and self.give_back not in module._forward_hooks.values():
             module.register_forward_hook(self.give_back, always_call=True)
+
+    def adopt(self, module: nn.Module) -> InPlaceMask:
+        """Prune the layer that has taken the place of ours, and our hook and Parameter (as prepare_qat makes them).
+
+        Returns:
+            The hook of that layer.
+
+        Raises:
+            RuntimeError: if the layer has another weight.
+        """
+        weight, mask = self._dicts[0].get(self._weight_key), self._dicts[1].get(self._mask_key)
+        if weight is None or mask is None or module._parameters.get(self._tensor_name) is not weight:
+            raise self.lost(self.path, module)
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:
+            del module._forward_pre_hooks[key]
+        self._release_gradient()
+        return hold_mask(module, self._tensor_name, mask, self.path)
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the pruned module is gone."""
+        return self._module() is None
+
+    @staticmethod
+    def lost(path: str, module: nn.Module | None = None) -> RuntimeError:
+        """The error for a weight that is used without its mask."""
+        kind = "" if module is None else f" ({type(module).__name__})"
+        return RuntimeError(
+            f"the layer{kind} that uses {path} must be the one that was pruned, but it was converted, replaced or "
+            "traced since, and the mask was left behind; call torch_sap.remove(model) first, then convert the model"
+        )
 
     def trace(self, module: nn.Module) -> None:
         """Make the zeros a part of the graph of a traced forward."""
@@ -212,6 +304,7 @@ class InPlaceMask(prune.BasePruningMethod):
         mask = module._buffers.get(self._mask_key)
         if mask is not None and mask.dtype is not torch.bool and self._find(module):
             module._buffers[self._mask_key] = mask != 0
+        self.copied_from = None
         self.hold(module)
 
     def hold(self, module: nn.Module) -> None:
@@ -222,16 +315,26 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def remove(self, module: nn.Module) -> None:
         """Make the pruning permanent, for prune.remove: the same Parameter under its old name in its old place."""
-        self.hold(module)
-        fold_(module)
+        if self._fits(module):
+            self.hold(module)
+            fold_(module)
         self.release(module)
-        del module._buffers[self._mask_key]
-        module.__dict__.pop(self._tensor_name, None)
-        rename_parameter(module, self._weight_key, self._tensor_name)
+        finish_form(module, self._tensor_name)
+
+    def _fits(self, module: nn.Module) -> bool:
+        """Whether there are a weight and a mask that can be applied to it."""
+        self._take_replacement(module)
+        try:
+            self.check()
+        except (RuntimeError, TypeError):
+            return False
+        return self._module() is module and self._find(module) is not None
 
     def release(self, module: nn.Module) -> None:
         """Remove everything but the forward pre-hook."""
         self._release_gradient()
+        if self.weight is not None:
+            self.weight.__dict__.pop(MARK, None)
         self.weight = None
         unwatch(self)
         for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks, module._forward_hooks):
@@ -270,11 +373,61 @@ def load_hooks_of(module: nn.Module) -> set[InPlaceMask]:
     return {owner for owner in owners if isinstance(owner, InPlaceMask)}
 
 
+def check_not_offloaded(model: nn.Module) -> None:
+    """Raise a RuntimeError if accelerate, which knows weights by their names, has taken pruned ones out of a model."""
+    for path, module in model.named_modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta and hasattr(module, "_hf_hook") and name.endswith("_orig"):
+                name = f"{path}.{name.removesuffix('_orig')}".removeprefix(".")
+                raise RuntimeError(f"{name} must not be offloaded while its mask is removed; {OFFLOADED}")
+
+
+def remove_masks(module: nn.Module) -> None:
+    """Make the masks of a module permanent, of whatever method, and take away what a conversion has left of them."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, prune.BasePruningMethod):
+            name = hook._tensor_name
+            if isinstance(hook, InPlaceMask) and hook._weight_key not in module._parameters:
+                with suppress(RuntimeError):
+                    hook.adopt(module)
+            if isinstance(hook, InPlaceMask) or _left(module, name):
+                prune.remove(module, name)
+            else:
+                del module._forward_pre_hooks[key]
+    for left in load_hooks_of(module):
+        left.release(module)
+    for name in [key.removesuffix("_mask") for key in module._buffers if key.endswith("_mask")]:
+        if (pair := _left(module, name)) is not None:  # their hook is gone
+            if pair[0].shape == pair[1].shape and is_prunable(pair[0]):
+                pair[0].masked_fill_(pair[1] == 0, 0)
+            finish_form(module, name)
+
+
+def _left(module: nn.Module, name: str) -> Pair | None:
+    """The weight of a pruned tensor, or what replaced it, and its mask, with or without their hook."""
+    mask = module._buffers.get(name + "_mask")
+    weight = module._parameters.get(name + "_orig")
+    if weight is None or mask is None:
+        return None
+    replaced = module._parameters.get(name)
+    return (weight if replaced is None else replaced), mask
+
+
 def link(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Set ``module.name`` to a tensor, past nn.Module's own bookkeeping."""
     module.__dict__[name] = tensor
     if name in (flat_names := module.__dict__.get("_flat_weights_names", ())):  # recurrent modules read this list
         module.__dict__["_flat_weights"][flat_names.index(name)] = tensor
+
+
+def finish_form(module: nn.Module, name: str) -> None:
+    """Give what is left of a pruned tensor its plain form: no mask, and the parameter under its name in its place."""
+    module._buffers.pop(name + "_mask", None)
+    if name + "_orig" in module._parameters:
+        module.__dict__.pop(name, None)
+        if name in module._parameters:  # put there since
+            module._parameters[name + "_orig"] = module._parameters.pop(name)
+        rename_parameter(module, name + "_orig", name)
 
 
 def rename_parameter(module: nn.Module, old: str, new: str) -> None:
@@ -297,8 +450,7 @@ def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) ->
         reshard(module for prunable in prunables for module, _ in prunable.holders)  # a forward may have gathered them
         for prunable, mask in zip(prunables, whole, strict=True):
             for module, name in prunable.holders:
-                _hold_mask(module, name, mask)
-                mask_standardized(module)
+                hold_mask(module, name, mask, prunable.name)
         pairs = [(prunable.weight, prunable.mask) for prunable in prunables]
         restore_zeros_((weight, mask) for weight, mask in pairs if mask is not None and same_placement(weight, mask))
 
@@ -317,17 +469,21 @@ def finish(change: Callable[[], object]) -> None:
         raise
 
 
-def _hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
-    """Give a tensor of a module, pruned or not, a mask that is held in place.
+def hold_mask(module: nn.Module, name: str, mask: Tensor, path: str) -> InPlaceMask:
+    """Give a tensor of a module, pruned or not, a mask that is held in place, and return its hook.
 
-    The mask becomes the buffer, unless there is a bool one already, which gets its values.
+    The mask becomes the buffer, unless there is a bool one already, which gets its values. Errors name the tensor by
+    its path.
     """
+    mask_standardized(module)
     hooks = hooks_of(module, name)
     ours = [hook for hook in hooks if isinstance(hook, InPlaceMask)]
     if ours and len(hooks) == 1:
         ours[0].attached(module)  # a mask from before the model was sharded is sharded too
         module._buffers[name + "_mask"].copy_(mask)  # type: ignore[union-attr]
-        return
+        ours[0].prunings += 1
+        ours[0].copied_from = None
+        return ours[0]
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook in hooks]:
         del module._forward_pre_hooks[key]
     for left in load_hooks_of(module):
@@ -335,7 +491,7 @@ def _hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
             left.release(module)
     if name in module._parameters:
         rename_parameter(module, name, name + "_orig")
-    hook = InPlaceMask(module, name)
+    hook = InPlaceMask(module, name, path)
     module.__dict__.pop(name, None)
     module.register_buffer(name + "_mask", mask)
     hook.number = module.register_forward_pre_hook(hook).id
@@ -344,6 +500,7 @@ def _hold_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     after_load: Any = module.register_load_state_dict_post_hook
     after_load(hook.after_load)
     hook.attached(module)
+    return hook
 
 
 def check_copies(model: object, prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torch_sap.arguments import check_model
+from torch_sap.arguments import check_model, some
 from torch_sap.decide.groups import Entry
 from torch_sap.decide.keys import check_dtype
 from torch_sap.distributed.fsdp import reshard
@@ -191,10 +191,9 @@ def warn_of_left_out(model: nn.Module, found: Found, stacklevel: int) -> None:
     unknown = {one.name: math.prod(one.shape) for one in matrices if one.reason == UNNAMED}
     total = sum(math.prod(one.shape) for one in matrices) + sum(one.weight.numel() for one in found.prunables)
     if (missed := sum(unknown.values())) > total / 10:
-        names = ", ".join(list(unknown)[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         warnings.warn(
             f"{missed / total:.0%} of the matrix entries of {type(model).__name__} are not pruned, in parameters "
-            f"without 'weight' in their names: {names}. Name them in include= to prune them, or in exclude= to leave "
+            f"without 'weight' in their names: {some(list(unknown))}. Name them in include= to prune them, or in exclude= to leave "
             "them dense",
             stacklevel=stacklevel + 1,
         )
@@ -288,10 +287,9 @@ def matching(argument: str, paths: Mapping[int, Sequence[str]], given: Patterns)
             raise TypeError(f"{argument} must hold patterns (strings), got {pattern!r}")
         matched = {key for key, names in paths.items() if any(_matches(name, pattern) for name in names)}
         if not matched:
-            known = [name for names in paths.values() for name in names]
-            some = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+            known = some([name for names in paths.values() for name in names])
             rule = f"{argument} must match a parameter with more than one dimension"
-            raise ValueError(f"{rule}, but {pattern!r} matches none of: {some}")
+            raise ValueError(f"{rule}, but {pattern!r} matches none of: {known}")
         found |= matched
     return found
 

@@ -1,4 +1,4 @@
-"""Masks that hold behind weight standardization: timm's StdConv2d, ScaledStdConv2d and their "Same" forms.
+"""Masks that hold behind weight standardization: convolutions of timm, and of BiT in transformers.
 
 These convolutions do not compute with their weight but with ``S(w) = gain * (w - mean) / sqrt(var + eps)``, mean and
 variance over the entries of an output channel. Subtracting a mean turns pruned zeros into other numbers. A masked one
@@ -6,9 +6,9 @@ therefore computes with
 
     ``mask * S(v)``    where    ``v = mask * (w - mean of w over the unpruned entries of the channel)``
 
-``v`` has mean zero, so that timm's own formula S keeps its zeros up to rounding, and the last product makes them exact.
-A channel from which nothing is pruned is computed as timm does it, bit for bit. A plain timm module whose weight is
-``v`` computes the same, so ``remove`` leaves ``v`` (:func:`fold_`).
+``v`` has mean zero, so that the module's own formula S keeps its zeros up to rounding, and the last product makes them
+exact. A channel from which nothing is pruned is computed as before, bit for bit. A plain module whose weight is ``v``
+computes the same, so ``remove`` leaves ``v`` (:func:`fold_`).
 
 The mask is applied in a ``forward`` of the module's own, the only place that sees the standardized weight.
 
@@ -27,7 +27,10 @@ from torch import Tensor, nn
 
 from torch_sap.distributed.sharded import is_dtensor
 
-_NAMES = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+_CLASSES = {
+    "timm.layers.std_conv": ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"),
+    "transformers.models.bit.modeling_bit": ("WeightStandardizedConv2d",),
+}
 
 
 class StandardizedForward:
@@ -50,15 +53,19 @@ class StandardizedForward:
             return out
         if getattr(module, "same_pad", False):
             x = sys.modules["timm.layers.padding"].pad_same(x, module.kernel_size, module.stride, module.dilation)
+        elif getattr(module, "pad", None) is not None:
+            x = module.pad(x)
         weight = effective_weight(module)
         return F.conv2d(x, weight, module.bias, module.stride, module.padding, module.dilation, module.groups)
 
 
 def is_standardized(module: nn.Module) -> bool:
-    """Whether a module is one of timm's standardized convolutions, or a subclass that computes as they do."""
-    layers: Any = sys.modules.get("timm.layers.std_conv")
-    kinds = [getattr(layers, name, None) for name in _NAMES] if layers is not None else []
-    return any(kind is not None and type(module).forward is kind.forward for kind in kinds)
+    """Whether a module is one of these standardized convolutions, or a subclass that computes as they do."""
+    return any(
+        (kind := getattr(sys.modules.get(path), name, None)) is not None and type(module).forward is kind.forward
+        for path, names in _CLASSES.items()
+        for name in names
+    )
 
 
 def is_masked(module: nn.Module) -> bool:
@@ -73,7 +80,7 @@ def mask_standardized(module: nn.Module) -> None:
 
 
 def fold_(module: nn.Module) -> None:
-    """Before a mask is removed, set the weight to the value with which timm's own forward computes the same."""
+    """Before a mask is removed, set the weight to the value with which the module's own forward computes the same."""
     if not is_masked(module):
         return
     del module.__dict__["forward"]

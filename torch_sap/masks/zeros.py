@@ -9,8 +9,11 @@ There is no record of what still is zero: a check that misses one kind of write 
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,22 +42,32 @@ def restore_zeros_(pairs: Iterable[Pair]) -> None:
     """
     bits: list[Tensor] = []
     masks: list[Tensor] = []
-    for tensor, mask in pairs:
-        if type(tensor) not in _PLAIN:
-            tensor, mask = local(tensor), local(mask)
-        of_tensor = tensor.data.view(INTEGER_OF[tensor.dtype])
-        if tensor.numel() > CHUNK and tensor.is_cpu and (order := _shared_order(tensor, mask)) is not None:
-            bits.extend(of_tensor.permute(order).view(-1).split(CHUNK))
-            masks.extend(mask.permute(order).view(-1).split(CHUNK))
-        else:
-            bits.append(of_tensor)
-            masks.append(mask)
-    if bits:
-        torch._foreach_mul_(bits, masks)
+    try:
+        for tensor, mask in pairs:
+            if type(tensor) not in _PLAIN:
+                tensor, mask = local(tensor), local(mask)
+            of_tensor = tensor.data.view(INTEGER_OF[tensor.dtype])
+            entries = tensor.numel()
+            if entries != mask.numel():  # which could be broadcast
+                raise RuntimeError(f"mask of shape {tuple(mask.shape)} for a tensor of shape {tuple(tensor.shape)}")
+            if entries > CHUNK and tensor.is_cpu and (order := _shared_order(tensor, mask)) is not None:
+                bits.extend(of_tensor.permute(order).view(-1).split(CHUNK))
+                masks.extend(mask.permute(order).view(-1).split(CHUNK))
+            else:
+                bits.append(of_tensor)
+                masks.append(mask)
+        if bits:
+            torch._foreach_mul_(bits, masks)
+    except (RuntimeError, KeyError):
+        for keeper in list(_keepers.values()):  # somebody has changed a weight: name it
+            keeper.check()
+        raise
 
 
 def _shared_order(tensor: Tensor, mask: Tensor) -> list[int] | None:
     """Dimension order in which both tensors are contiguous; None if there is none."""
+    if tensor.shape != mask.shape:
+        return None
     if tensor.is_contiguous() and mask.is_contiguous():
         return list(range(tensor.dim()))
     order = sorted(range(tensor.dim()), key=lambda dim: tensor.stride()[dim], reverse=True)
@@ -117,6 +130,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             continue
         keeper.covered = False  # left by a forward that KeyboardInterrupt has ended
         weight, mask = found
+        if id(weight) in stepped:
+            keeper.copied_from = None  # the copy is trained
         if keeper.sharded and keeper.weight is not None and id(keeper.weight) in stepped:
             weight = keeper.weight  # the sharded Parameter, while FSDP has put the gathered one in its place
         if id(weight) in stepped and (not keeper.sharded or same_placement(weight, mask)):
@@ -134,16 +149,29 @@ tensor; a task's number is never used again."""
 _queue_callback: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback
 
 
+MARK = "_torch_sap_mark"
+"""Attribute of a Parameter whose gradients are masked, a number. ``torch.utils.swap_tensors`` swaps the attributes of
+two tensors, and the hooks of their gradients without the dict in which they are registered."""
+
+_marks = itertools.count()
+
+
+def renew_hooks(weight: Any) -> None:
+    """Register the hooks of a Parameter's gradient again, after swap_tensors."""
+    if weight._post_accumulate_grad_hooks is not None:
+        weight._post_accumulate_grad_hooks = OrderedDict(weight._post_accumulate_grad_hooks)
+
+
 class MaskedGradient:
     """Masks the gradient of a Parameter after each backward that accumulates into it.
 
     The Parameter holds this object, which holds the keeper weakly.
     """
 
-    def __init__(self, weight: Tensor, keeper: Any) -> None:
-        self.keeper = weakref.ref(keeper)
-        register: Any = weight.register_post_accumulate_grad_hook
-        self.handle = register(self.accumulated)
+    def __init__(self, weight: Any, keeper: Any) -> None:
+        self.keeper, self.lost = weakref.ref(keeper), partial(type(keeper).lost, keeper.path)
+        self.handle = weight.register_post_accumulate_grad_hook(self.accumulated)
+        weight.__dict__.setdefault(MARK, next(_marks))
 
     def accumulated(self, weight: Tensor) -> None:
         """Note that a gradient has arrived; the first one of a backward asks for the callback at its end.
@@ -169,7 +197,9 @@ def _mask_gradients(arrived: Iterable[MaskedGradient]) -> None:
     pairs = []
     for hook in arrived:
         keeper = hook.keeper()
-        if keeper is None or (weight := keeper.weight) is None or (gradient := weight.grad) is None:
+        if keeper is None or keeper.is_orphan:
+            raise hook.lost()
+        if (weight := keeper.weight) is None or (gradient := weight.grad) is None:
             continue
         if (found := keeper.find()) is None:
             continue
