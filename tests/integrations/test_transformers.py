@@ -173,6 +173,7 @@ def test_resumes_with_late_rewinding_and_without(tmp_path, rewind):
         assert_same(training(resume=path), expected)
 
 
+@pytest.mark.filterwarnings("ignore:the loaded state_dict has plain weights:UserWarning")  # before we give it new masks
 def test_resumes_in_the_same_process_with_the_same_trainer(tmp_path):
     class Interrupt(transformers.TrainerCallback):
         done = False
@@ -340,6 +341,41 @@ def test_the_file_is_there_before_older_checkpoints_go(tmp_path, monkeypatch):
     run(tmp_path, rounds=2, save_strategy="epoch", save_total_limit=1)
     assert seen == [[True], *3 * [[True, True]]]
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-16"]
+
+
+def test_a_trainer_that_asks_for_no_state_and_does_not_log_its_end(tmp_path):
+    """Of another version, or overridden: the file is written after saving, the last training measured at the end."""
+
+    class Silent(transformers.Trainer):
+        def log(self, logs, *args, **kwargs):
+            if "train_runtime" not in logs:
+                super().log(logs, *args, **kwargs)
+
+    class Unasked(SAPCallback):
+        def state(self):
+            return {"args": {}, "attributes": {}}
+
+    settings = dict(kind=Silent, save_strategy="steps", save_steps=3)
+    callbacks = [Unasked(2, **SETTINGS) for _ in range(2)]
+    expected = run(tmp_path, callback=callbacks[0], **settings)
+    assert [found.pruned is None for found in expected[1].history] == [False, False, True]
+    resumed = run(tmp_path / "b", callback=callbacks[1], resume=tmp_path / "checkpoint-9", **settings)
+    assert_same(resumed, expected)
+
+
+def test_data_without_a_length_need_rounds_of_steps(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(data())
+
+    of_epochs, of_steps = SAPCallback(1), SAPCallback(steps_per_round=3)
+    trainings = [trainer(tmp_path, [each], max_steps=7) for each in (of_epochs, of_steps)]
+    for training in trainings:
+        training.train_dataset = Stream()
+    with pytest.raises(ValueError, match="epochs_per_round needs a data set with a length; use steps_per_round"):
+        trainings[0].train()
+    trainings[1].train()
+    assert len(of_steps.history) == 3
 
 
 def test_callbacks_that_the_trainer_restores_itself(tmp_path):

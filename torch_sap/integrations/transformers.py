@@ -195,11 +195,12 @@ class SAPCallback(TrainerCallback, ExportableState):
         logs: Mapping[str, Any] | None = None,
         **given: Any,
     ) -> None:
-        """Measure the last training: this log is the Trainer's last event before it loads its best model."""
+        """Measure the last training. This log is the Trainer's last event before it loads its best model."""
         if self._training and "train_runtime" in (logs or {}):
             self._end(state)
             if args.load_best_model_at_end and state.best_model_checkpoint:
                 remove(given["model"])  # the best model has zeros of its own
+                _frame(Trainer, "self").f_locals["self"]._load_best_model()  # older Trainers do it before this log
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Measure the last training of a Trainer that does not log its end."""
