@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FUNCTIONS, SCOPES, convnet, mlp, snapshot
+from helpers import FUNCTIONS, SCOPES, assert_unchanged, convnet, mlp, snapshot
 from torch import nn
 
-from torch_sap import global_unstructured, layer_unstructured, scores
+from torch_sap import SAP, global_unstructured, iterative_sap, layer_unstructured, scores
+from torch_sap.decide.sums import power_sums
+from torch_sap.masks.parameters import entries_of
 
 each_scope = pytest.mark.parametrize("scope", SCOPES)
 
@@ -195,3 +197,70 @@ def test_activations_of_a_mixture_of_experts(way):
         found[kind] = list(scores.activations([batch])(model).values())
     for one, other in zip(found["eager"], found[way], strict=True):
         torch.testing.assert_close(one, other)
+
+
+# ---- in iterative pruning
+
+
+def train(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for number in range(3):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+@each_scope
+def test_a_pruner_asks_before_each_pruning(scope):
+    asked, x = [], torch.randn(8, 6, generator=torch.Generator().manual_seed(9))
+
+    def score(model):
+        asked.append(sum(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1))
+        return scores.activations([x])(model)
+
+    model, by_hand = mlp(), mlp()
+    sap = SAP(model, scope=scope, importance_scores=score, rewind="none")
+    for _ in range(2):
+        train(model)
+        found = sap.step()
+        train(by_hand)
+        FUNCTIONS[scope](by_hand, importance_scores=scores.activations([x]))
+        for one, two in zip(model.buffers(), by_hand.buffers(), strict=True):
+            assert torch.equal(one, two)
+    assert len(asked) == 2
+    assert asked[0] < asked[1], "it sees the pruned model"
+    sap.record()
+    assert len(asked) == 2
+    weights = power_sums(entries_of(sap.prunables), 0.5, 1.0).index("global")["global"]
+    assert sap.history[-1].retrained.pqi["global"]["global"] == weights, "the record is of the weights"
+    assert found.groups.keys() == sap.history[-1].groups.keys()
+
+
+def test_scores_are_not_stored_in_a_run(tmp_path):
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(9))
+
+    def run(path, iterations, score):
+        model = mlp()
+        iterative_sap(model, train, iterations=iterations, checkpoint=path, importance_scores=score, scope="global")
+        return model
+
+    whole = run(tmp_path / "a", 3, scores.activations([x]))
+    run(tmp_path / "b", 1, scores.activations([x]))
+    resumed = run(tmp_path / "b", 3, scores.activations([x]))
+    for one, two in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+    other = run(tmp_path / "c", 3, None)
+    assert any(not torch.equal(one, two) for one, two in zip(whole.buffers(), other.buffers(), strict=True))
+
+
+def test_a_pruner_refuses_scores_that_do_not_fit():
+    model = mlp()
+    with pytest.raises(ValueError, match=r"importance_scores of 0\.weight must have the parameter's shape"):
+        SAP(model, importance_scores={(model[0], "weight"): torch.ones(2, 2)})
+    assert not hasattr(model[0], "weight_mask")
+    sap = SAP(model, importance_scores=lambda model: {(model[0], "weight"): torch.full((9, 6), torch.nan)})
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"importance_scores must be finite, but 0\.weight"):
+        sap.step()
+    assert_unchanged(model, before)

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 from language_models import BATCHES, LR, data, gpt2, llama, trainer  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers.trainer_callback import DefaultFlowCallback, EarlyStoppingCallback  # noqa: E402
+from transformers.trainer_callback import EarlyStoppingCallback  # noqa: E402
 
 from torch_sap.integrations.transformers import FILE, SAPCallback  # noqa: E402
 
@@ -173,7 +173,7 @@ def test_resumes_with_late_rewinding_and_without(tmp_path, rewind):
         assert_same(training(resume=path), expected)
 
 
-@pytest.mark.filterwarnings("ignore:the loaded state_dict has plain weights:UserWarning")  # before we give it new masks
+@pytest.mark.filterwarnings("ignore:the loaded state_dict has plain weights:UserWarning")  # before we refuse that
 def test_resumes_in_the_same_process_with_the_same_trainer(tmp_path):
     class Interrupt(transformers.TrainerCallback):
         done = False
@@ -188,10 +188,25 @@ def test_resumes_in_the_same_process_with_the_same_trainer(tmp_path):
     training = trainer(tmp_path / "again", [callback, Interrupt()], save_strategy="epoch")
     with pytest.raises(KeyboardInterrupt):
         training.train()
-    training.train(resume_from_checkpoint=True)
-    assert_same((training.model, callback), expected)
-    training.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-4"))  # back to more weights than it has
-    assert_same((training.model, callback), expected)
+    with pytest.raises(ValueError, match=r"must not be pruned yet .* call torch_sap\.remove\(model\) before train"):
+        training.train(resume_from_checkpoint=True)
+    for checkpoint in (True, str(tmp_path / "again" / "checkpoint-4")):  # the latter has more weights than the model
+        remove(training.model)
+        training.train(resume_from_checkpoint=checkpoint)
+        assert_same((training.model, callback), expected)
+
+
+def test_resumes_from_a_folder_that_was_moved(tmp_path):
+    expected = run(tmp_path / "a", rounds=2, save_strategy="epoch")
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = str(tmp_path / "b" / "checkpoint-12")
+    with pytest.raises(ValueError, match=r"or was moved \(name it in TrainingArguments"):
+        run(tmp_path / "c", rounds=2, resume=moved, save_strategy="epoch")
+    again = run(tmp_path / "c", rounds=2, resume=moved, save_strategy="epoch", resume_from_checkpoint=moved)
+    assert_same(again, expected)
+    run(tmp_path / "a", rounds=2, save_strategy="epoch", seed=5)  # another run's checkpoint of the same step
+    with pytest.raises(ValueError, match=r"there is no torch_sap\.pt that belongs to it"):
+        run(tmp_path / "a", rounds=2, resume=moved, save_strategy="epoch")
 
 
 def test_a_run_that_was_over_is_made_longer(tmp_path):
@@ -343,24 +358,14 @@ def test_the_file_is_there_before_older_checkpoints_go(tmp_path, monkeypatch):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-16"]
 
 
-def test_a_trainer_that_asks_for_no_state_and_does_not_log_its_end(tmp_path):
-    """Of another version, or overridden: the file is written after saving, the last training measured at the end."""
-
+def test_a_trainer_that_does_not_log_its_end(tmp_path):
     class Silent(transformers.Trainer):
         def log(self, logs, *args, **kwargs):
             if "train_runtime" not in logs:
                 super().log(logs, *args, **kwargs)
 
-    class Unasked(SAPCallback):
-        def state(self):
-            return {"args": {}, "attributes": {}}
-
-    settings = dict(kind=Silent, save_strategy="steps", save_steps=3)
-    callbacks = [Unasked(2, **SETTINGS) for _ in range(2)]
-    expected = run(tmp_path, callback=callbacks[0], **settings)
-    assert [found.pruned is None for found in expected[1].history] == [False, False, True]
-    resumed = run(tmp_path / "b", callback=callbacks[1], resume=tmp_path / "checkpoint-9", **settings)
-    assert_same(resumed, expected)
+    _, callback = run(tmp_path, kind=Silent)
+    assert [found.pruned is None for found in callback.history] == [False, False, True]
 
 
 def test_data_without_a_length_need_rounds_of_steps(tmp_path):
@@ -376,6 +381,16 @@ def test_data_without_a_length_need_rounds_of_steps(tmp_path):
         trainings[0].train()
     trainings[1].train()
     assert len(of_steps.history) == 3
+
+
+def test_a_checkpoint_that_a_later_callback_asks_for(tmp_path):
+    class Ask(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **given):
+            control.should_save = state.global_step == 11
+
+    expected = run(tmp_path, others=[Ask()], save_strategy="no")
+    (path,) = checkpoints(tmp_path)
+    assert_same(run(tmp_path / "b", resume=path, save_strategy="no"), expected)
 
 
 def test_callbacks_that_the_trainer_restores_itself(tmp_path):
@@ -425,7 +440,7 @@ def test_a_training_of_one_round_says_that_nothing_is_pruned(tmp_path, caplog):
     assert not caplog.text
 
 
-def test_what_is_refused(tmp_path):
+def test_what_is_refused(tmp_path, monkeypatch):
     run(tmp_path / "a", rounds=2, save_strategy="epoch")
     with pytest.raises(ValueError, match="epochs_per_round: 1 here, 2 in the checkpoint"):
         run(tmp_path / "b", epochs_per_round=1, resume=tmp_path / "a" / "checkpoint-4")
@@ -437,7 +452,7 @@ def test_what_is_refused(tmp_path):
 
     class Sharded(transformers.TrainerCallback):
         def on_train_begin(self, args, state, control, **given):
-            training.is_fsdp_enabled = True
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
 
     training = trainer(tmp_path / "b", [Sharded(), SAPCallback(2)])
     with pytest.raises(ValueError, match="shards it by FSDP or DeepSpeed"):
@@ -461,10 +476,3 @@ def test_what_is_refused(tmp_path):
 def test_mistakes_are_refused(arguments, error, rule):
     with pytest.raises(error, match=rule):
         SAPCallback(**arguments)
-
-
-def test_outside_of_a_trainer(tmp_path):
-    handler = trainer(tmp_path, []).callback_handler
-    assert any(isinstance(each, DefaultFlowCallback) for each in handler.callbacks)
-    with pytest.raises(RuntimeError, match="must be called by the train method"):
-        SAPCallback(2).on_train_begin(None, None, None, model=gpt2(), train_dataloader=[])

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_sap
+from torch_sap import scores
 
 
 def data_parallel():
@@ -28,6 +29,19 @@ def data_parallel():
         stepper.step()
     assert list(torch_sap.dense_state_dict(model)) == list(mlp().state_dict())
     torch_sap.remove(model)
+
+
+def scores_of_all_batches():
+    """Each process scores on a batch of its own, and all prune by the sums: as one process does with all batches."""
+    for score in (
+        scores.activations,
+        lambda batches: scores.gradients(batches, lambda model, x: model(x).square().sum()),
+    ):
+        one, many = mlp(), mlp()
+        torch_sap.global_unstructured(one, eta_r=0.3, importance_scores=score([data()]))
+        torch_sap.global_unstructured(DistributedDataParallel(many), eta_r=0.3, importance_scores=score([mine(data())]))
+        for a, b in zip(one.buffers(), many.buffers(), strict=True):
+            assert torch.equal(a, b)
 
 
 def processes_disagree():

@@ -23,7 +23,7 @@ from torch_sap.functional import global_unstructured, remove
 from torch_sap.iterate.pruner import SAP
 from torch_sap.iterate.starts import Start, resetter, start_of
 from torch_sap.masks.mask import hold_masks
-from torch_sap.masks.parameters import prunable_parameters
+from torch_sap.masks.parameters import Patterns, prunable_parameters
 from torch_sap.records.history import History
 
 with needs("torch_sap.integrations.lightning", "Lightning", "lightning"):
@@ -50,7 +50,8 @@ class SAPCallback(Callback):
         rewind: "init": to the state at the start of the first ``fit``. A number of epochs, less than
             ``epochs_per_round``: to the weights after that many epochs of the first round (late rewinding), with fresh
             optimizers and schedulers. "none": nothing is set back, schedulers continue.
-        exclude: Patterns of what not to prune, see :func:`prunable_parameters`; paths are those in the LightningModule.
+        exclude, include: Patterns of what not to prune and what to prune, too, see :func:`prunable_parameters`; paths
+            are those in the LightningModule.
 
     Attributes:
         sap: The :class:`SAP` pruner; None before the first ``fit``.
@@ -79,7 +80,8 @@ class SAPCallback(Callback):
         gamma: float = 1.0,
         beta: float = 0.9,
         rewind: Literal["init", "none"] | int = "init",
-        exclude: str | Iterable[str] = (),
+        exclude: Patterns = (),
+        include: Patterns = (),
     ) -> None:
         Hyperparameters(p, q, eta_r, gamma, beta)  # raises here if one is out of range
         check_int("epochs_per_round", epochs_per_round, low=1)
@@ -90,11 +92,15 @@ class SAPCallback(Callback):
                 'rewind must be "init", "none" or a number of epochs from 1 to epochs_per_round - 1 = '
                 f"{epochs_per_round - 1}, got rewind={rewind!r}"
             )
-        if not isinstance(exclude, Iterable):
-            raise TypeError(f"exclude must be a pattern or an iterable of patterns, got {exclude!r}")
+        for name, given in (("exclude", exclude), ("include", include)):
+            if not isinstance(given, Iterable):
+                raise TypeError(f"{name} must be a pattern or an iterable of patterns, got {given!r}")
         self.epochs_per_round, self.rewind = epochs_per_round, rewind
         self.sap: SAP | None = None
-        self._exclude = exclude if isinstance(exclude, str) else tuple(exclude)
+        self._patterns: Any = {
+            name: given if isinstance(given, str) else list(given)
+            for name, given in (("exclude", exclude), ("include", include))
+        }
         self._settings: Any = dict(scope=scope, p=p, q=q, eta_r=eta_r, gamma=gamma, beta=beta)
         self._loaded: Mapping[str, Any] = {}
         self._metrics: dict[str, float] = {}
@@ -116,11 +122,11 @@ class SAPCallback(Callback):
         they get their masks when masks are loaded, or in ``on_fit_start``.
         """
         if stage == "fit" and prunable_parameters(pl_module) and not is_pruned(pl_module):
-            global_unstructured(pl_module, gamma=0, exclude=self._exclude)  # gamma=0 prunes nothing
+            global_unstructured(pl_module, gamma=0, **self._patterns)  # gamma=0 prunes nothing
             self._gave_masks = True
             for average in _averages(trainer):  # made before this callback was set up
                 if not is_pruned(average.module):
-                    global_unstructured(average.module, gamma=0, exclude=self._exclude)
+                    global_unstructured(average.module, gamma=0, **self._patterns)
         register: Any = pl_module.register_load_state_dict_pre_hook
         self._load_handle = register(self._match_masks)
 
@@ -136,7 +142,7 @@ class SAPCallback(Callback):
         self.teardown(trainer, pl_module, "fit")
         if self.sap is None or self.sap.model is not pl_module:
             rewind: Literal["init", "none"] = "none" if self.rewind == "none" else "init"
-            self.sap = SAP(pl_module, rewind=rewind, exclude=self._exclude, **self._settings)
+            self.sap = SAP(pl_module, rewind=rewind, **self._patterns, **self._settings)
             self._metrics, self._epochs_before, self._round_start = {}, 0, None
         self._resume()
         stateful: list[Any] = [*trainer.optimizers, *(config.scheduler for config in trainer.lr_scheduler_configs)]
@@ -207,7 +213,7 @@ class SAPCallback(Callback):
     def _match_masks(self, module: nn.Module, state: Mapping[str, Any], *_: Any) -> None:
         """Before the module loads a state: add masks, or remove those of :meth:`setup`, as the state needs."""
         if any(key.endswith("_mask") and key.removesuffix("_mask") + "_orig" in state for key in state):
-            global_unstructured(module, gamma=0, exclude=self._exclude)
+            global_unstructured(module, gamma=0, **self._patterns)
         elif self._gave_masks:
             remove(module)
 

@@ -4,38 +4,41 @@ A round is a number of epochs or of steps. The pruning happens where the next ro
 so that every checkpoint holds a trained model and belongs to that model's metrics.
 
 Checkpoints hold plain weights with zeros, as ``from_pretrained`` and the Trainer's own loading want them. What they
-lack, masks, rewind point and history, is in a file beside them. The Trainer tells its callbacks neither the folder
-that it writes nor the one that it resumes from; both are read from its frames.
+lack, masks, rewind point and history, is in a file beside them. An identity in it and in ``trainer_state.json`` says
+that the two belong together.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import logging
 import os
-import sys
+import uuid
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from types import FrameType
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.utils.prune import is_pruned
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
 
-from torch_sap.arguments import check_int, needs
+from torch_sap.arguments import check_int, needs, some
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Scope, check_scope
 from torch_sap.files.checkpoint import differences, read, write
 from torch_sap.functional import remove
 from torch_sap.iterate.pruner import SAP
 from torch_sap.masks.mask import hold_masks
+from torch_sap.masks.parameters import Patterns
+from torch_sap.masks.plain import dense_state_dict
 from torch_sap.records.history import History
 
 with needs("torch_sap.integrations.transformers", "transformers", "transformers"):
     from safetensors.torch import save_file
-    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
     from transformers.trainer_callback import ExportableState
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
     from transformers.utils import SAFE_WEIGHTS_NAME
 
 FILE = "torch_sap.pt"
@@ -62,7 +65,7 @@ class SAPCallback(TrainerCallback, ExportableState):
         rewind: "init": to the state at the start of the training. A number of epochs (steps), less than a round: to
             the weights after that many of the first round (late rewinding). "none": nothing is set back, and the
             learning rate follows one schedule for all rounds.
-        exclude: Patterns of what not to prune, see :func:`prunable_parameters`.
+        exclude, include: Patterns of what not to prune and what to prune, too, see :func:`prunable_parameters`.
 
     Attributes:
         sap: The :class:`SAP` pruner; None before the training.
@@ -91,7 +94,8 @@ class SAPCallback(TrainerCallback, ExportableState):
         gamma: float = 1.0,
         beta: float = 0.9,
         rewind: Literal["init", "none"] | int = "init",
-        exclude: str | Iterable[str] = (),
+        exclude: Patterns = (),
+        include: Patterns = (),
     ) -> None:
         Hyperparameters(p, q, eta_r, gamma, beta)  # raises here if one is out of range
         check_scope(scope)
@@ -110,15 +114,23 @@ class SAPCallback(TrainerCallback, ExportableState):
                 f'rewind must be "init", "none" or a number of {unit} from 1 to {unit}_per_round - 1 = {length - 1}, '
                 f"got rewind={rewind!r}"
             )
-        if not isinstance(exclude, Iterable):
-            raise TypeError(f"exclude must be a pattern or an iterable of patterns, got {exclude!r}")
+        for name, given in (("exclude", exclude), ("include", include)):
+            if not isinstance(given, Iterable):
+                raise TypeError(f"{name} must be a pattern or an iterable of patterns, got {given!r}")
         self.sap: SAP | None = None
         self._unit, self._length, self._rewind = unit, length, rewind
-        self._exclude = exclude if isinstance(exclude, str) else list(exclude)
+        self._patterns: Any = {
+            name: given if isinstance(given, str) else list(given)
+            for name, given in (("exclude", exclude), ("include", include))
+        }
         self._settings: Any = dict(scope=scope, p=p, q=q, eta_r=eta_r, gamma=gamma, beta=beta)
         self._start = 0.0  # where the round began, in epochs or steps of the Trainer
         self._metrics: dict[str, float] = {}
         self._training = False
+        self._saves = False  # the Trainer is about to write a checkpoint
+        self._identity = ""  # of the last one
+        self._args: TrainingArguments | None = None
+        self._state: TrainerState | None = None
 
     @property
     def history(self) -> History:
@@ -129,17 +141,16 @@ class SAPCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Create the pruner or continue its rounds, and make the schedule one of a round."""
-        frame = _frame(Trainer, "resume_from_checkpoint")
-        trainer: Any = frame.f_locals["self"]
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        shards = args.fsdp or args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        if shards or os.environ.get("ACCELERATE_USE_FSDP") == "true":
             raise ValueError(
                 "SAPCallback must have the whole model in each process, but the Trainer shards it by FSDP or "
                 "DeepSpeed; use DDP, or SAP with FSDP2 in a loop of your own"
             )
         model: Any = given["model"]
-        folder = frame.f_locals["resume_from_checkpoint"]
-        if folder is not None:
-            self._resume(trainer, model, os.fspath(folder))
+        self._args, self._state, self._saves = args, state, False
+        if state.global_step:  # the Trainer has loaded a checkpoint
+            self._resume(args, state, model)
         elif self.sap is not None and self.sap.model is model and is_pruned(model):
             if self._training:  # the one before was interrupted
                 self._start = 0.0
@@ -148,12 +159,10 @@ class SAPCallback(TrainerCallback, ExportableState):
             self._new(model)
             self._start, self._metrics = 0.0, {}
         assert self.sap is not None
-        if not hasattr(getattr(model, "save_pretrained", _save_pretrained), "writes_plain_weights"):
-            model.save_pretrained = functools.partial(_save_pretrained, model)
         if self._rewind != "none":
-            scheduler = self._schedule_of_a_round(trainer, given["train_dataloader"], resumed=folder is not None)
-            known = self.sap.optimizer is not None and self.sap.optimizer is trainer.optimizer
-            self.sap.attach(optimizer=None if known else trainer.optimizer, scheduler=scheduler)
+            scheduler = self._schedule_of_a_round(given["lr_scheduler"], given["train_dataloader"], args, state)
+            known = self.sap.optimizer is not None and self.sap.optimizer is given["optimizer"]
+            self.sap.attach(optimizer=None if known else given["optimizer"], scheduler=scheduler)
         steps = self._steps(given["train_dataloader"], args)
         if not self.history and state.max_steps <= steps + self._start:
             _logger.warning("SAPCallback prunes nothing: %d steps are no more than one round", state.max_steps)
@@ -200,7 +209,6 @@ class SAPCallback(TrainerCallback, ExportableState):
             self._end(state)
             if args.load_best_model_at_end and state.best_model_checkpoint:
                 remove(given["model"])  # the best model has zeros of its own
-                _frame(Trainer, "self").f_locals["self"]._load_best_model()  # older Trainers do it before this log
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Measure the last training of a Trainer that does not log its end."""
@@ -208,24 +216,40 @@ class SAPCallback(TrainerCallback, ExportableState):
             self._end(state)
 
     def state(self) -> dict[str, Any]:
-        """Describe the callback for ``trainer_state.json``; while a checkpoint is written, write our file into it.
+        """Describe the callback for ``trainer_state.json``, and write our file if a checkpoint is being written.
 
         Here and not in ``on_save``, before which the Trainer deletes older checkpoints.
         """
-        if (frame := _find_frame(Trainer, "_save_checkpoint", "output_dir")) is not None:
-            self._write(frame.f_locals["output_dir"])
-        settings = {f"{self._unit}_per_round": self._length, "rewind": self._rewind, "exclude": self._exclude}
-        return {"args": {**self._settings, **settings}, "attributes": {}}
+        self._identity = uuid.uuid4().hex
+        attributes = {"identity": self._identity}
+        if self._saves and self._args is not None and os.path.isdir(folder := self._folder(self._args, self._state)):
+            self._write(folder)
+            attributes["folder"] = os.path.abspath(folder)
+        settings = {f"{self._unit}_per_round": self._length, "rewind": self._rewind, **self._patterns}
+        return {"args": {**self._settings, **settings}, "attributes": attributes}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Note whether the Trainer is about to write a checkpoint."""
+        self._saves = control.should_save
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Note whether the Trainer is about to write a checkpoint."""
+        self._saves = control.should_save
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Write our file if :meth:`state` has not."""
-        folder = os.path.join(args.output_dir or "", f"checkpoint-{state.global_step}")
-        if args.should_save and os.path.isdir(folder) and not os.path.exists(os.path.join(folder, FILE)):
+        """Write our file if another callback has asked for the checkpoint after us."""
+        if args.should_save and not self._saves and os.path.isdir(folder := self._folder(args, state)):
             self._write(folder)
+        self._saves = False
+
+    @staticmethod
+    def _folder(args: TrainingArguments, state: Any) -> str:
+        """Where the Trainer writes a checkpoint now."""
+        return os.path.join(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def _new(self, model: nn.Module) -> None:
         rewind: Literal["init", "none"] = "none" if self._rewind == "none" else "init"
-        self.sap = SAP(model, rewind=rewind, exclude=self._exclude, **self._settings)
+        self.sap = SAP(model, rewind=rewind, **self._patterns, **self._settings)
 
     def _round(self) -> dict[str, Any]:
         return {f"{self._unit}_per_round": self._length, "rewind": self._rewind}
@@ -234,35 +258,47 @@ class SAPCallback(TrainerCallback, ExportableState):
         assert self.sap is not None
         model: Any = self.sap.model
         if not hasattr(model, "save_pretrained"):  # the Trainer has written the state_dict as it is
-            save_file(_plain_state_dict(model), os.path.join(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+            save_file(dense_state_dict(model), os.path.join(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
         masks = {prunable.name: prunable.mask for prunable in self.sap.prunables}
-        place = {"start": self._start, "metrics": self._metrics}
-        write(
-            os.path.join(folder, FILE), {"round": self._round(), **place, "masks": masks, "sap": self.sap.state_dict()}
-        )
+        place = {"start": self._start, "metrics": self._metrics, "identity": self._identity}
+        content = {"round": self._round(), **place, "masks": masks, "sap": self.sap.state_dict()}
+        write(os.path.join(folder, FILE), content)
 
-    def _resume(self, trainer: Any, model: nn.Module, folder: str) -> None:
+    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         """Continue from a checkpoint, whose plain weights the Trainer has loaded."""
-        path = os.path.join(folder, FILE)
-        if not os.path.exists(path):
+        if is_pruned(model):
             raise ValueError(
-                f"resume_from_checkpoint must be a whole checkpoint of a training with SAPCallback, but {folder!r} has "
-                f"no {FILE}: it was written without the callback, or not to its end. Resume from another one, or load "
-                "its weights by from_pretrained and start anew"
+                "the model must not be pruned yet to resume from a checkpoint, whose weights its masks would cut; make "
+                "it anew, or call torch_sap.remove(model) before train"
             )
-        state = read(path)
-        if different := differences(self._round(), state["round"], "in the checkpoint"):
+        saved = self._find(args, state)
+        if different := differences(self._round(), saved["round"], "in the checkpoint"):
             raise ValueError(f"SAPCallback must have the settings of the checkpoint, but they differ: {different}")
-        if is_pruned(model):  # by a training in this process; plain weights did not fit
-            trainer._load_from_checkpoint(folder, remove(model))
         self._new(model)
         assert self.sap is not None
         prunables = self.sap.prunables
-        if missing := [prunable.name for prunable in prunables if prunable.name not in state["masks"]]:
-            raise ValueError(f"the checkpoint must be of the same model, but it has no mask for {', '.join(missing)}")
-        hold_masks(prunables, [state["masks"][each.name].to(each.weight.device) for each in prunables])
-        self.sap.load_state_dict(state["sap"])
-        self._start, self._metrics = state["start"], dict(state["metrics"])
+        if missing := [prunable.name for prunable in prunables if prunable.name not in saved["masks"]]:
+            raise ValueError(f"the checkpoint must be of the same model, but it has no mask for {some(missing)}")
+        hold_masks(prunables, [saved["masks"][each.name].to(each.weight.device) for each in prunables])
+        self.sap.load_state_dict(saved["sap"])
+        self._start, self._metrics = saved["start"], dict(saved["metrics"])
+
+    def _find(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        """Read our file of the checkpoint that the Trainer has resumed from."""
+        callbacks: Any = state.stateful_callbacks
+        ours = callbacks.get(type(self).__name__, [])
+        known = [each.get("attributes", {}) for each in (ours if isinstance(ours, list) else [ours])]
+        folders = [args.resume_from_checkpoint, self._folder(args, state), *(each.get("folder") for each in known)]
+        for path in (os.path.join(folder, FILE) for folder in folders if folder):
+            if os.path.exists(path) and (saved := read(path))["identity"] in [each.get("identity") for each in known]:
+                return saved
+        raise ValueError(
+            "resume_from_checkpoint must be a whole checkpoint of a training with SAPCallback, but there is no "
+            f"{FILE} that belongs to it in {some(sorted({os.fspath(folder) for folder in folders if folder}))}: it was "
+            "written without the callback, or not to its end, or was moved (name it in "
+            "TrainingArguments(resume_from_checkpoint=...), too). Resume from another one, or load its weights by "
+            "from_pretrained and start anew"
+        )
 
     def _steps(self, loader: Any, args: TrainingArguments) -> int:
         """Optimizer steps of a round."""
@@ -274,19 +310,18 @@ class SAPCallback(TrainerCallback, ExportableState):
             raise ValueError("epochs_per_round needs a data set with a length; use steps_per_round") from None
         return self._length * max(-(-batches // args.gradient_accumulation_steps), 1)
 
-    def _schedule_of_a_round(self, trainer: Any, loader: Any, *, resumed: bool) -> Any:
-        """Make the Trainer's schedule for a round; one that the user has given is one already."""
-        if not trainer._created_lr_scheduler:
-            return trainer.lr_scheduler
-        state, groups = trainer.lr_scheduler.state_dict(), trainer.optimizer.param_groups
-        rates = copy.deepcopy([group["lr"] for group in groups])
-        trainer.lr_scheduler = None
-        scheduler = trainer.create_scheduler(num_training_steps=self._steps(loader, trainer.args))
-        if resumed:
-            scheduler.load_state_dict(state)
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
-        trainer.callback_handler.lr_scheduler = scheduler
+    def _schedule_of_a_round(self, scheduler: Any, loader: Any, args: TrainingArguments, state: TrainerState) -> Any:
+        """Make the Trainer's schedule for the whole training one for a round; one of the user's is one already."""
+        if isinstance(scheduler, LambdaLR):
+            whole, of_round = (_schedule(args, scheduler, n) for n in (state.max_steps, self._steps(loader, args)))
+            if list(map(_text, scheduler.lr_lambdas)) == list(map(_text, whole)):
+                scheduler.lr_lambdas = of_round
+                rates = [
+                    base * rate(scheduler.last_epoch) for base, rate in zip(scheduler.base_lrs, of_round, strict=True)
+                ]
+                for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+                scheduler._last_lr = rates
         return scheduler
 
     def _reached(self, state: TrainerState) -> float:
@@ -315,40 +350,15 @@ class SAPCallback(TrainerCallback, ExportableState):
         self.sap.history = History(found for found in self.history if found.pruned is not None)
 
 
-def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """``save_pretrained`` of a model during and after a training: plain weights, whatever masks the model has."""
-    if kwargs.get("state_dict") is None and len(args) < 3:
-        kwargs["state_dict"] = _plain_state_dict(model)
-    return type(model).save_pretrained(model, *args, **kwargs)
+def _schedule(args: TrainingArguments, scheduler: LambdaLR, steps: int) -> list[Any]:
+    """The functions of the schedule that the arguments give for so many steps."""
+    groups = [{"params": [nn.Parameter(torch.zeros(()))], "lr": base} for base in scheduler.base_lrs]
+    stand_in, warmup, more = SGD(groups, lr=args.learning_rate), args.get_warmup_steps(steps), args.lr_scheduler_kwargs
+    made: Any = get_scheduler(args.lr_scheduler_type, stand_in, warmup, steps, more)  # type: ignore[arg-type]
+    return list(getattr(made, "lr_lambdas", ()))
 
 
-_save_pretrained.writes_plain_weights = True  # type: ignore[attr-defined]
-
-
-def _plain_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state_dict by the names before pruning, without masks. Pruned entries are zeros already."""
-    state = model.state_dict()
-    pruned = {key[:-5] for key in state if key.endswith("_mask") and key[:-5] + "_orig" in state}
-    names = {key: key[:-5] if key.endswith("_orig") and key[:-5] in pruned else key for key in state}
-    return {names[key]: value for key, value in state.items() if not (key.endswith("_mask") and key[:-5] in pruned)}
-
-
-def _find_frame(kind: type, *names: str) -> FrameType | None:
-    """The innermost running method of an object of a kind that has, or is, all these names."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        own = frame.f_locals
-        if isinstance(own.get("self"), kind) and all(name in own or name == frame.f_code.co_name for name in names):
-            return frame
-        frame = frame.f_back
-    return None
-
-
-def _frame(kind: type, name: str) -> FrameType:
-    frame = _find_frame(kind, name)
-    if frame is None:
-        raise RuntimeError(
-            f"SAPCallback must be called by the train method of a {kind.__name__} of transformers that has a local "
-            f"variable {name}; this version has none"
-        )
-    return frame
+def _text(schedule: Any) -> str:
+    """Describe a function of a schedule, a partial one with its arguments."""
+    parts = getattr(schedule, "func", schedule), getattr(schedule, "args", ()), getattr(schedule, "keywords", {})
+    return repr(parts)

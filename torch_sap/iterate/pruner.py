@@ -43,7 +43,7 @@ from torch_sap.iterate.starts import (
 )
 from torch_sap.masks.guards import guard, unguard
 from torch_sap.masks.mask import check_copies, finish, hold_masks, hooks_of
-from torch_sap.masks.parameters import Patterns, entries_of, resolve, warn_of_left_out
+from torch_sap.masks.parameters import ImportanceScores, Patterns, entries_of, resolve, warn_of_left_out
 from torch_sap.masks.reparametrized import warn_of_reparametrized
 from torch_sap.masks.zeros import check_optimizer
 from torch_sap.records.history import History
@@ -75,6 +75,9 @@ class Settings(TypedDict, total=False):
         scheduler: A scheduler of the optimizer that lives through all rounds, or several, each with ``state_dict`` and
             ``load_state_dict``. Rewinding sets it back too, so it is a schedule for one round. Optimizer and scheduler
             may also come later, see :meth:`Pruner.attach`.
+        importance_scores: What ranks weights in place of their magnitudes, in the count and in the order: a dict from
+            (module, name) to a tensor, or a callable from the model to such a dict, as those of
+            :mod:`torch_sap.scores`, which is asked before each pruning and never stored.
         gini: Whether to measure the Gini index in each round, which sorts all weights. Default False.
     """
 
@@ -84,6 +87,7 @@ class Settings(TypedDict, total=False):
     include: Patterns
     optimizer: Optimizer | None
     scheduler: Stateful | Iterable[Stateful] | None
+    importance_scores: ImportanceScores | None
     gini: bool
 
 
@@ -108,7 +112,7 @@ class Pruner:
     Args:
         model: Any module. It is pruned in place.
         rule: How many entries of a group a round prunes.
-        scope, rewind, exclude, include, optimizer, scheduler, gini: See :class:`Settings`.
+        scope, rewind, exclude, include, optimizer, scheduler, importance_scores, gini: See :class:`Settings`.
 
     Attributes:
         history: The rounds so far.
@@ -131,6 +135,7 @@ class Pruner:
         include: Patterns = (),
         optimizer: Optimizer | None = None,
         scheduler: Stateful | Iterable[Stateful] | None = None,
+        importance_scores: ImportanceScores | None = None,
         gini: bool = False,
         **unknown: object,
     ) -> None:
@@ -147,6 +152,9 @@ class Pruner:
         warn_of_reparametrized(model, stacklevel=3)
         warn_of_left_out(model, found, stacklevel=3)
         check_finite(entries := self._entries())
+        self.importance_scores = importance_scores
+        if not callable(importance_scores):
+            entries_of(self.prunables, importance_scores)  # raises here if they do not fit
         if gini and (sharded := [entry.name for entry in entries if entry.part is not None]):
             raise NotImplementedError(f"gini needs whole tensors, but {sharded[0]} is sharded; leave it out")
         if isinstance(rewind, str) and rewind not in ("init", "none"):
@@ -171,8 +179,10 @@ class Pruner:
             raise
 
     def rank(self, entries: list[Entry]) -> list[Entry]:
-        """Return the entries with the scores that rank them; here the weights themselves."""
-        return entries
+        """Return the entries with the scores that rank them: the importance_scores, or the weights themselves."""
+        if self.importance_scores is None:
+            return entries
+        return entries_of(self.prunables, self.importance_scores, self.model)
 
     def step(self, metrics: Metrics = None, eval_fn: Callable[[nn.Module], Metrics] | None = None) -> Round:
         """Measure the trained model, prune it, and rewind what is left.
@@ -335,7 +345,7 @@ class Pruner:
         """Measure the trained model and decide what to prune, changing nothing; arguments and errors as of step."""
         recorded, entries, p, q = as_metrics(metrics, "metrics"), self._entries(), self.rule.p, self.rule.q
         with torch.no_grad():
-            ranked = self.rank(entries)
+            ranked = self.rank(entries) if prune or not callable(self.importance_scores) else entries
             pruning = prune_step(ranked, self.scope, self.rule) if prune else None
             sums = pruning.sums if pruning else power_sums(ranked, p, q)
             groups = pruning.groups if pruning else group_values(sums, self.scope, self.rule)
@@ -446,7 +456,7 @@ class SAP(Pruner):
         eta_r: Share of the p-th power mass that may be lost; 0 or more. Larger prunes more.
         gamma: Factor on the prunable number ``d - r``; 0 or more. Larger prunes more.
         beta: The largest share of a group that one round prunes, in [0, 1].
-        settings: scope, rewind, exclude, include, optimizer, scheduler, gini; see
+        settings: scope, rewind, exclude, include, optimizer, scheduler, importance_scores, gini; see
             :class:`torch_sap.iterate.pruner.Settings`.
 
     Example:

@@ -193,8 +193,8 @@ def warn_of_left_out(model: nn.Module, found: Found, stacklevel: int) -> None:
     if (missed := sum(unknown.values())) > total / 10:
         warnings.warn(
             f"{missed / total:.0%} of the matrix entries of {type(model).__name__} are not pruned, in parameters "
-            f"without 'weight' in their names: {some(list(unknown))}. Name them in include= to prune them, or in exclude= to leave "
-            "them dense",
+            f"without 'weight' in their names: {some(list(unknown))}. Name them in include= to prune them, or in "
+            "exclude= to leave them dense",
             stacklevel=stacklevel + 1,
         )
 
