@@ -113,6 +113,16 @@ def test_dbrx_stacks_experts_in_two_dimensions():
         ("torchtune", "GroupedExperts", "gate_proj", (3, 5, 7), 21),
         ("torchtitan", "GroupedExperts", "w3", (3, 5, 7), 15),
         ("torch_geometric", "RGCNConv", "weight", (3, 5, 7), 21),
+        ("torch_geometric", "RGCNConv", "root", (5, 7), 7),
+        ("torch_geometric", "RGATConv", "weight", (3, 5, 7), 21),
+        ("torch_geometric", "GCN2Conv", "weight1", (5, 7), 7),
+        ("torch_geometric", "Linear", "weight", (5, 7), 5),
+        ("torch_geometric", "Linear", "weight", (3, 5, 7), 21),
+        ("diffusers", "SwiGLUExperts", "gate_up_proj", (3, 5, 7), 21),
+        ("open_clip", "CLIP", "text_projection", (5, 7), 7),
+        ("open_clip", "VisionTransformer", "proj", (5, 7), 7),
+        ("transformers", "XCLIPModel", "prompts_visual_projection", (5, 7), 7),
+        ("transformers", "Inkling2DynamicShortConvolution", "static_weight", (4, 7), 7),
     ],
 )
 def test_rows_of_known_kinds(package, name, parameter, shape, rows):

@@ -34,6 +34,7 @@ EXCLUDED, ZERO, COMPUTED = "excluded", "zero throughout", "a part of a computed 
 """Why a parameter is left out. Only UNNAMED may be a mistake."""
 
 STACKS = {
+    "diffusers.SwiGLUExperts": COLUMNS,
     "transformers.CsmCodebooksHead": COLUMNS,
     "transformers.DbrxExpertGLU": ROWS,
     "transformers.GraniteMoeParallelExperts": ROWS,
@@ -41,8 +42,11 @@ STACKS = {
     "transformers.Llama4TextExperts": COLUMNS,
     "transformers.RecurrentGemmaRglru": COLUMNS,
     "transformers.ZambaMambaMixer": ROWS,
+    "torch_geometric.ARMAConv": COLUMNS,
     "torch_geometric.GatedGraphConv": COLUMNS,
     "torch_geometric.HeteroLinear": COLUMNS,
+    "torch_geometric.Linear": COLUMNS,  # that of DNAConv; the other one has two dimensions
+    "torch_geometric.RGATConv": COLUMNS,
     "torch_geometric.RGCNConv": COLUMNS,
     "torchtitan.GroupedExperts": ROWS,
     "torchtune.GroupedExperts": COLUMNS,
@@ -50,11 +54,30 @@ STACKS = {
 """Modules that stack matrices along dimension 0 of a parameter: (matrix, output, input) or (matrix, input, output)."""
 
 TRANSPOSED = {
+    "torch_geometric.GCN2Conv",
+    "torch_geometric.SparseLinear",
     "transformers.Conv1D",
     "transformers.Gemma3MultiModalProjector",
+    "transformers.Inkling2DynamicShortConvolution",
+    "transformers.Inkling2LoopDynamicShortConvolution",
     "transformers.T5Gemma2MultiModalProjector",
 }
 """Modules that store (input, output)."""
+
+NAMED = {
+    "open_clip.CLIP": "text_projection",
+    "open_clip.MultimodalTransformer": "text_projection",
+    "open_clip.TextTransformer": "text_projection",
+    "open_clip.VisionTransformer": "proj",
+    "torch_geometric.GMMConv": "g",
+    "torch_geometric.RGCNConv": "root",
+    "transformers.Inkling2LoopRelativePositionBias": "proj",
+    "transformers.Inkling2RelativePositionBias": "proj",
+    "transformers.InklingRelativeLogits": "proj",
+    "transformers.OmDetTurboLanguageBackbone": "text_projection",
+    "transformers.XCLIPModel": "prompts_visual_projection",
+}
+"""Modules that multiply by a matrix (input, output) without "weight" in its name, and its name."""
 
 EXPERT_NAMES = {"gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "v1"}
 """Parameters of such modules that are weights without "weight" in their names."""
@@ -89,6 +112,8 @@ def kind_of(module: nn.Module, name: str, shape: tuple[int, ...]) -> Axes | str:
     keys = {_key(kind) for kind in type(module).__mro__}
     if stack := _stack(module, name, shape, keys):
         return stack
+    if len(shape) == 2 and any(NAMED.get(key) == name for key in keys):
+        return COLUMNS
     if "weight" not in name:
         return COMPUTED if isinstance(module, ParametrizationList) else _unnamed(name, shape)
     own = name == "weight" or isinstance(module, (nn.RNNBase, nn.RNNCellBase))
