@@ -184,8 +184,6 @@ LIBRARIES = {
     "torch_geometric": Library(
         "torch_geometric", _geometric_names, lambda name: _made(getattr(import_module("torch_geometric.nn"), name))
     ),
-    "segmentation_models_pytorch": Library(
-        "segmentation_models_pytorch", _segmentation_names, _segmentation_model
-    ),
+    "segmentation_models_pytorch": Library("segmentation_models_pytorch", _segmentation_names, _segmentation_model),
     "open_clip": Library("open_clip_torch", lambda: import_module("open_clip").list_models(), _open_clip_model),
 }

@@ -161,4 +161,3 @@ def _run(found: Lifecycle, made: Trial) -> Lifecycle:
     if float(found.saved_difference or 0) > ROUNDING:
         return replace(found, failure="the saved model computes something else")
     return found
-

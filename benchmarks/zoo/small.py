@@ -184,8 +184,7 @@ def _geometric(name: str) -> Trial:
     required = [
         name
         for name, parameter in inspect.signature(model.forward).parameters.items()
-        if parameter.default is inspect.Parameter.empty
-        and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        if (parameter.default is inspect.Parameter.empty and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
         or name in types
     ]
     return Trial(model, {name: known[name] for name in required})

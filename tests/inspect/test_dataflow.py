@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import convnet, mlp
 from torch import nn
+from torch.nn.utils import prune
 from weighted import Weighted, vector
 
 import torch_sap
@@ -90,6 +91,59 @@ def autocast(weight, x):
 @pytest.mark.parametrize("way", WAYS)
 def test_entries_are_followed_to_where_they_are_received(way):
     check_received(Weighted(WAYS[way]), vector(), 1)
+
+
+class Reading(nn.Module):
+    """A lookup table whose weight is read without a lookup, and what is made of it and an example."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.table, self.other = nn.Embedding(8, 8), nn.Embedding(8, 8)
+        self.value, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, self.table.weight, x)
+
+
+TABLES = {
+    "the queries of DETR": lambda m, w, x: (
+        m.value(torch.zeros_like(w) + m.value(w) + w.unsqueeze(0).repeat(2, 1, 1)) @ x.t()
+    ),
+    "the queries of Mask2Former": lambda m, w, x: m.value(m.norm(m.other.weight[:8] + w)) @ x.t(),
+    "relative positions of DeBERTa": lambda m, w, x: x @ m.value(m.norm(w)).t(),
+    "scaled, with sines": lambda m, w, x: x @ (w.double().float() * 3.0 + torch.arange(64.0).view(8, 8).sin()),
+    "a row as a token": lambda m, w, x: m.value(torch.where(x > 0, w[3], x)),
+    "interpolated": lambda m, w, x: x @ F.interpolate(w.view(1, 1, 8, 8), (4, 4), mode="bilinear").view(2, 8).t(),
+    "by a lookup, twice": lambda m, w, x: m.table(torch.arange(3)) + m.table(torch.arange(3)) * 2,
+}
+
+
+@pytest.mark.parametrize("way", TABLES)
+def test_a_table_is_received_as_activations(way):
+    model = Reading(TABLES[way])
+    torch_sap.layer_unstructured(model, gamma=3.0, include=["table.weight", "other.weight"], exclude="value")
+    weights = {weight.name: weight for weight in verify(model, vector()).weights}
+    assert weights["table.weight"].revived == 0
+    assert weights["table.weight"].effective_sparsity is not None
+    if way != "a row as a token" and way != "by a lookup, twice":
+        assert weights["table.weight"].effective_sparsity == pytest.approx(weights["table.weight"].mask_sparsity)
+        assert weights["table.weight"].reason == ""
+
+
+def test_a_table_behind_pytorchs_mask():
+    model = Reading(lambda m, w, x: m.norm(m.table(torch.arange(8))))
+    prune.random_unstructured(model.table, "weight", amount=0.5)
+    (weight,) = [weight for weight in verify(model, vector()).weights if weight.name == "table.weight"]
+    assert (weight.mask_sparsity, weight.effective_sparsity, weight.reason) == (0.5, 0.5, "")
+
+
+def test_a_lookup_in_a_table_of_other_numbers_is_found():
+    model = Reading(lambda m, w, x: F.embedding(torch.arange(8), w * 2 + 1))
+    torch_sap.layer_unstructured(model, include="table.weight", exclude="value")
+    (weight,) = verify(model, vector()).weights
+    assert weight.revived == int((~model.table.weight_mask).sum()) > 0
+    assert weight.reason == "reparametrized (add)"
 
 
 @pytest.mark.parametrize(

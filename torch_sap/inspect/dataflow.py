@@ -3,12 +3,14 @@
 Every tensor that is computed from weights alone carries a map of its entries. Views and copies move the map with the
 entries; operations that keep the shape (a cast, a mask, a standardization) leave it as it is. A tensor is *received* by
 the first operation that contracts it or looks up entries in it, and by any operation that combines it with a value that
-depends on the example.
+depends on the example. The rows of a lookup table are activations even if no lookup reads them (DETR's queries,
+DeBERTa's relative positions): the first operation that does more than move or scale them receives them, and after it
+only a lookup does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,9 +28,17 @@ CONTRACTIONS = frozenset({
     "_scaled_mm", "_int_mm", "mkldnn_linear", "convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution",
     "convolution_overrideable", "embedding", "_embedding_bag", "_embedding_bag_forward_only",
     "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "lstm", "gru", "rnn_tanh", "rnn_relu",
-    "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn",
+    "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "upsample_linear1d", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    "upsample_trilinear3d", "upsample_nearest3d", "grid_sampler_2d",
 })
 """ATen operations that receive a weight, regardless of their other operands."""
+
+LOOKUPS = frozenset({"embedding", "_embedding_bag", "_embedding_bag_forward_only"})
+"""ATen operations that receive a lookup table even after another operation has."""
+
+ZEROS_STAY = frozenset({"_to_copy", "clone", "detach", "copy", "mul", "div"})
+"""ATen operations besides moves that do not receive a lookup table: a mask or a scale is no use of it yet."""
 
 MOVES = frozenset({
     "cat", "stack", "repeat", "index_select", "flip", "roll", "_unsafe_view", "constant_pad_nd", "index", "gather",
@@ -55,18 +65,22 @@ class Origin:
     source: int  # index of the weight
     places: Tensor  # uint8, in the tensor's shape: NOT_OURS, KEPT, or PRUNED
     changed_by: tuple[str, ...] = ()  # operations since the pruned entries were last zero
+    is_table: bool = False
+    received: bool = False  # a table, by an operation before
 
 
 class Follow(TorchDispatchMode):
     """While active, record what operations receive of some weights, each given with the map of its entries."""
 
-    def __init__(self, places: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, places: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], tables: Collection[int] = ()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.received = [Received() for _ in places]
         self._origins: Any = WeakTensorKeyDictionary()
         self._dependent: Any = WeakTensorKeyDictionary()
         for source, (weight, where) in enumerate(places):
-            self._origins[weight] = (Origin(source, _laid_out(where, like=weight)),)
+            self._origins[weight] = (Origin(source, _laid_out(where, like=weight), is_table=source in tables),)
         for tensor in inputs:
             self._dependent[tensor] = True
 
@@ -83,12 +97,15 @@ class Follow(TorchDispatchMode):
         self._dependent.update(dict.fromkeys(made, True) if dependent else ())
         if not followed:
             return out
-        if name in CONTRACTIONS or dependent:
-            for operand, origin in followed:
+        moves = (name in MOVES or func.is_view) and not any(isinstance(leaf, torch.dtype) for leaf in leaves)
+        receives = name in CONTRACTIONS or dependent
+        for operand, origin in followed:
+            reads = receives or (origin.is_table and not moves and name not in ZEROS_STAY)
+            if reads and (not origin.received or name in LOOKUPS):
                 self._receive(operand, origin)
-        elif (name in MOVES or func.is_view) and not any(isinstance(leaf, torch.dtype) for leaf in leaves):
+        if moves and not receives:
             self._move(func, args, kwargs, followed, out)
-        else:
+        elif not receives:
             self._keep(name, followed, made)
         return out
 
@@ -131,7 +148,8 @@ class Follow(TorchDispatchMode):
                 places = _laid_out(origin.places.expand(tensor.shape), like=tensor)
                 revived = bool(((places == PRUNED) & (tensor != 0)).any())
                 changed_by = (*origin.changed_by, name) if revived else ()
-                self._add(tensor, replace(origin, places=places, changed_by=changed_by))
+                received = origin.received or (origin.is_table and name not in ZEROS_STAY)
+                self._add(tensor, replace(origin, places=places, changed_by=changed_by, received=received))
 
     def _add(self, tensor: Tensor, origin: Origin) -> None:
         others = tuple(other for other in self._origins.get(tensor, ()) if other.source != origin.source)

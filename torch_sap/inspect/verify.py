@@ -104,8 +104,9 @@ def verify(model: nn.Module, example_input: Any) -> Verification:
     if not pruned:
         raise ValueError("model must have a pruned weight, but no mask and no weight of it has a zero; prune it first")
     places = [(prunable.weight, torch.where(mask, KEPT, PRUNED).to(torch.uint8)) for prunable, mask in pruned]
+    tables = {index for index, (prunable, _) in enumerate(pruned) if prunable.is_table}
     args, kwargs = arguments_of(example_input)
-    with as_it_was(model), torch.no_grad(), Follow(places, tensors_of(example_input)) as follow:
+    with as_it_was(model), torch.no_grad(), Follow(places, tensors_of(example_input), tables) as follow:
         model(*args, **kwargs)
     found = [
         VerifiedWeight(

@@ -53,11 +53,20 @@ class Prunable:
                 mask = here if mask is None or mask is here else mask & here
         return mask
 
+    @property
+    def kinds(self) -> list[Axes | str]:
+        """What it is to each holder: the axes of a weight, or why it is none."""
+        return [kind_of(module, name, tuple(self.weight.shape)) for module, name in self.holders]
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a lookup table, and to no holder a weight."""
+        return set(self.kinds) == {TABLE}
+
     def entry(self, scores: Tensor | None = None) -> Entry:
         """Entry for the SAP step, ranked by the scores if given."""
         weight, mask = self.weight.detach(), self.mask
-        kinds = (kind_of(module, name, tuple(weight.shape)) for module, name in self.holders)
-        axes = next((kind for kind in kinds if isinstance(kind, Axes)), ROWS)
+        axes = next((kind for kind in self.kinds if isinstance(kind, Axes)), ROWS)
         return Entry(
             self.name,
             local(weight if scores is None else place(scores.detach().to(weight.device), like=weight)),
