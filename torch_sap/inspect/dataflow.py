@@ -34,6 +34,9 @@ CONTRACTIONS = frozenset({
 })
 """ATen operations that receive a weight, regardless of their other operands."""
 
+CHOICES = frozenset({"index", "index_select", "gather"})
+"""ATen operations that look up entries if they repeat some, and only move them otherwise."""
+
 LOOKUPS = frozenset({"embedding", "_embedding_bag", "_embedding_bag_forward_only"})
 """ATen operations that receive a lookup table even after another operation has."""
 
@@ -98,7 +101,7 @@ class Follow(TorchDispatchMode):
         if not followed:
             return out
         moves = (name in MOVES or func.is_view) and not any(isinstance(leaf, torch.dtype) for leaf in leaves)
-        receives = name in CONTRACTIONS or dependent
+        receives = name in CONTRACTIONS or dependent or (name in CHOICES and made[0].numel() > operands[0].numel())
         for operand, origin in followed:
             reads = receives or (origin.is_table and not moves and name not in ZEROS_STAY)
             if reads and (not origin.received or name in LOOKUPS):
