@@ -52,8 +52,9 @@ class Coverage:
     made_with: str = ""
 
 
-def coverage(library: str, name: str) -> Coverage:
-    """Build a model on the meta device and count what torch_sap finds in it."""
+def coverage(path: str) -> Coverage:
+    """Build a model, named as LIBRARY/MODEL, on the meta device and count what torch_sap finds in it."""
+    library, _, name = path.partition("/")
     made_with = LIBRARIES[library].made_with()
     try:
         model = without_values(partial(LIBRARIES[library].build, name))

@@ -118,7 +118,7 @@ def _open_clip_model(name: str) -> nn.Module:
 
 ARGUMENTS: dict[str, Callable[[], Any]] = {
     "in_channels": lambda: 16, "out_channels": lambda: 32, "hidden_channels": lambda: 32, "channels": lambda: 16,
-    "num_layers": lambda: 2, "num_relations": lambda: 4, "num_nodes": lambda: 20, "num_classes": lambda: 8,
+    "num_layers": lambda: 2, "num_relations": lambda: 4, "num_nodes": lambda: 10, "num_classes": lambda: 8,
     "K": lambda: 3, "k": lambda: 3, "alpha": lambda: 0.1, "dim": lambda: 2, "kernel_size": lambda: 3,
     "edge_dim": lambda: 8, "space_dimensions": lambda: 4, "propagate_dimensions": lambda: 8, "filter_size": lambda: 3,
     "first_aggr": lambda: True, "aggregators": lambda: ["mean", "max"], "scalers": lambda: ["identity"],

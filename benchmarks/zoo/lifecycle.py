@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import torch_sap
 from zoo.libraries import LIBRARIES
-from zoo.small import Trial, leaves, trial
+from zoo.small import Trial, trial
+from zoo.tiny import leaves
 
 SCOPES = {
     "global": torch_sap.global_unstructured,
@@ -64,14 +65,17 @@ class Lifecycle:
     made_with: str = ""
 
 
-def lifecycle(library: str, name: str) -> Lifecycle:
-    """Run one model."""
+def lifecycle(path: str) -> Lifecycle:
+    """Run one model, named as LIBRARY/MODEL."""
+    library, _, name = path.partition("/")
     started = time.perf_counter()
     found = Lifecycle(library, name, made_with=LIBRARIES[library].made_with())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             made = trial(library, name)
+            if not torch_sap.prunable_parameters(made.model):
+                raise ValueError("it has no weights")
             train(copy.deepcopy(made.model), made)
             if difference(computed(made.model, made), computed(made.model, made)):
                 raise ValueError("the dense model computes something else each time")

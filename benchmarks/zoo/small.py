@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zoo.libraries import LIBRARIES
 from zoo.tiny import tiny_model, workable
@@ -25,14 +25,6 @@ class Trial(NamedTuple):
     def call(self, model: nn.Module) -> Any:
         """What a model of this kind computes of the example."""
         return model(**self.example) if isinstance(self.example, dict) else model(*self.example)
-
-
-def leaves(output: Any) -> list[Tensor]:
-    """The tensors of an output, without caches."""
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
-    return [leaf for value in values for leaf in leaves(value)]
 
 
 def save_and_load(model: nn.Module) -> nn.Module:

@@ -37,7 +37,27 @@ SIZES: list[tuple[str, Any]] = [
 ]
 """Patterns of the names of sizes, and the tiny size; the first that fits counts."""
 
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+_CONVOLUTIONS = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+_SWIN = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "image_size": 128, "window_size": 4}
+_DETR = {"decoder_layers": 2, "encoder_layers": 1, "num_queries": 5, "backbone_config": {
+    "model_type": "resnet", "embedding_size": 8, **_CONVOLUTIONS, "out_features": ["stage4"]}}  # fmt: skip
+
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "ConditionalDetrConfig": _DETR,
+    "ConvNextConfig": _CONVOLUTIONS,
+    "ConvNextV2Config": _CONVOLUTIONS,
+    "DetrConfig": _DETR,
+    "DonutSwinConfig": _SWIN,
+    "GPTJConfig": {"rotary_dim": 4},
+    "CodeGenConfig": {"rotary_dim": 4},
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
+    "Mamba2Config": {"num_heads": 8, "head_dim": 8, "expand": 2, "state_size": 16, "n_groups": 1},
+    "RegNetConfig": {**_CONVOLUTIONS, "embedding_size": 8, "groups_width": 8},
+    "ResNetConfig": {**_CONVOLUTIONS, "embedding_size": 8},
+    "SwinConfig": _SWIN,
+    "Swinv2Config": _SWIN,
+    "TableTransformerConfig": _DETR,
+}
 """By the name of a configuration class, arguments that the rules above do not find."""
 
 
@@ -59,6 +79,8 @@ def tiny_configuration(kind: Any) -> Any:
         part = getattr(default, name, None)
         if part is not None and type(part).__module__.startswith("transformers.models"):
             arguments[name] = tiny_configuration(type(part))
+    if hasattr(default, "kv_lora_rank"):  # latent attention has as many keys as queries
+        arguments["num_key_value_heads"] = 4
     return kind(**{**arguments, **EXCEPTIONS.get(kind.__name__, {})})
 
 
@@ -134,11 +156,6 @@ def inputs(model: Any) -> Iterator[dict[str, Tensor]]:
             yield {**{name: value for name, value in text.items() if name in known}, **other}
 
 
-def outputs(model: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor]:
-    """The floating-point tensors that a model returns."""
-    return [leaf for leaf in leaves(model(**example)) if leaf.is_floating_point()]
-
-
 def leaves(output: Any) -> list[Tensor]:
     """The tensors of an output, without caches."""
     if isinstance(output, Tensor):
@@ -147,12 +164,14 @@ def leaves(output: Any) -> list[Tensor]:
     return [leaf for value in values for leaf in leaves(value)]
 
 
-def workable(model: nn.Module) -> dict[str, Tensor]:
-    """The first input with which the dense model computes something finite, the same twice, that has gradients."""
+def workable(model: nn.Module) -> dict[str, Any]:
+    """The first input with which the dense model computes something finite that has gradients."""
     errors: list[Exception] = []
-    for example in inputs(model):
+    no_cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    for tensors in inputs(model):
+        example = {**tensors, **no_cache}
         try:
-            found = outputs(model, example)
+            found = [leaf for leaf in leaves(model(**example)) if leaf.is_floating_point()]
             if not found or not all(one.isfinite().all() for one in found):
                 raise ValueError("nothing finite comes out")
             sum(one.square().mean() for one in found).backward()

@@ -1,6 +1,7 @@
 """benchmarks/zoo: the committed results are complete, free of failures, and shown on the page; broken models fail."""
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -10,10 +11,11 @@ pytest.importorskip("timm")
 pytest.importorskip("rich")
 
 import timm
+from zoo import coverage, libraries, lifecycle, page, real, structure
 from zoo import main as zoo
-from zoo import page, real, structure
 
 STRUCTURE, REAL = (zoo.read(zoo.RESULTS / f"zoo_{part}.csv") for part in ("structure", "real"))
+COVERAGE, LIFECYCLE = (zoo.read(zoo.RESULTS / f"zoo_{part}.csv") for part in ("coverage", "lifecycle"))
 committed_with = pytest.mark.skipif(
     {row["made_with"].partition(",")[0] for row in [*STRUCTURE, *REAL]} != {f"timm {timm.__version__}"},
     reason="needs the package timm in the version that the results were made with",
@@ -88,3 +90,100 @@ def test_failures_are_counted_and_named(tmp_path, monkeypatch):
 def test_the_part(tmp_path):
     assert zoo.main(["real", "--part", "--jobs", "2", "--out", str(tmp_path)]) == 0
     assert {row["model"] for row in zoo.read(tmp_path / "zoo_real.csv")} == set(zoo.PART)
+
+
+# ---- other libraries
+
+
+def test_of_transformers_nearly_everything_is_found_and_the_rest_is_warned_of():
+    built = [row for row in COVERAGE if not row["failure"]]
+    transformers = [row for row in built if row["library"] == "transformers"]
+    found = [row for row in transformers if float(row["share"]) >= coverage.ENOUGH]
+    assert len(transformers) > 600
+    assert len(found) / len(transformers) > 0.98
+    assert not [row["model"] for row in built if float(row["share"]) < coverage.ENOUGH and not row["warned"]]
+    assert {row["library"] for row in COVERAGE} == set(libraries.LIBRARIES)
+    assert all(int(row["found"]) <= int(row["entries"]) for row in COVERAGE)
+
+
+def test_no_real_run_of_other_libraries_fails():
+    ran = [row for row in LIFECYCLE if not row["not_run"]]
+    assert sum(row["library"] == "transformers" for row in ran) >= 60
+    assert {row["library"] for row in ran} == set(libraries.LIBRARIES)
+    for row in ran:
+        assert (row["failure"], float(row["zeros_received"])) == ("", 1), row["model"]
+        assert max(float(row["reload_difference"]), float(row["saved_difference"] or 0)) < lifecycle.ROUNDING
+        assert bool(row["saved_difference"]) == (row["library"] in ("transformers", "diffusers"))
+    text = zoo.OTHERS.read_text("utf-8")
+    assert page.filled_others(text, COVERAGE, LIFECYCLE) == text
+
+
+def counted_again(row):
+    found = coverage.coverage(f"{row['library']}/{row['model']}")
+    same = {key: str(value) for key, value in vars(found).items()}
+    return same == {**row, "made_with": same["made_with"]}
+
+
+@pytest.mark.parametrize("path", ["torch/MultiheadAttention", "torch/TransformerDecoder"])
+def test_a_module_of_torch_is_counted_again(path):
+    (row,) = (row for row in COVERAGE if f"{row['library']}/{row['model']}" == path)
+    assert counted_again(row)
+
+
+@pytest.mark.parametrize("name", ["GPT2Config", "IBertConfig", "MixtralConfig", "XLNetConfig"])
+def test_an_architecture_of_transformers_is_counted_again(name):
+    pytest.importorskip("transformers")
+    (row,) = (row for row in COVERAGE if row["model"] == name)
+    if row["made_with"].partition(",")[0] != libraries.LIBRARIES["transformers"].made_with().partition(",")[0]:
+        pytest.skip("needs transformers in the version that the results were made with")
+    assert counted_again(row)
+    assert ("left out" in row["warned"]) == (name == "XLNetConfig")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["GPT2Config", "GptOssConfig", "T5Config"])
+def test_a_real_run_of_transformers_passes(name):
+    pytest.importorskip("transformers")
+    found = lifecycle.lifecycle(f"transformers/{name}")
+    assert (found.failure, found.not_run, found.zeros_received, found.saved_difference) == ("", "", 1, 0)
+
+
+class Unnamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel, self.table, self.head = nn.Parameter(torch.randn(8, 8)), nn.Embedding(50, 8), nn.Linear(8, 2)
+
+
+def test_what_is_left_out_is_counted_and_named(monkeypatch):
+    library = libraries.Library("torch", lambda: ["Unnamed"], lambda name: Unnamed())
+    monkeypatch.setitem(libraries.LIBRARIES, "somebody", library)
+    found = coverage.coverage("somebody/Unnamed")
+    assert (found.entries, found.found, found.share, found.warned) == (80, 16, 0.2, "left out")
+    assert found.left_out.startswith("table.weight (a lookup table), kernel (no ")
+    assert coverage.coverage("torch/Nonsense").failure.startswith("AttributeError")
+
+
+def test_a_real_run_of_another_library_finds_what_is_broken(monkeypatch):
+    linear, remove = F.linear, torch_sap.remove
+    assert lifecycle.lifecycle("torch/Linear").failure == ""
+    assert lifecycle.lifecycle("torch/Embedding").not_run
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", lambda x, weight, bias=None: linear(x, weight + 1e-3, bias))
+        assert "pruned entries are not zero where they are received" in lifecycle.lifecycle("torch/Linear").failure
+
+    def doubled(model):
+        for parameter in remove(model).parameters():
+            parameter.data.mul_(2)
+        return model
+
+    monkeypatch.setattr(torch_sap, "remove", doubled)
+    assert lifecycle.lifecycle("torch/Linear").failure == "the reloaded model computes something else"
+
+
+def test_the_command_line_of_other_libraries(tmp_path):
+    assert zoo.main(["coverage", "--models", "torch/Linear", "--jobs", "1", "--out", str(tmp_path)]) == 0
+    assert zoo.main(["lifecycle", "--models", "torch/Linear", "--jobs", "1", "--out", str(tmp_path)]) == 0
+    assert zoo.names_of("lifecycle", ["open_clip"])[0] == "open_clip/CLIP (ViT)"
+    (row,) = zoo.read(tmp_path / "zoo_lifecycle.csv")
+    assert (row["library"], row["model"], row["failure"]) == ("torch", "Linear", "")
+    assert "| torch | 1 | 1 | 100% | 0 |  | 0 |" in page.lifecycle_table([row])
