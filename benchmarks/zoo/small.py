@@ -148,7 +148,13 @@ DIFFUSERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
                  "encoder_hidden_states": torch.randn(2, 6, 32), "txt_ids": torch.zeros(6, 3),
                  "pooled_projections": torch.randn(2, 16)},
     ),
-    "NucleusMoEImageTransformer2DModel": ({}, lambda: {}),
+    "NucleusMoEImageTransformer2DModel": (
+        {"in_channels": 16, "out_channels": 4, "num_layers": 5, "attention_head_dim": 16, "num_attention_heads": 2,
+         "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6), "num_experts": 4, "moe_intermediate_dim": 24,
+         "capacity_factors": 2.0},
+        lambda: {"hidden_states": torch.randn(2, 16, 16), "img_shapes": [(1, 4, 4)] * 2, "timestep": torch.rand(2),
+                 "encoder_hidden_states": torch.randn(2, 6, 32)},
+    ),
 }  # fmt: skip
 """Arguments that make a diffusers model tiny, and an input."""
 
