@@ -17,7 +17,7 @@ LAYERS = (  # from the bottom to the top: a module imports from its own layer an
     ("records", "files", "inspect", "methods"),
     ("functional", "stopping"),
     ("iterate", "iterative", "scores"),
-    ("__init__",),
+    ("public", "__init__"),
     ("integrations", "cli", "__main__"),
 )
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}

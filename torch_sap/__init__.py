@@ -6,43 +6,24 @@ modules that make them.
 Source: Diao et al., "Pruning Deep Neural Networks from a Sparsity Perspective", ICLR 2023 (arXiv 2302.05601).
 """
 
-from torch_sap.decide.bounds import prune_count, retention_bound
-from torch_sap.decide.measures import gini_index, pq_index
-from torch_sap.files.sparse import load_sparse, save_sparse
-from torch_sap.functional import global_unstructured, layer_unstructured, neuron_unstructured, remove
-from torch_sap.inspect.summary import summary
-from torch_sap.inspect.verify import verify
-from torch_sap.iterate.pruner import SAP, LotteryTicket, OneShot
-from torch_sap.iterative import iterative_sap
-from torch_sap.masks import averages as _averages  # noqa: F401 - makes averages follow the masks of their model
-from torch_sap.masks.parameters import prunable_parameters
-from torch_sap.masks.plain import dense_state_dict
-from torch_sap.methods import PQIGlobal, PQILayer, PQINeuron
-from torch_sap.records.history import History
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "SAP",
-    "History",
-    "LotteryTicket",
-    "OneShot",
-    "PQIGlobal",
-    "PQILayer",
-    "PQINeuron",
-    "dense_state_dict",
-    "gini_index",
-    "global_unstructured",
-    "iterative_sap",
-    "layer_unstructured",
-    "load_sparse",
-    "neuron_unstructured",
-    "pq_index",
-    "prunable_parameters",
-    "prune_count",
-    "remove",
-    "retention_bound",
-    "save_sparse",
-    "summary",
-    "verify",
-]
+if TYPE_CHECKING:
+    from torch_sap.public import *  # noqa: F403
+    from torch_sap.public import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Load the public names when one is first used: the command line can be interrupted while PyTorch loads."""
+        if name == "__all__" or not name.startswith("__"):
+            public = importlib.import_module("torch_sap.public")
+            globals().update({each: getattr(public, each) for each in ("__all__", *public.__all__)})
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from checkpoints import pruned_in_memory, shard, weights, write
 from torch import nn
 
 import torch_sap
+from torch_sap.cli import commands, environment, tables
+from torch_sap.cli import progress as progressing
 from torch_sap.cli.main import main
+from torch_sap.files.weights import open_checkpoint
 
 
 @pytest.fixture
@@ -30,9 +35,12 @@ def test_scan_of_a_file(folder, capsys):
     scan = json.loads(capsys.readouterr().out)
     assert scan["source"] == "a.safetensors"
     assert scan["hyperparameters"]["eta_r"] == 0.1
-    in_file_order = {layer["name"]: values[layer["name"]] for layer in scan["layers"]}
+    in_file_order = {one.name: values[one.name] for one in open_checkpoint("a.safetensors").weights()[0]}
     _, report = pruned_in_memory(in_file_order, "global", eta_r=0.1)
-    assert scan["overall"]["pruned_global"] == report.pruned / report.total
+    assert scan["overall"]["remaining_global"] == report.density
+    assert scan["random_weights"] is False
+    left_out = {one["name"]: one["reason"] for one in scan["left_out"]}
+    assert left_out == {one.name: one.reason for one in report.left_out} | {"position": 'no "weight" in its name'}
     with open("a.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == [*(layer["name"] for layer in scan["layers"]), "overall"]
@@ -106,7 +114,8 @@ def make_run(path, seed=0, config=None, iterations=3):
 def test_report(folder, capsys):
     history = make_run(folder / "run")
     assert main(["report", "run", "--plot", "run.png", "--csv", "run.csv"]) == 0
-    head, _, *lines = capsys.readouterr().out.splitlines()
+    heading, head, _, *lines = capsys.readouterr().out.splitlines()
+    assert heading == "run"
     assert head.split()[:2] == ["round", "remaining"]
     assert len(lines) == len(history)
     assert [line.split()[1] for line in lines] == [f"{round.remaining:,}" for round in history]
@@ -138,7 +147,9 @@ def refuse(capsys, *argv):
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.startswith("torch-sap: ")
+    assert told.err.count("\n") == 1
     assert "Traceback" not in told.err
+    assert "[Errno" not in told.err
     return told.err
 
 
@@ -151,7 +162,7 @@ def test_unusable_inputs(folder, capsys):
     assert "is not a safetensors file" in refuse(capsys, "scan", "text.safetensors")
     assert "or is damaged" in refuse(capsys, "scan", "text.pt")
     assert "holds no checkpoint" in refuse(capsys, "scan", "empty")
-    assert "No such file" in refuse(capsys, "scan", "missing.pt")
+    assert "missing.pt does not exist" in refuse(capsys, "scan", "missing.pt")
     assert "no weight to prune" in refuse(capsys, "scan", "bias.pt")
     torch_sap.save_sparse(nn.Linear(3, 3), folder / "sparse.safetensors")
     for command in (["scan", "sparse.safetensors"], ["prune", "sparse.safetensors", "-o", "out.safetensors"]):
@@ -162,6 +173,9 @@ def test_unusable_inputs(folder, capsys):
     assert "key chooses in PyTorch's files" in refuse(capsys, "scan", "nan.safetensors", "--key", "ema")
     if importlib.util.find_spec("timm"):
         assert "similar: test_resnet" in refuse(capsys, "scan", "test_resnett")
+        assert "similar: vit_tiny_patch16_224" in refuse(capsys, "scan", "vit_tiny")
+    assert "./nothing/ does not exist" in refuse(capsys, "scan", "./nothing/")
+    assert "missing.safetensors does not exist" in refuse(capsys, "prune", "missing.safetensors", "-o", "out")
     assert "--pretrained goes with the name" in refuse(capsys, "scan", "bias.pt", "--pretrained")
     assert "missing is not a run: there is no file missing" in refuse(capsys, "report", "missing")
     (folder / "history.json").write_text('{"format": 1, "rounds": [{}]}')
@@ -174,6 +188,111 @@ def test_unusable_inputs(folder, capsys):
         assert lacking in refuse(capsys, command, "run", "--metric", "loss")
     (folder / "run" / "config.json").write_text("[1]")
     assert "must hold an object with settings" in refuse(capsys, "report", "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--csv", "no/scan.csv"], "--csv must name a file in a folder that exists, but no does not"),
+        (["--csv", "."], "--csv must name a file, but . is a folder"),
+        (["--plot", "scan.foo"], "--plot must end in one of .avif"),
+        (["--plot", "no/scan.png"], "--plot must name a file in a folder that exists, but no does not"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(folder, capsys, monkeypatch, options, message):
+    write(weights(), folder / "a.pt")
+    monkeypatch.setattr(commands, "open_checkpoint", pytest.fail)
+    assert message.removesuffix(".avif") in refuse(capsys, "scan", "a.pt", *options)
+    assert sorted(os.listdir()) == ["a.pt"]
+
+
+def test_the_output_of_prune_is_checked_before_the_work(folder, capsys, monkeypatch):
+    write(weights(), folder / "a.pt")
+    monkeypatch.setattr(commands, "prune_checkpoint", pytest.fail)
+    message = "--out must name a file in a folder that exists, but no does not"
+    assert message in refuse(capsys, "prune", "a.pt", "-o", "no/b.pt")
+
+
+def test_the_table_is_printed_and_other_files_are_written_if_one_fails(folder, capsys, monkeypatch):
+    def full(path, rows):
+        raise OSError(28, "No space left on device", str(path))
+
+    write(weights(), folder / "a.pt")
+    monkeypatch.setattr(tables, "_write_csv", full)
+    assert main(["scan", "a.pt", "--csv", "a.csv", "--plot", "a.png"]) == 1
+    told = capsys.readouterr()
+    assert told.err == "torch-sap: a.csv: No space left on device\n"
+    assert "overall" in told.out
+    assert (folder / "a.png").stat().st_size > 1000
+
+
+def test_random_weights_are_said(folder, capsys):
+    pytest.importorskip("timm")
+    assert main(["scan", "test_resnet", "--seed", "3", "--plot", "a.svg"]) == 0
+    assert capsys.readouterr().out.startswith("test_resnet with random weights (seed 3): remaining %")
+    assert "test_resnet, random weights" in (folder / "a.svg").read_text()
+    assert main(["scan", "test_resnet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["random_weights"] is True
+
+
+def test_layers_of_safetensors_files_are_in_natural_order(folder, capsys):
+    names = [f"blocks.{number}.weight" for number in (0, 1, 2, 10, 11)]
+    write({name: torch.randn(6, 5) for name in names}, folder / "a.safetensors")
+    write({name: torch.randn(6, 5) for name in reversed(names)}, folder / "a.pt")
+    for file, order in (("a.safetensors", names), ("a.pt", names[::-1])):
+        assert main(["scan", file, "--json"]) == 0
+        assert [layer["name"] for layer in json.loads(capsys.readouterr().out)["layers"]] == order
+        assert main(["prune", file, "-o", f"b{file[1:]}", "--json"]) == 0
+        assert [tensor["name"] for tensor in json.loads(capsys.readouterr().out)["tensors"]] == order
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_table_fits_the_terminal_and_splits_no_number(folder, capsys, monkeypatch, width):
+    name = "encoder.layers.%d.self_attention.output_projection.weight"
+    write({name % number: torch.randn(50, 40) for number in range(3)}, folder / "a.pt")
+    command = ["scan", "a.pt", "--exclude", "encoder.layers.2"]
+    assert main(command) == 0
+    whole = capsys.readouterr().out.splitlines()
+    assert whole[3].split()[0] == name % 0
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    first = next(line for line in lines if line.startswith("encoder"))
+    assert first.split()[0].endswith(".weight")
+    assert set(first.split()[1:]) <= set(whole[3].split())
+    assert {"2,000", whole[3].split()[3]} <= set(first.split()), "weights and PQI are always shown"
+    assert f"left out: {name % 2} (excluded)" in " ".join(lines)
+    assert ("Too narrow for: " in " ".join(lines)) == (width == 60)
+
+
+def test_versions(capsys):
+    assert main(["env"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (lines["torch_sap"], lines["torch"]) == (torch_sap.__version__, torch.__version__)
+    assert set(environment.PACKAGES) < set(lines)
+    assert "CPU" in lines["devices"]
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == lines
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_is_shown_in_a_terminal_only(capsys, monkeypatch, is_terminal):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(progressing, "AFTER", 0.01)
+    with progressing.progress("scanning a.safetensors", 100) as advance:
+        advance(25)
+        time.sleep(0.1)
+        advance(50)
+    with progressing.progress("pruning a.safetensors"):
+        time.sleep(0.1)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert ("scanning a.safetensors:  25%" in told.err and "left" in told.err) == is_terminal
+    assert ("pruning a.safetensors: 00:00" in told.err) == is_terminal
+    assert (told.err == "") != is_terminal
 
 
 @pytest.mark.parametrize(
@@ -199,7 +318,7 @@ def test_wrong_usage(capsys, argv, message):
     assert told.startswith("usage: torch-sap")
 
 
-@pytest.mark.parametrize("command", [[], ["scan"], ["prune"], ["report"], ["compare"]])
+@pytest.mark.parametrize("command", [[], ["scan"], ["prune"], ["report"], ["compare"], ["env"]])
 def test_help_teaches(capsys, command):
     with pytest.raises(SystemExit) as leaving:
         main([*command, "--help"])
@@ -207,12 +326,12 @@ def test_help_teaches(capsys, command):
     text = capsys.readouterr().out
     assert "Examples:" in text
     assert "Exit codes:" in text
+    assert "130" in text
 
 
 @pytest.mark.parametrize(
     ("package", "argv", "extra"),
     [
-        ("rich", ["scan", "a.pt"], "torch_sap[cli]"),
         ("safetensors", ["scan", "a.safetensors"], "torch_sap[cli]"),
         ("timm", ["scan", "test_resnet"], "torch_sap[timm]"),
         ("matplotlib.figure", ["scan", "a.pt", "--plot", "a.png"], "torch_sap[plot]"),
@@ -223,12 +342,6 @@ def test_a_missing_package_is_named(folder, capsys, monkeypatch, package, argv, 
     write(weights(), folder / "a.safetensors")
     monkeypatch.setitem(sys.modules, package, None)
     assert extra in refuse(capsys, *argv)
-
-
-def test_json_needs_no_rich(folder, capsys, monkeypatch):
-    write(weights(), folder / "a.pt")
-    monkeypatch.setitem(sys.modules, "rich", None)
-    assert main(["scan", "a.pt", "--json"]) == 0
 
 
 def test_in_a_process_of_its_own(folder):
@@ -243,6 +356,26 @@ def test_in_a_process_of_its_own(folder):
     assert failed.stderr.count("\n") == 1
     piped = call("scan a.pt --json | head -n 1")
     assert (piped.stdout.split(), piped.stderr) == (["{", "0"], "")
+    piped = call("scan --help | head -c 1")
+    assert (piped.stdout.split(), piped.stderr) == (["u0"], "")
+
+
+INTERRUPTED = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+@pytest.mark.parametrize("module", ["torch", "timm"])
+def test_no_traceback_on_ctrl_c_even_while_loading(folder, module):
+    """The module stands for PyTorch, or for a model that takes long to make."""
+    (folder / f"{module}.py").write_text(INTERRUPTED)
+    paths = os.pathsep.join([str(folder), str(Path(torch_sap.__file__).parents[1])])
+    command = [sys.executable, "-m", "torch_sap", "scan", "test_resnet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": paths})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "torch-sap: stopped\n")
 
 
 PEAK = """

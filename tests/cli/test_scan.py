@@ -39,7 +39,7 @@ def assert_scan_is(scan, tensors, reports, exact):
     assert scan.overall.pqi == pytest.approx(float(torch_sap.pq_index(every)), rel=1e-13)
     assert scan.overall.gini == pytest.approx(float(torch_sap.gini_index(every)), abs=1e-12 if exact else 1e-4)
     for scope, report in reports.items():
-        assert getattr(scan.overall, f"pruned_{scope}") == report.pruned / report.total
+        assert getattr(scan.overall, f"remaining_{scope}") == report.density
     assert [layer.name for layer in scan.layers] == list(tensors)
     for number, (layer, tensor) in enumerate(zip(scan.layers, tensors.values(), strict=True)):
         assert layer.shape == tuple(tensor.shape)
@@ -48,8 +48,8 @@ def assert_scan_is(scan, tensors, reports, exact):
             gini = float(torch_sap.gini_index(tensor))
             assert layer.gini == pytest.approx(gini, abs=1e-12 if exact else 2e-4, nan_ok=True)
             for scope in ("layer", "neuron"):
-                expected = reports[scope].tensors[number].sparsity
-                assert getattr(layer, f"pruned_{scope}") == pytest.approx(expected, abs=1e-15)
+                expected = reports[scope].tensors[number].density
+                assert getattr(layer, f"remaining_{scope}") == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -73,7 +73,7 @@ def test_a_model_is_scanned_as_it_is_measured():
     reports = {scope: prune(copy.deepcopy(model), eta_r=0.1) for scope, prune in FUNCTIONS.items()}
     assert_scan_is(scan, tensors, reports, exact=False)
     for layer, record in zip(scan.layers, reports["global"].tensors, strict=True):
-        assert layer.pruned_global == pytest.approx(1 - record.remaining / record.total, abs=2e-3)
+        assert layer.remaining_global == pytest.approx(record.density, abs=2e-3)
 
 
 def test_shards_are_scanned_together(tmp_path):
@@ -97,4 +97,5 @@ def test_zeros_have_no_index():
     nn.init.zeros_(model.weight)
     scan = scan_model(model)
     assert np.isnan([scan.overall.pqi, scan.overall.gini]).all()
-    assert (scan.overall.pruned_global, scan.overall.pruned_layer, scan.overall.dead_rows) == (0, 0, 3)
+    assert (scan.overall.remaining_global, scan.overall.remaining_layer, scan.overall.dead_rows) == (1, 1, 3)
+    assert [(one.name, one.reason) for one in scan.left_out] == [("weight", "zero throughout")]

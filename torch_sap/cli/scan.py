@@ -1,13 +1,13 @@
 """Measure what SAP would prune of a model or a checkpoint, layer by layer.
 
 The weights are read twice: once for their power sums, and once for a histogram per tensor. The histogram gives the
-Gini index without a sort, and the share of each layer in the global scope.
+Gini index without a sort, and what remains of each layer in the global scope.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
@@ -20,6 +20,8 @@ from torch_sap.decide.groups import Entry, Scope
 from torch_sap.decide.keys import INTEGER_OF
 from torch_sap.decide.step import GroupValues, group_values
 from torch_sap.decide.sums import power_sums
+from torch_sap.masks.kinds import ZERO
+from torch_sap.masks.parameters import LeftOut
 from torch_sap.records.round import mean_defined
 
 CHUNK = 2**19
@@ -42,10 +44,11 @@ class LayerScan:
     weights: int
     pqi: float
     gini: float
-    pruned_global: float
-    """Share that SAP prunes in the global scope. For one layer an estimate: the threshold's bin is divided evenly."""
-    pruned_layer: float
-    pruned_neuron: float
+    remaining_global: float
+    """Share that remains after one step in the global scope. For one layer an estimate: the threshold's bin is divided
+    evenly."""
+    remaining_layer: float
+    remaining_neuron: float
     dead_rows: int
     """Rows (output channels) that are all zero."""
 
@@ -56,18 +59,37 @@ class Scan:
 
     source: str
     """Name of the model or path of the checkpoint."""
+    random_weights: bool
+    """Whether the model has its initial weights; then the findings are about the initialization."""
     hyperparameters: dict[str, float]
     overall: LayerScan
     layers: tuple[LayerScan, ...]
+    left_out: tuple[LeftOut, ...]
+    """Tensors with more than one dimension that SAP does not prune, and why."""
 
 
-def scan_entries(entries: Sequence[Entry], rule: Hyperparameters, source: str) -> Scan:
-    """Scan tensors on the CPU without masks; zeros of an earlier pruning count as zeros."""
+def scan_entries(
+    entries: Sequence[Entry],
+    rule: Hyperparameters,
+    source: str,
+    *,
+    random_weights: bool = False,
+    left_out: Sequence[LeftOut] = (),
+    advance: Callable[[int], object] = lambda done: None,
+) -> Scan:
+    """Scan tensors on the CPU without masks; zeros of an earlier pruning count as zeros.
+
+    ``advance`` is called with the number of entries of each tensor that is done; most of the time is spent there.
+    """
     sums = power_sums(entries, rule.p, rule.q)
     scopes: tuple[Scope, ...] = get_args(Scope)
     in_global, in_layer, in_neuron = groups = [group_values(sums, scope, rule) for scope in scopes]
     # backwards: the last tensors that were read are still in the page cache if a file is larger than memory
-    histograms = [Histogram.of(entry.scores.detach()) for entry in reversed(entries)][::-1]
+    histograms: list[Histogram] = []
+    for entry in reversed(entries):
+        histograms.append(Histogram.of(entry.scores.detach()))
+        advance(entry.scores.numel())
+    histograms.reverse()
     counted = [h for entry, h in zip(entries, histograms, strict=True) if entry.name not in sums.zero]
     together = Histogram.together(counted or histograms)
     threshold = together.smallest(int(in_global["global"].c[0]))
@@ -82,7 +104,8 @@ def scan_entries(entries: Sequence[Entry], rule: Hyperparameters, source: str) -
     dead = sum(layer.dead_rows for layer in layers)
     total = sum(layer.weights for layer in layers)
     overall = _layer("overall", (), total, in_global["global"], together, pruned, dead)
-    return Scan(source, rule.to_dict(), overall, tuple(layers))
+    zero = (LeftOut(entry.name, entry.shape, ZERO) for entry in entries if entry.name in sums.zero)
+    return Scan(source, random_weights, rule.to_dict(), overall, tuple(layers), (*left_out, *zero))
 
 
 def _layer(
@@ -94,7 +117,7 @@ def _layer(
     pruned: Sequence[float],
     dead: int,
 ) -> LayerScan:
-    in_global, in_layer, in_neuron = (count / total if total else math.nan for count in pruned)
+    in_global, in_layer, in_neuron = ((total - count) / total if total else math.nan for count in pruned)
     index = mean_defined({name: group.index})
     return LayerScan(name, shape, total, index, histogram.gini(), in_global, in_layer, in_neuron, dead)
 
@@ -110,9 +133,10 @@ class Histogram(NamedTuple):
         """Count the magnitudes of a tensor, a chunk at a time; the middle of a bin stands for its contents."""
         integer, largest = INTEGER_OF[tensor.dtype], 2 ** (8 * tensor.itemsize - 1) - 1
         shift = MANTISSA.get(tensor.dtype, DIGITS) - DIGITS
-        bins = torch.zeros((largest >> shift) + 1, dtype=torch.int64)
+        counts = np.zeros((largest >> shift) + 1, np.int64)
         for chunk in tensor.reshape(-1).view(integer).split(CHUNK):
-            bins += torch.bincount((chunk & largest) >> shift, minlength=len(bins))
+            counts += np.bincount((chunk.numpy() & largest) >> shift, minlength=len(counts))  # faster than PyTorch's
+        bins = torch.from_numpy(counts)
         places = bins.nonzero().flatten()
         middle = (places > 0) * (1 << shift >> 1)  # the lowest bin holds hardly anything but zero
         values = ((places << shift) + middle).to(integer).view(tensor.dtype).double()

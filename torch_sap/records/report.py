@@ -105,11 +105,13 @@ class PruningReport(OfTensors):
             f"  {t.name:<{width}} {t.remaining / max(t.total, 1):7.1%} {t.remaining:>12,} of {t.total:>12,}  {t.shape}"
             for t in self.tensors
         ]
-        reasons: dict[str, list[str]] = {}
-        for one in self.left_out:
-            reasons.setdefault(one.reason, []).append(one.name)
-        for reason, names in reasons.items():
-            names[1:] = [f"and {len(names) - 1} more"] if len(names) > 1 else []
-            names.append(f"({reason})")
-        left = ", ".join(" ".join(names) for names in reasons.values())
-        return "\n".join([head, *lines, *([f"  left out: {left}"] if left else [])])
+        return "\n".join([head, *lines, *(f"  {line}" for line in left_out_text(self.left_out))])
+
+
+def left_out_text(left_out: Sequence[LeftOut]) -> list[str]:
+    """Say in a line what is left out and why, or in none; of many tensors with one reason, only the first is named."""
+    reasons: dict[str, list[str]] = {}
+    for one in left_out:
+        reasons.setdefault(one.reason, []).append(one.name)
+    some = [(names[0] + (f" and {len(names) - 1} more" if names[1:] else ""), why) for why, names in reasons.items()]
+    return ["left out: " + ", ".join(f"{names} ({why})" for names, why in some)] if some else []
