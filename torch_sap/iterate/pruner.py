@@ -178,6 +178,16 @@ class Pruner:
             self._remove_masks()
             raise
 
+    def __repr__(self) -> str:
+        """One line: the rule, the model, and what remains of it."""
+        numbers = ", ".join(f"{name}={value:g}" for name, value in self.rule.to_dict().items())
+        masks = [(prunable.weight.numel(), prunable.mask) for prunable in self.prunables]
+        total = sum(count for count, _ in masks)
+        remaining = sum(count if mask is None else int(mask.sum()) for count, mask in masks)
+        counts = f"{remaining:,} of {total:,} weights ({remaining / max(total, 1):.1%}), {len(masks)} tensors"
+        rule = f"{type(self).__name__} of {type(self.model).__name__}: {self.scope} scope, {numbers}"
+        return f"<{rule}; {counts}; {len(self.history)} rounds>"
+
     def rank(self, entries: list[Entry]) -> list[Entry]:
         """Return the entries with the scores that rank them: the importance_scores, or the weights themselves."""
         if self.importance_scores is None:
