@@ -15,7 +15,7 @@ LAYERS = (  # from the bottom to the top: a module imports from its own layer an
     ("distributed",),
     ("masks",),
     ("records", "files", "inspect", "methods"),
-    ("functional", "stopping"),
+    ("functional", "stopping", "progress"),
     ("iterate", "iterative", "scores"),
     ("public", "__init__"),
     ("integrations", "cli", "__main__"),

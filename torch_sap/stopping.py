@@ -34,6 +34,11 @@ class StoppingRule:
         """Return whether the run ends with the last round."""
         return False
 
+    def __repr__(self) -> str:
+        """As the rule was made, as far as its attributes tell."""
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in public.items())})"
+
 
 class TargetDensity(StoppingRule):
     """End at the first trained model with at most this share of its weights.

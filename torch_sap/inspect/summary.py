@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch_sap.inspect.example import whole_weights
 from torch_sap.inspect.macs import count_macs
 from torch_sap.masks.parameters import Prunable, entries_of
 from torch_sap.records.codec import to_plain
+from torch_sap.records.html import table
 from torch_sap.records.report import OfTensors, TensorRecord
 from torch_sap.records.round import mean_defined
 
@@ -84,24 +84,32 @@ class Summary(OfTensors):
 
     def __str__(self) -> str:
         """A table with one line per tensor, and one in total."""
-        head = ["weight", "module", "shape", "weights", "remaining", "sparsity", "PQI", "empty rows"]
-        cells = [head if self.other_macs is None else [*head, "MACs", "sparse MACs"]]
-        cells += [[t.name, t.module, str(t.shape), *_texts(t, len(t.empty_rows))] for t in self.tensors]
-        cells += [["total", "", "", *_texts(self, sum(map(len, self.empty_rows.values())))]]
+        cells = self._cells()
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         texts = [[*map(str.ljust, line[:3], widths), *map(str.rjust, line[3:], widths[3:])] for line in cells]
         first, *lines, last = ("  ".join(line).rstrip() for line in texts)
         rule = "-" * max(map(len, (first, *lines, last)))
-        note = f"{_short(self.other_macs or 0)} of the MACs are without a weight (as in attention)"
-        return "\n".join([first, rule, *lines, rule, last, *([note] if self.other_macs else [])])
+        return "\n".join([first, rule, *lines, rule, last, *([self._note()] if self.other_macs else [])])
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        titles, *rows = self._cells()
+        head = f"{self.remaining:,} of {self.total:,} weights remain ({self.density:.1%})"
+        return table(head, titles, rows, self._note() if self.other_macs else "")
+
+    def _cells(self) -> list[list[str]]:
+        """The texts of the table: titles, tensors, total."""
+        head = ["weight", "module", "shape", "weights", "remaining", "remaining %", "PQI", "empty rows"]
+        cells = [head if self.other_macs is None else [*head, "MACs", "sparse MACs"]]
+        cells += [[t.name, t.module, str(t.shape), *_texts(t, len(t.empty_rows))] for t in self.tensors]
+        return [*cells, ["total", "", "", *_texts(self, sum(map(len, self.empty_rows.values())))]]
+
+    def _note(self) -> str:
+        return f"{_short(self.other_macs or 0)} of the MACs are without a weight (as in attention)"
 
 
 def _texts(record: LayerSummary | Summary, empty_rows: int) -> list[str]:
     pqi = "undefined" if math.isnan(record.pqi) else f"{record.pqi:.3f}"
-    texts = [f"{record.total:,}", f"{record.remaining:,}", f"{record.sparsity:.1%}", pqi, f"{empty_rows:,}"]
+    texts = [f"{record.total:,}", f"{record.remaining:,}", f"{100 * record.density:.1f}", pqi, f"{empty_rows:,}"]
     if record.macs is None or record.sparse_macs is None:
         return texts
     return [*texts, _short(record.macs), _short(record.sparse_macs)]
@@ -117,7 +125,7 @@ def _short(number: float) -> str:
 
 
 def summary(model: nn.Module, example_input: Any = None) -> Summary:
-    """Tabulate a model's weights: shape, remaining, sparsity, PQ Index, empty rows, and dense and sparse MACs.
+    """Tabulate a model's weights: shape, what remains, PQ Index, empty rows, and dense and sparse MACs.
 
     The model runs the example in eval mode, without gradients, eagerly, and is exactly as before afterwards. MACs are
     counted by the formulas of torch.utils.flop_counter and assigned to the tensors that take part in each operation,

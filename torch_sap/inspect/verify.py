@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch_sap.inspect.dataflow import KEPT, PRUNED, Follow, Received
 from torch_sap.inspect.example import arguments_of, as_it_was, tensors_of, whole_weights
 from torch_sap.masks.parameters import Prunable
 from torch_sap.records.codec import to_plain
+from torch_sap.records.html import table
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,29 @@ class Verification:
         return {"effective": self.effective, **to_plain(self)}
 
     def __str__(self) -> str:
-        """Format one line in total, and one line per weight that differs."""
+        """Format one line in total, and one line per weight that differs, with what remains of it."""
         width = max((len(weight.name) for weight in self.differing), default=0)
-        head = f"{len(self.weights)} pruned weights, {len(self.differing)} received with another sparsity"
         lines = [
-            f"  {w.name:<{width}} mask {w.mask_sparsity:6.1%}, received "
-            + ("  never" if w.effective_sparsity is None else f"{w.effective_sparsity:6.1%}")
-            + f": {w.reason} ({w.module})"
-            for w in self.differing
+            f"  {name:<{width}} {of_mask:>6} in the mask, {received:>6} received: {reason} ({module})"
+            for name, module, of_mask, received, reason in self._rows(self.differing)
         ]
-        return "\n".join([head, *lines])
+        return "\n".join([self._head(), *lines])
+
+    def _repr_html_(self) -> str:
+        titles = ["weight", "module", "remaining in the mask", "received by the computation", "reason"]
+        return table(self._head(), titles, self._rows(self.weights))
+
+    def _head(self) -> str:
+        return f"{len(self.weights)} pruned weights, {len(self.differing)} received with another sparsity"
+
+    @staticmethod
+    def _rows(weights: Sequence[VerifiedWeight]) -> list[tuple[str, ...]]:
+        """Name, module, what remains in the mask and in the computation, and the reason."""
+        rows = []
+        for w in weights:
+            received = "never" if w.effective_sparsity is None else f"{1 - w.effective_sparsity:.1%}"
+            rows.append((w.name, w.module, f"{1 - w.mask_sparsity:.1%}", received, w.reason))
+        return rows
 
 
 def verify(model: nn.Module, example_input: Any) -> Verification:

@@ -179,14 +179,15 @@ class Pruner:
             raise
 
     def __repr__(self) -> str:
-        """One line: the rule, the model, and what remains of it."""
+        """One line: the rule, the model, and what remains; from the record alone, which reads no tensor."""
         numbers = ", ".join(f"{name}={value:g}" for name, value in self.rule.to_dict().items())
-        masks = [(prunable.weight.numel(), prunable.mask) for prunable in self.prunables]
-        total = sum(count for count, _ in masks)
-        remaining = sum(count if mask is None else int(mask.sum()) for count, mask in masks)
-        counts = f"{remaining:,} of {total:,} weights ({remaining / max(total, 1):.1%}), {len(masks)} tensors"
-        rule = f"{type(self).__name__} of {type(self.model).__name__}: {self.scope} scope, {numbers}"
-        return f"<{rule}; {counts}; {len(self.history)} rounds>"
+        text = f"{type(self).__name__} of {type(self.model).__name__}: {self.scope} scope, {numbers}"
+        text += f"; {sum(prunable.weight.numel() for prunable in self.prunables):,} weights"
+        if rounds := len(self.history):
+            remaining = [(one.remaining, one.total) for one in self.history[-1].tensors_after]
+            share = sum(left for left, _ in remaining) / max(sum(total for _, total in remaining), 1)
+            text += f", {share:.1%} remaining after {rounds} round{'s' * (rounds > 1)}"
+        return f"<{text}>"
 
     def rank(self, entries: list[Entry]) -> list[Entry]:
         """Return the entries with the scores that rank them: the importance_scores, or the weights themselves."""

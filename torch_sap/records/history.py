@@ -9,12 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from torch_sap.arguments import check_path, needs
+from torch_sap.records.html import rounds_table
 from torch_sap.records.metrics import Mode, metric_values
 from torch_sap.records.phases import Phase, label_phases
 from torch_sap.records.round import Round
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 Path = str | os.PathLike[str]
 FORMAT = 1
@@ -56,6 +58,10 @@ class History(Sequence[Round]):
     def __repr__(self) -> str:
         """One line per round."""
         return "\n".join(map(repr, self)) or "<History without rounds>"
+
+    def _repr_html_(self) -> str:
+        returned = "" if self.returned is None else f"; the model is that of round {self.returned}"
+        return rounds_table(self, f"{len(self)} round{'s' * (len(self) != 1)}{returned}")
 
     def append(self, round: Round) -> None:
         """Add a round at the end; raise a TypeError for anything else."""
@@ -130,13 +136,20 @@ class History(Sequence[Round]):
         values = metric_values(self, metric)
         return label_phases([round.pqi for round in self], values, mode=mode, noise=noise, significant=significant)
 
-    def plot(self, path: Path, *, metric: str | None = None, phases: Sequence[Phase | None] = ()) -> None:
+    def plot(
+        self, path: Path | None = None, *, metric: str | None = None, phases: Sequence[Phase | None] = ()
+    ) -> Figure:
         """Draw the rounds as in the paper's Figure 2: (a) the retrained models, (b) the pruned models.
 
+        What was not measured has no panel: the Gini index without ``gini=True``, metrics without ``eval_fn``.
+
         Args:
-            path: File to write; the suffix decides the format.
+            path: File to write; the suffix decides the format. None writes none.
             metric: Name of the metric to draw. By default "accuracy", or else the first one.
             phases: The result of :meth:`phases`, to show the labels as bands behind the curves.
+
+        Returns:
+            A figure of matplotlib, which a notebook shows.
 
         Raises:
             ImportError: if matplotlib is not installed (extra "plot").
@@ -144,5 +157,9 @@ class History(Sequence[Round]):
         """
         from torch_sap.records.plots import plot_rounds
 
-        check_path("path", path)
-        plot_rounds(self, path, metric=metric, phases=phases)
+        if path is not None:
+            check_path("path", path)
+        figure = plot_rounds(self, metric=metric, phases=phases)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure

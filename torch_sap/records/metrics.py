@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_sap.records.round import Measured
 
@@ -17,11 +18,14 @@ SMALLER_IS_BETTER = ("loss", "error", "perplexity")
 """Words in the names of metrics that fall as a model gets better."""
 
 
-def as_metrics(value: Metrics, source: str) -> dict[str, float]:
-    """Convert what a user's function returned to numbers by name, or raise a TypeError that names the ``source``."""
+def as_metrics(value: Metrics, source: str, name: str = "metric") -> dict[str, float]:
+    """Convert what a user's function returned to numbers by name, or raise a TypeError that names the ``source``.
+
+    A number without a name gets the one given.
+    """
     if value is None:
         return {}
-    items = value.items() if isinstance(value, Mapping) else [("metric", value)]
+    items = value.items() if isinstance(value, Mapping) else [(name, value)]
     metrics = {}
     for key, number in items:
         scalar = number.numel() == 1 if isinstance(number, Tensor) else isinstance(number, Real)
@@ -29,6 +33,24 @@ def as_metrics(value: Metrics, source: str) -> dict[str, float]:
             raise TypeError(f"{source} must give None, a number or a mapping from names to numbers, got {value!r}")
         metrics[key] = float(number)
     return metrics
+
+
+def measured_by(eval_fn: Callable[..., Metrics]) -> Callable[..., dict[str, float]]:
+    """Wrap an eval_fn: a number that it returns gets its name, unless it is a lambda or has none ("metric").
+
+    It warns if it returns None, since then nothing is recorded.
+    """
+    name = getattr(eval_fn, "__name__", "metric")
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        value = eval_fn(model)
+        if value is None:
+            warnings.warn(
+                "eval_fn returned None, so nothing is recorded; return a number or a dict of numbers", stacklevel=2
+            )
+        return as_metrics(value, "eval_fn", name if name.isidentifier() else "metric")
+
+    return evaluate
 
 
 def choose_metric(names: Sequence[str], metric: str | None = None, *, judge: Mode | None = None) -> str | None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch_sap.arguments import needs
 from torch_sap.records.metrics import choose_metric, metric_values
 from torch_sap.records.round import Round
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PHASE_COLORS = {"regularization": "#009E73", "compression": "#E69F00", "collapse": "#D55E00"}
 OF_METRIC, OF_INDEX = ("#0072B2", "o", "-"), ("#D55E00", "^", "-.")
 OF_REMAINING, OF_GINI = ("#000000", "s", "--"), ("#009E73", "D", ":")
 """Color, marker and line style."""
+Panel = tuple[str, str, str, tuple[str, str, str]]
+"""Title, column, column to subtract, and style."""
 
 
-def plot_rounds(
-    rounds: Sequence[Round], path: str | os.PathLike[str], *, metric: str | None = None, phases: Sequence[Any] = ()
-) -> None:
+def plot_rounds(rounds: Sequence[Round], *, metric: str | None = None, phases: Sequence[Any] = ()) -> Figure:
     """Draw rounds as in the paper's Figure 2; arguments and errors are those of ``History.plot``."""
     with needs("History.plot", "matplotlib", "plot"):
         from matplotlib.figure import Figure
@@ -32,30 +34,33 @@ def plot_rounds(
     if metric is not None:
         metric_values(rounds[:1], metric)  # raises here if there is none
     name = choose_metric(list(rounds[0].metrics), metric) or "metric"
-    retrained = [  # title, column, column to subtract, style
+    retrained: list[Panel] = [
         (name, name, "", OF_METRIC),
         ("remaining weights (%)", "remaining_pct", "", OF_REMAINING),
         ("PQ Index", "pqi", "", OF_INDEX),
         ("Gini index", "gini", "", OF_GINI),
     ]
-    pruned = [
+    pruned: list[Panel] = [
         (name, f"pruned_{name}", "", OF_METRIC),
         (f"{name}, pruned - retrained", f"pruned_{name}", name, OF_METRIC),
         ("PQ Index", "pruned_pqi", "", OF_INDEX),
         ("PQ Index, pruned - retrained", "pruned_pqi", "pqi", OF_INDEX),
     ]
-    figure = Figure(figsize=(14, 6), layout="constrained")
-    halves: Any = figure.subfigures(2, 1)
-    titles = ("(a) retrained models", "(b) pruned models, before rewinding")
-    for half, title, panels in zip(halves, titles, (retrained, pruned), strict=True):
+    rows = [found.row() for found in rounds]
+    titles = {"(a) retrained models": retrained, "(b) pruned models, before rewinding": pruned}
+    shown = {title: [panel for panel in panels if _measured(rows, panel)] for title, panels in titles.items()}
+    shown = {title: panels for title, panels in shown.items() if panels}
+    figure = Figure(figsize=(14, 3 * len(shown)), layout="constrained")
+    halves: Any = figure.subfigures(len(shown), 1, squeeze=False)
+    for half, (title, panels) in zip(halves[:, 0], shown.items(), strict=True):
         half.suptitle(title, fontsize="medium")
-        for axes, panel in zip(half.subplots(1, 4), panels, strict=True):
-            _draw(axes, [found.row() for found in rounds], *panel)
+        for axes, panel in zip(half.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _draw(axes, rows, panel)
             shade_phases(axes, phases)
     if found := [phase for phase in PHASE_COLORS if phase in phases]:
         patches = [Patch(color=PHASE_COLORS[phase], alpha=0.3, label=phase) for phase in found]
         figure.legend(handles=patches, loc="outside lower center", ncols=len(found), fontsize="small")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def shade_phases(axes: Any, phases: Sequence[str | None]) -> None:
@@ -65,16 +70,19 @@ def shade_phases(axes: Any, phases: Sequence[str | None]) -> None:
             axes.axvspan(number - 0.5, number + 0.5, color=PHASE_COLORS[phase], alpha=0.15, linewidth=0)
 
 
-def _draw(axes: Any, rows: Sequence[Any], title: str, column: str, base: str, style: tuple[str, str, str]) -> None:
+def _measured(rows: Sequence[Any], panel: Panel) -> list[tuple[int, float]]:
+    """The rounds that have the values of a panel, with these."""
+    _, column, base, _ = panel
     needed = [column, base] if base else [column]
     measured = [row for row in rows if all(row.get(name) is not None for name in needed)]
-    values = [row[column] - row[base] if base else row[column] for row in measured]
+    return [(row["round"], row[column] - row[base] if base else row[column]) for row in measured]
+
+
+def _draw(axes: Any, rows: Sequence[Any], panel: Panel) -> None:
+    title, _, _, (color, marker, line) = panel
     axes.set_title(title, fontsize="small")
     axes.set_xlabel("round", fontsize="small")
     axes.grid(alpha=0.3)
-    if measured:
-        color, marker, line = style
-        numbers = [row["round"] for row in measured]
-        axes.plot(numbers, values, color=color, marker=marker, linestyle=line, markersize=4)
-    else:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="gray")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlim(rows[0]["round"] - 0.5, rows[-1]["round"] + 0.5)
+    axes.plot(*zip(*_measured(rows, panel), strict=True), color=color, marker=marker, linestyle=line, markersize=4)

@@ -9,6 +9,7 @@ from typing import Any
 from torch_sap.decide.step import GroupValues
 from torch_sap.masks.parameters import LeftOut, Prunable
 from torch_sap.records.codec import to_plain
+from torch_sap.records.html import table
 
 
 class Shares:
@@ -99,13 +100,20 @@ class PruningReport(OfTensors):
     def __str__(self) -> str:
         """One line in total, one per tensor, and one about what is left out."""
         width = max((len(tensor.name) for tensor in self.tensors), default=0)
-        head = f"{self.scope} scope: pruned {self.pruned:,}, "
-        head += f"{self.remaining:,} of {self.total:,} weights remain ({self.density:.1%})"
         lines = [
             f"  {t.name:<{width}} {t.remaining / max(t.total, 1):7.1%} {t.remaining:>12,} of {t.total:>12,}  {t.shape}"
             for t in self.tensors
         ]
-        return "\n".join([head, *lines, *(f"  {line}" for line in left_out_text(self.left_out))])
+        return "\n".join([self._head(), *lines, *(f"  {line}" for line in left_out_text(self.left_out))])
+
+    def _repr_html_(self) -> str:
+        titles = ["weight", "shape", "weights", "remaining", "remaining %"]
+        rows = [(t.name, t.shape, f"{t.total:,}", f"{t.remaining:,}", f"{100 * t.density:.1f}") for t in self.tensors]
+        return table(self._head(), titles, rows, "".join(left_out_text(self.left_out)))
+
+    def _head(self) -> str:
+        counts = f"{self.remaining:,} of {self.total:,} weights remain ({self.density:.1%})"
+        return f"{self.scope} scope: pruned {self.pruned:,}, {counts}"
 
 
 def left_out_text(left_out: Sequence[LeftOut]) -> list[str]:

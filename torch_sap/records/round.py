@@ -14,6 +14,7 @@ from torch_sap.decide.measures import gini as gini_of_groups
 from torch_sap.decide.step import GroupValues
 from torch_sap.decide.sums import PowerSums
 from torch_sap.records.codec import from_plain, to_plain
+from torch_sap.records.html import rounds_table
 from torch_sap.records.report import OfTensors, TensorRecord
 
 
@@ -67,6 +68,9 @@ class Measured(OfTensors):
             f"{type(self).__name__} {self.number}: {self.remaining:,} of {self.total:,} weights ({self.density:.1%})"
         )
         return f"<{counts}, PQ Index {self.pqi:.3f}{metrics}; {self.pruned_count:,} pruned>"
+
+    def _repr_html_(self) -> str:
+        return rounds_table([self], f"{self.scope} scope, {self.total:,} weights")
 
     @property
     def pruned_count(self) -> int:
