@@ -1,6 +1,8 @@
 """iterative_sap: results of the functions, failures, and whole runs."""
 
+import functools
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -30,9 +32,69 @@ SHAPE = (6, 6)
 def test_results_of_train_fn_and_eval_fn(returned, metrics):
     history = iterative_sap(mlp(), lambda _: returned, iterations=1, **ARGUMENTS)
     assert [record.metrics for record in history] == [metrics, metrics]
-    history = iterative_sap(mlp(), lambda _: None, iterations=1, eval_fn=lambda _: returned, **ARGUMENTS)
-    assert history[0].metrics == metrics
+    if returned is not None:
+        history = iterative_sap(mlp(), lambda _: None, iterations=1, eval_fn=lambda _: returned, **ARGUMENTS)
+        assert history[0].metrics == metrics
+        assert history[0].pruned_metrics == metrics
+
+
+def accuracy(model):
+    return 0.5
+
+
+class Judge:
+    def __call__(self, model):
+        return 0.25
+
+
+@pytest.mark.parametrize(
+    ("eval_fn", "metrics"),
+    [
+        (accuracy, {"accuracy": 0.5}),
+        (lambda model: 0.5, {"metric": 0.5}),
+        (functools.partial(accuracy), {"metric": 0.5}),
+        (Judge(), {"metric": 0.25}),
+        (lambda model: {"loss": 2}, {"loss": 2}),
+    ],
+    ids=["function", "lambda", "partial", "object", "mapping"],
+)
+def test_a_number_of_eval_fn_is_named_after_it(eval_fn, metrics):
+    history = iterative_sap(mlp(), lambda model: 0.75, iterations=1, eval_fn=eval_fn, **ARGUMENTS)
+    assert history[0].metrics == {"metric": 0.75} | metrics
     assert history[0].pruned_metrics == metrics
+
+
+def test_an_eval_fn_that_returns_nothing_warns():
+    with pytest.warns(UserWarning, match="eval_fn returned None, so nothing is recorded; return a number or a dict"):
+        history = iterative_sap(mlp(), lambda _: None, iterations=1, eval_fn=lambda _: None, **ARGUMENTS)
+    assert history[0].metrics == history[0].pruned_metrics == {}
+
+
+def test_a_bar_shows_the_round_what_remains_and_the_metric(capsys):
+    pytest.importorskip("tqdm")
+    found = iterative_sap(mlp(), trainer(SHAPE), iterations=2, eval_fn=accuracy, progress=True, **ARGUMENTS)
+    told = capsys.readouterr()
+    assert told.out == ""
+    last = told.err.split("\r")[-1]
+    assert "round 2: 100%" in last
+    assert "3/3" in last
+    assert f"remaining={found[-1].density:.1%}, accuracy=0.5" in last
+    assert "round 0:   0%" in told.err
+    sap = SAP(mlp(), **ARGUMENTS)
+    sap.step()
+    iterative_sap(sap, trainer(SHAPE), iterations=2, progress=True)
+    assert "round 1:  33%" in capsys.readouterr().err
+    iterative_sap(mlp(), trainer(SHAPE), iterations=1, **ARGUMENTS)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_needs_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install 'torch_sap\[progress\]'"):
+        iterative_sap(model, pytest.fail, progress=True)
+    assert_unchanged(model, before)
 
 
 def test_eval_fn_sees_the_retrained_and_then_the_pruned_model_before_rewinding():

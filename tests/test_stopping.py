@@ -192,6 +192,23 @@ def test_the_metric_to_judge_by_is_not_guessed(rule, metrics):
     assert same_state(model, before)
 
 
+def test_a_run_with_rounds_is_judged_before_the_next_training():
+    sap = SAP(make_model())
+    sap.step({"top1": 0.9, "top5": 1.0})
+    with pytest.raises(ValueError, match="metric must be named"):
+        iterative_sap(sap, pytest.fail, stop=WithinTolerance(0.01))
+    with pytest.raises(ValueError, match="metric 'f1' must be recorded in every round"):
+        iterative_sap(sap, pytest.fail, stop=Collapse(metric="f1"))
+    assert len(sap.history) == 1
+
+
+def test_rules_are_shown_as_they_are_made():
+    rules = [WithinTolerance(0.01, metric="f1"), TargetDensity(0.2), NothingLeft(), Never()]
+    assert repr(rules[0]) == "WithinTolerance(tolerance=0.01, metric='f1', mode='max', patience=1)"
+    assert list(map(repr, rules[1:])) == ["TargetDensity(density=0.2)", "NothingLeft()", "Never()"]
+    assert vars(eval(repr(Collapse(noise=0.01)))) == vars(Collapse(noise=0.01))
+
+
 def test_accuracy_is_the_default_for_max_only():
     both = [{"loss": 0.5, "accuracy": 0.9}, {"loss": 0.1, "accuracy": 0.8}, {}]
     history = iterative_sap(make_model(), Recording(*both), iterations=2, stop=WithinTolerance(0.01))

@@ -146,12 +146,13 @@ def test_in_a_terminal_in_a_notebook_and_as_values():
     assert len({len(line) for line in lines[:2]}) == 1
     kept = int(model[0].weight_mask.sum())
     assert lines[2].split() == [
-        *["0.weight", "Linear", "(32,", "64)", "2,048", f"{kept:,}", f"{1 - kept / 2048:.1%}"],
+        *["0.weight", "Linear", "(32,", "64)", "2,048", f"{kept:,}", f"{100 * kept / 2048:.1f}"],
         *[f"{found.tensors[0].pqi:.3f}", "0", "2.048k", f"{kept / 1000:.4g}k"],
     ]
     assert "undefined" in lines[3]
     assert lines[-1].startswith("total")
-    assert found._repr_html_() == f"<pre>{found}</pre>"
+    assert lines[0].split()[3:7] == ["weights", "remaining", "remaining", "%"]
+    assert f"<td>{kept:,}</td><td>{100 * kept / 2048:.1f}</td>" in found._repr_html_()
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["tensors"][1]["pqi"] is None
     assert math.isnan(found.tensors[1].pqi)

@@ -48,8 +48,11 @@ def test_reasons(reason):
 def test_a_parameter_read_behind_pytorchs_mask():
     model = Weighted(lambda m, w, x: F.linear(x, m.weight_orig))
     prune.random_unstructured(model, "weight", amount=0.5)
-    (weight,) = verify(model, vector()).weights
+    found = verify(model, vector())
+    (weight,) = found.weights
     assert (weight.mask_sparsity, weight.effective_sparsity) == (0.5, 0.0)
+    assert " 50.0% in the mask, 100.0% received: read without the mask" in str(found)
+    assert "<td>50.0%</td><td>100.0%</td><td>read without the mask</td>" in found._repr_html_()
     assert weight.reason == "read without the mask"
 
 

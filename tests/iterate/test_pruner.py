@@ -235,3 +235,17 @@ def test_editors_see_the_keywords():
 
     assert names(Pruner) == set(Settings.__annotations__)
     assert names(Pruner) | names(SAP) == set(SAPSettings.__annotations__)
+
+
+def test_a_pruner_is_read_at_a_glance():
+    sap = SAP(mlp(), eta_r=0.1)
+    total = sum(prunable.weight.numel() for prunable in sap.prunables)
+    assert repr(sap) == (
+        f"<SAP of Sequential: layer scope, p=0.5, q=1, eta_r=0.1, gamma=1, beta=0.9; {total:,} weights>"
+    )
+    found = sap.step()
+    share = 1 - found.pruned_count / total
+    assert repr(sap).endswith(f"; {total:,} weights, {share:.1%} remaining after 1 round>")
+    sap.step()
+    assert repr(sap).endswith(" remaining after 2 rounds>")
+    assert repr(LotteryTicket(mlp())).startswith("<LotteryTicket of Sequential: layer scope, p=0.5, q=1, ratio=0.2; ")

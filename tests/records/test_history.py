@@ -147,3 +147,36 @@ def test_a_history_is_read_at_a_glance():
     assert len(repr(found)) < 200
     sap.record()
     assert repr(sap.history).splitlines() == [repr(sap.history[0]), repr(sap.history[1])]
+
+
+def test_a_notebook_shows_tables_of_histories_and_rounds():
+    sap = SAP(mlp())
+    first, last = sap.step({"accuracy": 0.98765}), sap.record({"accuracy": 0.5, "<loss>": 2})
+    shown = sap.history._repr_html_()
+    assert shown.startswith("<p>2 rounds</p>")
+    assert shown.count("<tr>") == 3
+    assert "<th>remaining %</th><th>PQ Index</th><th>accuracy</th><th>&lt;loss&gt;</th>" in shown
+    row = f"<td>0</td><td>{first.total:,}</td><td>100.0</td><td>{first.pqi:.3f}</td><td>0.9877</td>"
+    assert f"{row}<td>-</td><td>{first.pruned_count:,}</td>" in shown
+    assert f"{row}<td>{first.pruned_count:,}</td>" in first._repr_html_()
+    sap.history.returned = 0
+    assert "2 rounds; the model is that of round 0" in sap.history._repr_html_()
+    assert f"<td>{100 * last.density:.1f}</td>" in last._repr_html_()
+
+
+def titles_of(figure):
+    return [[axes.get_title() for axes in half.axes] for half in figure.subfigs]
+
+
+def test_a_figure_comes_back_and_has_panels_only_for_what_was_measured(history):
+    figure = history.plot()
+    accuracy, index = ["accuracy", "accuracy, pruned - retrained"], ["PQ Index", "PQ Index, pruned - retrained"]
+    assert titles_of(figure) == [["accuracy", "remaining weights (%)", "PQ Index", "Gini index"], accuracy + index]
+    lines = {axes.get_title(): axes.lines[0].get_ydata().tolist() for axes in figure.subfigs[0].axes}
+    assert lines["remaining weights (%)"] == [100 * record.density for record in history]
+    sap = SAP(mlp())
+    sap.step()
+    assert titles_of(sap.history.plot()) == [["remaining weights (%)", "PQ Index"], index]
+    alone = SAP(mlp())
+    alone.record({"loss": 1.0})
+    assert titles_of(alone.history.plot()) == [["loss", "remaining weights (%)", "PQ Index"]]

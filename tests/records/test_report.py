@@ -5,6 +5,7 @@ import math
 from helpers import mlp
 
 import torch_sap
+from torch_sap.masks.parameters import LeftOut
 from torch_sap.records.report import PruningReport, TensorRecord
 
 
@@ -25,3 +26,17 @@ def test_a_round_and_a_report_of_the_same_pruning_agree():
     assert report.to_dict()["tensors"] == found.to_dict()["tensors_after"]
     assert report.to_dict()["groups"] == found.to_dict()["groups"]
     assert str(report).splitlines()[0].startswith("layer scope: pruned ")
+
+
+def test_a_report_says_what_remains_and_what_is_left_out_in_text_and_in_a_notebook():
+    tensors = (TensorRecord("a<b>", (2, 4), 2, 8), TensorRecord("c", (4, 1), 4, 4))
+    left_out = [LeftOut("d", (2, 2), "excluded"), LeftOut("e", (2, 2), "excluded"), LeftOut("f", (2, 2), "a bias")]
+    report = PruningReport("layer", {}, {}, tensors, left_out)
+    note = "left out: d and 1 more (excluded), f (a bias)"
+    lines = str(report).splitlines()
+    assert lines[0] == "layer scope: pruned 0, 6 of 12 weights remain (50.0%)"
+    assert lines[-1] == f"  {note}"
+    shown = report._repr_html_()
+    assert "<td>a&lt;b&gt;</td><td>(2, 4)</td><td>8</td><td>2</td><td>25.0</td>" in shown
+    assert shown.startswith(f"<p>{lines[0]}</p>")
+    assert shown.endswith(f"<p>{note}</p>")

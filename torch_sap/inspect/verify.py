@@ -82,7 +82,7 @@ class Verification:
     @staticmethod
     def _rows(weights: Sequence[VerifiedWeight]) -> list[tuple[str, ...]]:
         """Name, module, what remains in the mask and in the computation, and the reason."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for w in weights:
             received = "never" if w.effective_sparsity is None else f"{1 - w.effective_sparsity:.1%}"
             rows.append((w.name, w.module, f"{1 - w.mask_sparsity:.1%}", received, w.reason))

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from torch_sap.arguments import check_path, needs
-from torch_sap.records.html import rounds_table
 from torch_sap.records.metrics import Mode, metric_values
 from torch_sap.records.phases import Phase, label_phases
-from torch_sap.records.round import Round
+from torch_sap.records.round import Round, rounds_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,7 +14,7 @@ from torch_sap.decide.measures import gini as gini_of_groups
 from torch_sap.decide.step import GroupValues
 from torch_sap.decide.sums import PowerSums
 from torch_sap.records.codec import from_plain, to_plain
-from torch_sap.records.html import rounds_table
+from torch_sap.records.html import table
 from torch_sap.records.report import OfTensors, TensorRecord
 
 
@@ -136,3 +136,19 @@ def mean_defined(groups: Mapping[str, NDArray[np.float64]]) -> float:
     values = np.concatenate([np.zeros(0), *groups.values()])
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else float("nan")
+
+
+def rounds_table(rounds: Sequence[Measured], head: str) -> str:
+    """Lay out one row per round: what remains, the PQ Index, and the metrics, with those of the pruned model."""
+    prefixes = {"metrics": "", "pruned_metrics": "pruned "}
+    found = [
+        {prefix + name: v for part, prefix in prefixes.items() for name, v in getattr(round, part, {}).items()}
+        for round in rounds
+    ]
+    names = list(dict.fromkeys(name for values in found for name in values))
+    rows = []
+    for round, values in zip(rounds, found, strict=True):
+        metrics = [f"{values[name]:.4g}" if name in values else "-" for name in names]
+        counts = [round.number, f"{round.remaining:,}", f"{100 * round.density:.1f}", f"{round.pqi:.3f}"]
+        rows.append([*counts, *metrics, f"{round.pruned_count:,}"])
+    return table(head, ["round", "remaining", "remaining %", "PQ Index", *names, "pruned"], rows)
