@@ -89,7 +89,7 @@ def test_a_bar_shows_the_round_what_remains_and_the_metric(capsys):
 
 
 def test_a_bar_needs_tqdm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
     model = mlp()
     before = snapshot(model)
     with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install 'torch_sap\[progress\]'"):

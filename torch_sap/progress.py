@@ -26,7 +26,7 @@ def rounds_bar(done: int, total: int, *, shown: bool) -> Iterator[Callable[[Roun
         yield lambda found: None
         return
     with needs("progress=True", "tqdm", "progress"):
-        from tqdm.auto import tqdm
+        from tqdm import tqdm  # not tqdm.auto, which warns in notebooks without ipywidgets
     with tqdm(total=total, initial=done, desc=f"round {done}", unit="round", dynamic_ncols=True) as bar:
 
         def show(found: Round) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,7 @@ def test_a_figure_comes_back_and_has_panels_only_for_what_was_measured(history):
     accuracy, index = ["accuracy", "accuracy, pruned - retrained"], ["PQ Index", "PQ Index, pruned - retrained"]
     assert titles_of(figure) == [["accuracy", "remaining weights (%)", "PQ Index", "Gini index"], accuracy + index]
     lines = {axes.get_title(): axes.lines[0].get_ydata().tolist() for axes in figure.subfigs[0].axes}
+    assert pickle.loads(pickle.dumps(figure))._repr_png_().startswith(b"\x89PNG"), "a notebook shows it"
     assert lines["remaining weights (%)"] == [100 * record.density for record in history]
     sap = SAP(mlp())
     sap.step()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch_sap.arguments import needs
@@ -60,7 +62,14 @@ def plot_rounds(rounds: Sequence[Round], *, metric: str | None = None, phases: S
     if found := [phase for phase in PHASE_COLORS if phase in phases]:
         patches = [Patch(color=PHASE_COLORS[phase], alpha=0.3, label=phase) for phase in found]
         figure.legend(handles=patches, loc="outside lower center", ncols=len(found), fontsize="small")
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]  # else shown only after pyplot's import
     return figure
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=72)
+    return file.getvalue()
 
 
 def shade_phases(axes: Any, phases: Sequence[str | None]) -> None:
