@@ -367,7 +367,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 @pytest.mark.parametrize("module", ["torch", "timm"])
 def test_no_traceback_on_ctrl_c_even_while_loading(folder, module):
     """The module stands for PyTorch, or for a model that takes long to make."""
