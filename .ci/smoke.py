@@ -1,6 +1,6 @@
 """Use an installed torch_sap outside of its checkout: prune a model, write a file, and scan it from the command line.
 
-    cd ELSEWHERE && PYTHONPATH=INSTALLED python CHECKOUT/.ci/smoke.py INSTALLED
+cd ELSEWHERE && PYTHONPATH=INSTALLED python CHECKOUT/.ci/smoke.py INSTALLED
 """
 
 import subprocess

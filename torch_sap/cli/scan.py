@@ -134,8 +134,8 @@ class Histogram(NamedTuple):
         integer, largest = INTEGER_OF[tensor.dtype], 2 ** (8 * tensor.itemsize - 1) - 1
         shift = MANTISSA.get(tensor.dtype, DIGITS) - DIGITS
         counts = np.zeros((largest >> shift) + 1, np.int64)
-        for chunk in tensor.reshape(-1).view(integer).split(CHUNK):
-            counts += np.bincount((chunk.numpy() & largest) >> shift, minlength=len(counts))  # faster than PyTorch's
+        for chunk in tensor.reshape(-1).view(integer).split(CHUNK):  # numpy: PyTorch's threads stall on a busy machine
+            counts += np.bincount((chunk.numpy() & largest) >> shift, minlength=len(counts))
         bins = torch.from_numpy(counts)
         places = bins.nonzero().flatten()
         middle = (places > 0) * (1 << shift >> 1)  # the lowest bin holds hardly anything but zero
