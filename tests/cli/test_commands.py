@@ -259,12 +259,27 @@ def test_a_table_fits_the_terminal_and_splits_no_number(folder, capsys, monkeypa
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width
-    first = next(line for line in lines if line.startswith("encoder"))
-    assert first.split()[0].endswith(".weight")
+    first, second = (line for line in lines if ".self" in line and "(" not in line)
+    assert first.split()[0] != second.split()[0]
     assert set(first.split()[1:]) <= set(whole[3].split())
     assert {"2,000", whole[3].split()[3]} <= set(first.split()), "weights and PQI are always shown"
     assert f"left out: {name % 2} (excluded)" in " ".join(lines)
     assert ("Too narrow for: " in " ".join(lines)) == (width == 60)
+
+
+@pytest.mark.parametrize(
+    ("names", "width", "expected"),
+    [
+        (["a.0.weight", "a.1.weight"], 10, ["a.0.weight", "a.1.weight"]),
+        (["a.0.weight", "a.1.weight"], 9, ["a.0…", "a.1…"]),
+        (["model.layers.0.q.weight", "model.layers.10.k.weight"], 9, ["…0.q…", "…10.k…"]),
+        (["encoder.1.first_long", "encoder.1.second_long"], 12, ["…first_long", "…second_long"]),
+        (["blocks.0.attention.proj", "blocks.1.attention.proj", "head"], 12, ["blocks.0…roj", "blocks.1…roj", "head"]),
+        (["one_name_that_is_long.weight"], 12, ["one_n…weight"]),
+    ],
+)
+def test_shortened_names_can_be_told_apart(names, width, expected):
+    assert tables.all_shortened(names, width) == expected
 
 
 def test_versions(capsys):

@@ -93,8 +93,9 @@ def lines_of(table: Table, width: int | None) -> Iterator[str]:
     cells = {column: [_cell(row.get(column), title) for row in rows] for column, title in table.titles.items()}
     shown, heads, widths = _layout(table.titles, cells, spare, width)
     is_text = {c: all(isinstance(row.get(c), (str, type(None))) for row in rows) for c in shown}
-    first = shown[0]
-    cells[first] = [shortened(cell, widths[first]) for cell in cells[first]]
+    first, count = shown[0], len(rows) - table.total
+    cells[first] = all_shortened(cells[first][:count], widths[first]) + cells[first][count:]
+    widths[first] = max(map(len, (*heads[first], *cells[first])))
 
     def line(values: Mapping[str, str]) -> str:
         texts = [values[c].ljust(widths[c]) if is_text[c] else values[c].rjust(widths[c]) for c in shown]
@@ -133,12 +134,28 @@ def _layout(
     raise AssertionError("the last layout is always taken")
 
 
-def shortened(text: str, width: int) -> str:
-    """Leave out the middle of a text that is too long."""
+def shortened(text: str, width: int, left: int | None = None) -> str:
+    """Leave out the middle of a text that is too long, and keep ``left`` characters before it, by default the half."""
     if len(text) <= width:
         return text
-    left = (width - 1) // 2
+    left = (width - 1) // 2 if left is None else left
     return f"{text[:left]}…{text[len(text) - (width - 1 - left) :]}"
+
+
+def all_shortened(names: Sequence[str], width: int) -> list[str]:
+    """Shorten dotted names so that they can be told apart: by the parts that all share, then in the middle."""
+    parts = [name.split(".") for name in names]
+    begin = end = False
+    while max(map(len, names), default=0) > width and min(map(len, parts)) > 1 and len(set(names)) > 1:
+        if len({part[-1] for part in parts}) == 1 and not (end and len({part[0] for part in parts}) == 1):
+            parts, end = [part[:-1] for part in parts], True  # most often "weight"
+        elif len({part[0] for part in parts}) == 1:
+            parts, begin = [part[1:] for part in parts], True
+        else:
+            break
+        names = [f"{'…' * begin}{'.'.join(part)}{'…' * end}" for part in parts]
+    nearest = sorted(range(width), key=lambda left: abs(left - (width - 1) // 2))
+    return max(([shortened(name, width, left) for name in names] for left in nearest), key=lambda cut: len(set(cut)))
 
 
 def _filled(text: str, width: int | None) -> list[str]:
