@@ -222,9 +222,11 @@ class SAPCallback(TrainerCallback, ExportableState):
         """
         self._identity = uuid.uuid4().hex
         attributes = {"identity": self._identity}
-        if self._saves and self._args is not None and os.path.isdir(folder := self._folder(self._args, self._state)):
-            self._write(folder)
+        if self._args is not None:
+            folder = self._folder(self._args, self._state)
             attributes["folder"] = os.path.abspath(folder)
+            if self._saves and os.path.isdir(folder):
+                self._write(folder)
         settings = {f"{self._unit}_per_round": self._length, "rewind": self._rewind, **self._patterns}
         return {"args": {**self._settings, **settings}, "attributes": attributes}
 
