@@ -52,12 +52,19 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "CodeGenConfig": {"rotary_dim": 4},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
     "Mamba2Config": {"num_heads": 8, "head_dim": 8, "expand": 2, "state_size": 16, "n_groups": 1},
+    "Mask2FormerConfig": {
+        "backbone_config": {"model_type": "swin", **_SWIN, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
+        "feature_size": 32, "mask_feature_size": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 5,
+    },
     "RegNetConfig": {**_CONVOLUTIONS, "embedding_size": 8, "groups_width": 8},
     "ResNetConfig": {**_CONVOLUTIONS, "embedding_size": 8},
+    "SamMaskDecoderConfig": {"iou_head_hidden_dim": 16},
+    "SamVisionConfig": {"output_channels": 32, "num_pos_feats": 16, "window_size": 2, "global_attn_indexes": [1]},
     "SwinConfig": _SWIN,
     "Swinv2Config": _SWIN,
     "TableTransformerConfig": _DETR,
-}
+    "XLNetConfig": {"d_head": 8},
+}  # fmt: skip
 """By the name of a configuration class, arguments that the rules above do not find."""
 
 
