@@ -135,7 +135,7 @@ def test_an_architecture_of_transformers_is_counted_again(name):
     pytest.importorskip("transformers")
     (row,) = (row for row in COVERAGE if row["model"] == name)
     if row["made_with"].partition(",")[0] != libraries.LIBRARIES["transformers"].made_with().partition(",")[0]:
-        pytest.skip("needs transformers in the version that the results were made with")
+        pytest.skip("needs the package transformers in the version that the results were made with")
     assert counted_again(row)
     assert ("left out" in row["warned"]) == (name == "XLNetConfig")
 
