@@ -61,13 +61,14 @@ def values_of(model: nn.Module, histories: Histories) -> dict[str, Values]:
         "count": of.counted(model),
         "choice": of.chosen(model),
         "run": of.ran(histories),
+        "headline": of.headlined(histories),
     }
 
 
 def save(name: str, values: Values, folder: Path) -> Path:
     """Draw a picture into a folder, with the digest of what it shows in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"maths_{name}.png"
+    path = folder / ("headline.png" if name == "headline" else f"maths_{name}.png")
     with matplotlib.style.context(STYLE, after_reset=True):
         DRAW[name](values).savefig(path, dpi=DPI, metadata={"Description": of.digest(values)})
     return path
@@ -163,7 +164,29 @@ def run(values: Values) -> Figure:
     return figure
 
 
-DRAW: dict[str, Draw] = {"measure": measure, "count": count, "choice": choice, "run": run}
+def headline(values: Values) -> Figure:
+    """Accuracy over remaining weights, SAP beside a fixed ratio, one ranking for all rounds, and chance."""
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes: Any = figure.subplots()
+    for number, (name, found) in enumerate(values.items()):
+        x, y, spread = (np.array(found[key]) for key in ("remaining", "accuracy", "deviation"))
+        axes.plot(x, y, color=COLORS[number], linestyle=LINES[number], marker="os^D"[number], markersize=4, label=name)
+        axes.fill_between(x, y - spread, y + spread, color=COLORS[number], alpha=0.2, linewidth=0)
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.set_xticks([1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002])
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylim(0.4, 0.92)
+    axes.set_xlabel("remaining weights")
+    axes.set_ylabel("test accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", fontsize="small")
+    return figure
+
+
+DRAW: dict[str, Draw] = {"measure": measure, "count": count, "choice": choice, "run": run, "headline": headline}
 
 
 def tables_of(found: Mapping[str, Values]) -> dict[str, str]:

@@ -48,6 +48,15 @@ SETTINGS: dict[str, dict[str, dict[str, float]]] = {
 }
 
 
+HEADLINE = {
+    "SAP, which counts": "SAP global (p=1, q=2)",
+    "Lottery Ticket, 20% per round": "Lottery Ticket",
+    "one ranking for all rounds (One Shot)": "One Shot",
+    "random": "random",
+}
+"""The methods of the picture of the README, and how figures describe them."""
+
+
 def vectors(model: nn.Module) -> dict[str, Tensor]:
     """Magnitudes from the most equal to the least, and those of a trained layer; quantiles in place of random numbers.
 
@@ -131,6 +140,22 @@ def ran(histories: Histories) -> Values:
         name: [list(tables.stop(history, tables.RULES[tables.TOLERANCE])) for history in of_method.values()]
         for name, of_method in groups.items()
     }
+    return found
+
+
+def headlined(histories: Histories) -> Values:
+    """Remaining weights and test accuracy of each round, by method, of the runs of docs/does-it-work.md (MLP)."""
+    own = tables.selected(histories, experiments.audit(experiments.REDUCED["mlp"]))
+    groups = figures.grouped({run: history for run, history in own.items() if run.method != "plain"})
+    found: Values = {}
+    for name, described in HEADLINE.items():
+        of_method = groups[described]
+        accuracy = figures.over_seeds(of_method, lambda found: found.metrics["accuracy"])
+        found[name] = {
+            "remaining": figures.over_seeds(of_method, lambda found: found.density).mean(0).tolist(),
+            "accuracy": accuracy.mean(0).tolist(),
+            "deviation": accuracy.std(0, ddof=1).tolist(),
+        }
     return found
 
 
