@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import cifar
 import fashion_mnist
 import tiny_imagenet
 import torch
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
 Batch = tuple[Tensor, Tensor]
 Augment = Callable[[Tensor], Tensor]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagefolder")
 DEFAULT_DATA_DIR = Path("data")
-CIFAR = {"cifar10": ("CIFAR-10", "cifar-10-batches-py"), "cifar100": ("CIFAR-100", "cifar-100-python")}
 
 # The usual normalization of color photographs (torchvision, timm).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -190,20 +191,26 @@ def first(split: Split, images: int | None) -> Split:
 
 
 def random_crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
-    """Shift every image by up to `padding` pixels and mirror half of them: the usual augmentation of CIFAR.
+    """Mirror half of the images and shift each by up to `padding` pixels: the usual augmentation of CIFAR.
 
     Args:
-        images: shape (count, channels, height, width).
-        padding: pixels of zeros around each image, out of which a window of the old size is cut.
+        images: shape (count, channels, height, width), on any device.
+        padding: pixels around each image, its own reflection as in the paper's code, out of which a window of the old
+            size is cut.
+
+    Returns:
+        The same shape, channels last in memory.
     """
     count, _, height, width = images.shape
-    top, left = torch.randint(0, 2 * padding + 1, (2, count, 1))
-    columns = torch.arange(width).expand(count, width)
-    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns) + left
-    rows = torch.arange(height).expand(count, height) + top
-    padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)
-    index = (torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :])
-    return padded[tuple(part.to(images.device) for part in index)].permute(0, 3, 1, 2)
+    # Drawn on the CPU, so that a seed gives the same images on every device.
+    top, left = torch.randint(0, 2 * padding + 1, (2, count, 1)).to(images.device)
+    mirrored = (torch.rand(count, 1) < 0.5).to(images.device)
+    rows = torch.arange(height, device=images.device) + top
+    columns = torch.arange(width, device=images.device) + left
+    columns = torch.where(mirrored, width + 2 * padding - 1 - columns, columns)
+    padded = F.pad(images, [padding] * 4, mode="reflect").permute(0, 2, 3, 1)
+    numbers = torch.arange(count, device=images.device)[:, None, None]
+    return padded[numbers, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _digits() -> Dataset:
@@ -224,22 +231,11 @@ def _fashion_mnist(data_dir: Path) -> Dataset:
 
 
 def _cifar(name: str, data_dir: Path) -> Dataset:
-    from torchvision import datasets
-
-    def read(train: bool) -> Batch:
-        found = getattr(datasets, name.upper())(str(data_dir), train=train, download=True)
-        return torch.as_tensor(found.data).permute(0, 3, 1, 2), torch.as_tensor(found.targets)
-
-    try:
-        train, test = read(True), read(False)
-    except (OSError, RuntimeError) as error:
-        title, folder = CIFAR[name]
-        raise FileNotFoundError(
-            f"{title} is not in {data_dir} and could not be downloaded ({error}). Unpack "
-            f"https://www.cs.toronto.edu/~kriz/{title.lower()}-python.tar.gz, and name the folder that holds "
-            f"{folder} with --data-dir"
-        ) from error
-    return _in_memory(name, train, test, augment=random_crop_and_flip)
+    # Channels last in memory, as convolutions on a CPU want them; the augmentation keeps it so.
+    train, test = (
+        (pixels.contiguous(memory_format=torch.channels_last), labels) for pixels, labels in cifar.load(name, data_dir)
+    )
+    return _in_memory(name, train, test, augment=random_crop_and_flip, statistics=cifar.STATISTICS[name])
 
 
 def _imagefolder(data_dir: Path) -> Dataset:
@@ -257,10 +253,18 @@ def _imagefolder(data_dir: Path) -> Dataset:
     return Dataset("imagefolder", *splits, in_chans=3, image_size=224, num_classes=len(train.classes))
 
 
-def _in_memory(name: str, train: Batch, test: Batch, augment: Augment | None = None) -> Dataset:
-    """Make a data set of raw pixels; each channel gets mean 0 and deviation 1 over the training images."""
+def _in_memory(
+    name: str, train: Batch, test: Batch, augment: Augment | None = None, statistics: Statistics | None = None
+) -> Dataset:
+    """Make a data set of raw pixels; each channel gets mean 0 and deviation 1 over the training images.
+
+    With `statistics`, these are the channels' means and deviations, of pixels between 0 and 1.
+    """
     pixels = train[0].float()
-    mean, std = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
+    if statistics is None:
+        mean, std = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
+    else:
+        mean, std = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in statistics)
     return Dataset(
         name,
         MemorySplit((pixels - mean) / std, train[1], augment=augment),

@@ -8,12 +8,16 @@ from dataclasses import replace
 from paper.runs import Run
 
 # The paper trains 200 epochs a round, 30 rounds, ResNets 15. What a CPU can do is less, and the page says so.
+CIFAR10 = Run(model="cnn", data="cifar10", width=16, rounds=10, epochs=4)
 REDUCED = {
-    "mlp": Run(model="mlp", rounds=30, epochs=10),
-    "cnn": Run(model="cnn", width=16, rounds=8, epochs=2, images=2000, test_images=2000, batch_size=50, ratio=0.3),
-    "test_resnet": Run(
+    ("mlp", "fashion-mnist"): Run(model="mlp", rounds=30, epochs=10),
+    ("cnn", "fashion-mnist"): Run(
+        model="cnn", width=16, rounds=8, epochs=2, images=2000, test_images=2000, batch_size=50, ratio=0.3
+    ),
+    ("test_resnet", "fashion-mnist"): Run(
         model="test_resnet", rounds=8, epochs=2, images=1500, test_images=2000, batch_size=50, ratio=0.3
     ),
+    ("cnn", "cifar10"): CIFAR10,
 }
 PAPER_ROUNDS, PAPER_ROUNDS_RESNET, PAPER_EPOCHS = 30, 15, 200
 ABLATION = Run(model="mlp", rounds=12, epochs=3, images=20_000)

@@ -78,9 +78,10 @@ def runs_of(arguments: argparse.Namespace) -> list[Run]:
 
 
 def base_of(arguments: argparse.Namespace) -> Run:
-    """The budget that the arguments give: this page's, or the paper's for a model that the page does not have."""
+    """The budget that the arguments give: this page's, or the paper's for a model and data that the page lacks."""
+    wanted = arguments.model, arguments.data or Run.data
     own = experiments.BASES.get(arguments.experiment)
-    base = own if own and own.model == arguments.model else experiments.REDUCED.get(arguments.model)
+    base = own if own and (own.model, own.data) == wanted else experiments.REDUCED.get(wanted)
     base = base or experiments.paper_budget(arguments.model)
     names = ("data", "rounds", "epochs", "batch_size", "width", "images", "test_images")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
