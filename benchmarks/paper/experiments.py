@@ -23,13 +23,17 @@ PAPER_ROUNDS, PAPER_ROUNDS_RESNET, PAPER_EPOCHS = 30, 15, 200
 ABLATION = Run(model="mlp", rounds=12, epochs=3, images=20_000)
 ANCHORS = Run(model="mlp", rounds=10, epochs=5)
 # Experiments with a budget of their own.
-BASES = {"anchors": ANCHORS, "differences": ANCHORS, "figure4": ABLATION, "figure5": ABLATION}
+ADAPTIVE = Run(model="mlp", rounds=7, epochs=5)
+BASES = {"adaptive": ADAPTIVE, "anchors": ANCHORS, "differences": ANCHORS, "figure4": ABLATION, "figure5": ABLATION}
 
 SEEDS = (0, 1, 2)
 FEWER_SEEDS = (0, 1)
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 RANDOM_ROUNDS = 21  # 0.8 ** 21 is less than 1 %
 NORMS = ((0.2, 1.0), (0.4, 1.0), (0.5, 1.0), (0.6, 1.0), (0.8, 1.0), (1.0, 1.5), (1.0, 2.0), (1.0, 4.0), (0.5, 2.0))
+RATIOS = (0.2, 0.5, 0.7)
+DENSE_EPOCHS = 12
+DECAYS = (0.0, 5e-4)
 ETA_R = (0.0, 0.001, 0.01, 0.1, 1.0)
 GAMMA = (1.0, 3.0, 5.0, 7.0)
 
@@ -76,6 +80,47 @@ def audit(base: Run, seeds: Sequence[int] = SEEDS) -> list[Run]:
     reached = [density for density in DENSITIES if density >= (1 - base.ratio) ** base.rounds]
     plain = [replace(base, method="plain", rounds=1, ratio=1 - density) for density in reached]
     return sorted([*runs, *_seeded(random, seeds), *_seeded(plain, seeds)], key=lambda run: run.seed)
+
+
+def emp(base: Run, seeds: Sequence[int] = SEEDS) -> list[Run]:
+    """Keeping the effective number of weights once, and training on from there, for as long as before.
+
+    Source: "Effective Model Pruning", arXiv 2509.25606, with magnitudes as scores.
+    """
+    return _seeded([replace(base, method="sap", p=1.0, q=2.0, rounds=1, rewind="none")], seeds)
+
+
+def adaptive(base: Run = ADAPTIVE, seeds: Sequence[int] = SEEDS) -> list[Run]:
+    """SAP beside what knows its shares without measuring, other scopes, other ratios, and other ways to rewind."""
+    return [run for seed in seeds for run in [*controls(base, seed, seeds), *scopes(base, seed), *tuned(base, seed)]]
+
+
+def controls(base: Run, seed: int, seeds: Sequence[int]) -> list[Run]:
+    """SAP, a fixed ratio that ends at the same size, and SAP's counts from the next seed."""
+    following = seeds[(list(seeds).index(seed) + 1) % len(seeds)]
+    runs = []
+    for scope, (p, q) in (("global", (1.0, 2.0)), ("layer", (0.5, 1.0))):
+        sap = replace(base, method="sap", scope=scope, p=p, q=q, seed=seed)
+        runs += [sap, replace(sap, method="mean-share", source=seed), replace(sap, method="replay", source=following)]
+    return runs
+
+
+def scopes(base: Run, seed: int) -> list[Run]:
+    """SAP (1, 2), which prunes more, in the two scopes that the other experiments show for (0.5, 1) only."""
+    return [replace(base, method="sap", p=1.0, q=2.0, scope=scope, seed=seed) for scope in ("layer", "neuron")]
+
+
+def tuned(base: Run, seed: int) -> list[Run]:
+    """Lottery tickets of several ratios, and other ways to rewind."""
+    tickets = [replace(base, method="lottery-ticket", ratio=ratio, seed=seed) for ratio in RATIOS]
+    rewound = [replace(base, method="lottery-ticket", seed=seed), replace(base, method="sap", p=1.0, q=2.0, seed=seed)]
+    return [*tickets, *(replace(run, rewind=rewind) for run in rewound for rewind in ("late", "none"))]
+
+
+def dense(base: Run, seeds: Sequence[int] = FEWER_SEEDS) -> list[Run]:
+    """Training without pruning, with and without weight decay, measured after each epoch."""
+    once = replace(base, method="plain", rounds=0, epochs=DENSE_EPOCHS)
+    return _seeded([replace(once, weight_decay=decay) for decay in DECAYS], seeds)
 
 
 def anchors(base: Run = ANCHORS, seeds: Sequence[int] = FEWER_SEEDS) -> list[Run]:

@@ -1,8 +1,8 @@
 """One run of the paper's experiments: a model, a method and a seed, trained and pruned round after round.
 
 A run is known by its settings alone: two experiments that need the same run share it. Its folder holds
-`config.json`, `history.json` at the end, and before it `rounds.json`, the finished rounds, and `state.pt`: what a killed
-run goes on from.
+`config.json`, `history.json` at the end, and before it `rounds.json`, the finished rounds, and `state.pt`, from which a
+killed run resumes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from torch_sap.iterate.pruner import Pruner
 Method = Literal["sap", "lottery-ticket", "one-shot", "random", "plain", "mean-share", "replay"]
 OnEpoch = Callable[[int, float], None]
 PAPER_BATCH, PAPER_DECAY = 250, 5e-4
+NORMS = ((0.5, 1.0), (1.0, 2.0))
+"""p and q that the paper uses."""
 LATE = 1
 """The epoch of the first training that late rewinding goes back to."""
 
@@ -46,8 +48,8 @@ class Run:
             "mean-share" (one fixed ratio that ends where the SAP run of the seed `source` ends) and "replay" (the
             counts of that run, group by group and round by round, without measuring).
         seed: of the initial weights and the order of the images.
-        rounds: prunings; there is one training more. With 0 the model is trained once, and the PQ Index after each
-            epoch is recorded.
+        rounds: prunings; there is one training more. With 0 the model is trained once, and the PQ Indices of `NORMS`
+            after each epoch are among its metrics.
         epochs: of each training.
         scope: "global", "layer" or "neuron".
         p, q, eta_r, gamma, beta: of SAP; p and q say which PQ Index the other methods record.
