@@ -25,14 +25,10 @@ from paper.figures import draw_curves, legend
 from paper.main import IMAGES, RESULTS
 from paper.results import Histories, mean_and_std, read
 from pretrained import load_model
+from style import COLORS, DPI, LINES, STYLE, WIDTH
 from torch import nn
 
 PAGE = DOCS / "maths.md"
-# As wide as a page, so that text in a picture is about as large as the text around it, for any eyes.
-STYLE = ["default", "seaborn-v0_8-colorblind", {"font.size": 10, "lines.linewidth": 1.2}]
-WIDTH, DPI = 7.5, 160
-COLORS = ("C0", "C1", "C2", "C3", "C5")  # without C4, a yellow that white paper swallows
-LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 SHOWN_ROUNDS = (0, 1, 5, 10, 20, 29)
 
 Values = Mapping[str, Any]

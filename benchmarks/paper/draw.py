@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from paper import experiments, figures, tables
+from paper.adaptive import control_table, dense_table, draw_adaptive, share_table, tuned_table
 from paper.anchors import comparison_table, draw_comparison, read_authors
+from paper.published import draw_published, published_table, read_published
 from paper.results import Histories, mean_and_std
 from paper.runs import Run
+from torch_sap.decide.groups import Scope
 
-AUTHORS = "authors_mlp_fmnist.csv"
+AUTHORS, PUBLISHED = "authors_mlp_fmnist.csv", "paper_cifar10.csv"
 Drawing = tuple[Mapping[str, str], Mapping[str, Callable[[Path], None]]]
 
 
@@ -38,10 +42,10 @@ def figure2(histories: Histories, base: Run, results: Path) -> Drawing:
     own = _grouped_by_method(tables.selected(histories, experiments.figure2(base)))
     groups = figures.grouped(own)
     return (
-        {f"{base.model} phases": tables.phase_table(own)},
+        {f"{title(base)} phases": tables.phase_table(own)},
         {
-            f"paper_figure2_{base.model}.png": lambda path: figures.figure2(groups, path),
-            f"paper_phases_{base.model}.png": lambda path: figures.draw_phases(groups, path),
+            f"paper_figure2_{file_of(base)}.png": lambda path: figures.figure2(groups, path),
+            f"paper_phases_{file_of(base)}.png": lambda path: figures.draw_phases(groups, path),
         },
     )
 
@@ -51,8 +55,8 @@ def figure3(histories: Histories, base: Run, results: Path) -> Drawing:
     own = _grouped_by_method(tables.selected(histories, experiments.figure3(base)))
     groups = figures.grouped(own)
     return (
-        {f"{base.model} tensors": tables.tensor_table(own)},
-        {f"paper_figure3_{base.model}.png": lambda path: figures.figure3(groups, path)},
+        {f"{title(base)} tensors": tables.tensor_table(own)},
+        {f"paper_figure3_{file_of(base)}.png": lambda path: figures.figure3(groups, path)},
     )
 
 
@@ -80,34 +84,90 @@ def audit(histories: Histories, base: Run, results: Path) -> Drawing:
     """All methods at equal compute."""
     own = _grouped_by_method(tables.selected(histories, experiments.audit(base)))
     found = {
-        f"{base.model} accuracy": tables.accuracy_table(own),
-        f"{base.model} area": tables.area_table(own),
+        f"{title(base)} accuracy": tables.accuracy_table(own),
+        f"{title(base)} area": tables.area_table(own),
     }
-    if base.model == "mlp":
+    if title(base) == "mlp":
         stopped = {run: history for run, history in own.items() if run in experiments.figure2(base)}
         found["stopping"] = tables.stopping_table(stopped)
-    return found, {f"paper_audit_{base.model}.png": lambda path: draw_audit(own, path)}
+    return found, {f"paper_audit_{file_of(base)}.png": lambda path: draw_audit(own, path)}
+
+
+def cifar10(histories: Histories, base: Run, results: Path) -> Drawing:
+    """CIFAR-10 beside the published curves."""
+    published = read_published(results / PUBLISHED)
+    own = _grouped_by_method(tables.selected(histories, experiments.cifar10(base)))
+    methods = {run: found for run, found in own.items() if run.rounds > 0 and run.source is None}
+    return (
+        {
+            f"{title(base)} accuracy": tables.accuracy_table(methods),
+            f"{title(base)} area": tables.area_table(methods),
+            f"{title(base)} published": published_table(methods, published),
+            f"{title(base)} shares": share_table(methods),
+            f"{title(base)} controls": control_table(_controls(own, "global")),
+        },
+        {"paper_cifar10.png": lambda path: draw_published(methods, published, path)},
+    )
+
+
+def adaptive(histories: Histories, base: Run, results: Path) -> Drawing:
+    """How adaptive SAP is, on the MLP and on CIFAR-10."""
+    own = _grouped_by_method(tables.selected(histories, experiments.adaptive(base)))
+    cifar = _grouped_by_method(tables.selected(histories, experiments.cifar10()))
+    plain = {run: found for run, found in own.items() if run.source is None and run.rounds > 0}
+    dense = {run: found for run, found in {**own, **cifar}.items() if run.rounds == 0}
+    parts = {"MLP, FashionMNIST": _controls(own, "global"), "CNN, CIFAR-10": _controls(cifar, "global")}
+    return (
+        {
+            f"{title(base)} shares": share_table(own),
+            f"{title(base)} controls": control_table({**_controls(own, "global"), **_controls(own, "layer")}),
+            f"{title(base)} tuned": tuned_table(plain),
+            "dense": dense_table(dense),
+        },
+        {"paper_adaptive.png": lambda path: draw_adaptive(parts, path)},
+    )
+
+
+def _controls(histories: Histories, scope: Scope) -> Histories:
+    """SAP and what follows it in one scope."""
+    of_sap = {run: found for run, found in histories.items() if run.follows_sap and run.scope == scope}
+    norms = experiments.CONTROLLED[scope]
+    wanted = {run: found for run, found in of_sap.items() if (run.p, run.q) == norms and run.rewind == "init"}
+    return dict(sorted(wanted.items(), key=lambda item: list(figures.CONTROLS).index(item[0].method)))
+
+
+def title(base: Run) -> str:
+    """The name of a model's tables; of FashionMNIST, which most are of, the model alone."""
+    return base.model if base.data == Run.data else f"{base.model} {base.data}"
+
+
+def file_of(base: Run) -> str:
+    """The same in the names of its figures."""
+    return title(base).replace(" ", "_")
 
 
 def draw_audit(histories: Histories, path: Path) -> None:
     """Accuracy against remaining weights of all methods, and a detail; a point for each density pruned to at once."""
-    groups = figures.grouped({run: found for run, found in histories.items() if run.method != "plain"})
+    several = {run: found for run, found in histories.items() if run.method != "plain" and run.rounds > 1}
+    groups = figures.grouped(several)
     figure = Figure(figsize=(14, 5.5), layout="constrained")
     whole, detail = figure.subplots(1, 2)
     figures.against_remaining(whole, groups)
     figures.against_remaining(detail, {name: members for name, members in groups.items() if name != "random"})
     figures.zoom(detail)
-    points: dict[float, list[float]] = {}
-    for run, found in histories.items():
-        if run.method == "plain":
-            points.setdefault(run.ratio, []).append(100 * found[-1].metrics["accuracy"])
-    values = [mean_and_std(accuracies) for accuracies in points.values()]
-    means, deviations = zip(*values, strict=True)
-    for axes in (whole, detail):
-        shares = [100 * (1 - ratio) for ratio in points]
-        axes.errorbar(shares, means, deviations, fmt="k.", capsize=2, linewidth=1, label="prune once, train on")
+    once = {run: found for run, found in histories.items() if run not in several}
+    for (name, marker), axes in itertools.product((("prune once, train on", "k."), ("EMP", "kD")), (whole, detail)):
+        members = [runs for label, runs in figures.grouped(once, _name_of_once).items() if label.startswith(name)]
+        shares = [figures.over_seeds(runs, lambda found: 100 * found.density)[:, -1].mean() for runs in members]
+        ends = [figures.over_seeds(runs, lambda found: 100 * found.metrics["accuracy"])[:, -1] for runs in members]
+        means, deviations = zip(*map(mean_and_std, ends), strict=True)
+        axes.errorbar(shares, means, deviations, fmt=marker, markersize=4, capsize=2, linewidth=1, label=name)
     whole.legend(fontsize="small")
     figure.savefig(path, dpi=90)
+
+
+def _name_of_once(run: Run) -> str:
+    return f"prune once, train on {run.ratio}" if run.method == "plain" else figures.describe(run)
 
 
 def _grouped_by_method(histories: Histories) -> Histories:

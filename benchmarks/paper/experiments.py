@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from paper.runs import Run
+from torch_sap.decide.groups import Scope
 
 # The paper trains 200 epochs a round, 30 rounds, ResNets 15. What a CPU can do is less, and the page says so.
 CIFAR10 = Run(model="cnn", data="cifar10", width=16, rounds=10, epochs=4)
@@ -24,7 +25,14 @@ ABLATION = Run(model="mlp", rounds=12, epochs=3, images=20_000)
 ANCHORS = Run(model="mlp", rounds=10, epochs=5)
 # Experiments with a budget of their own.
 ADAPTIVE = Run(model="mlp", rounds=7, epochs=5)
-BASES = {"adaptive": ADAPTIVE, "anchors": ANCHORS, "differences": ANCHORS, "figure4": ABLATION, "figure5": ABLATION}
+BASES = {
+    "adaptive": ADAPTIVE,
+    "cifar10": CIFAR10,
+    "anchors": ANCHORS,
+    "differences": ANCHORS,
+    "figure4": ABLATION,
+    "figure5": ABLATION,
+}
 
 SEEDS = (0, 1, 2)
 FEWER_SEEDS = (0, 1)
@@ -33,6 +41,8 @@ RANDOM_ROUNDS = 21  # 0.8 ** 21 is less than 1 %
 NORMS = ((0.2, 1.0), (0.4, 1.0), (0.5, 1.0), (0.6, 1.0), (0.8, 1.0), (1.0, 1.5), (1.0, 2.0), (1.0, 4.0), (0.5, 2.0))
 RATIOS = (0.2, 0.5, 0.7)
 DENSE_EPOCHS = 12
+# p and q of the runs that have controls, by scope.
+CONTROLLED: dict[Scope, tuple[float, float]] = {"global": (1.0, 2.0), "layer": (0.5, 1.0)}
 DECAYS = (0.0, 5e-4)
 ETA_R = (0.0, 0.001, 0.01, 0.1, 1.0)
 GAMMA = (1.0, 3.0, 5.0, 7.0)
@@ -74,12 +84,13 @@ def figure5(base: Run, seeds: Sequence[int] = FEWER_SEEDS) -> list[Run]:
 
 
 def audit(base: Run, seeds: Sequence[int] = SEEDS) -> list[Run]:
-    """All methods at the same number of epochs a round, and plain pruning at once to the densities of the table."""
+    """All methods at equal epochs a round, plain pruning at once to the densities of the table, and EMP."""
     runs = list(dict.fromkeys([*figure2(base, seeds), *figure3(base, seeds)]))
     random = [replace(base, method="random", rounds=min(base.rounds, RANDOM_ROUNDS))]
     reached = [density for density in DENSITIES if density >= (1 - base.ratio) ** base.rounds]
     plain = [replace(base, method="plain", rounds=1, ratio=1 - density) for density in reached]
-    return sorted([*runs, *_seeded(random, seeds), *_seeded(plain, seeds)], key=lambda run: run.seed)
+    added = [*_seeded(random, seeds), *_seeded(plain, seeds), *emp(base, seeds)]
+    return sorted([*runs, *added], key=lambda run: run.seed)
 
 
 def emp(base: Run, seeds: Sequence[int] = SEEDS) -> list[Run]:
@@ -91,15 +102,26 @@ def emp(base: Run, seeds: Sequence[int] = SEEDS) -> list[Run]:
 
 
 def adaptive(base: Run = ADAPTIVE, seeds: Sequence[int] = SEEDS) -> list[Run]:
-    """SAP beside what knows its shares without measuring, other scopes, other ratios, and other ways to rewind."""
-    return [run for seed in seeds for run in [*controls(base, seed, seeds), *scopes(base, seed), *tuned(base, seed)]]
+    """SAP beside its controls, in other scopes, beside other ratios, with other rewinding; and dense training."""
+    runs = [run for seed in seeds for run in (*controls(base, seed, seeds), *scopes(base, seed), *tuned(base, seed))]
+    return [*runs, *dense(base, seeds)]
+
+
+def cifar10(base: Run = CIFAR10, seeds: Sequence[int] = FEWER_SEEDS) -> list[Run]:
+    """All methods in the first seed, those that the paper recommends in all, and the controls of SAP (1, 2)."""
+    first, sap = seeds[0], replace(base, method="sap", p=1.0, q=2.0)
+    best = _seeded([sap, replace(base, method="lottery-ticket")], seeds)
+    others = [*figure2(base, (first,)), replace(base, method="random", seed=first), *scopes(base, first)]
+    of_sap = [run for seed in seeds for run in controls(base, seed, seeds) if run.scope == "global"]
+    others += [*of_sap, *emp(base, seeds), *figure3(base, (first,)), *dense(base, (first,))]
+    return list(dict.fromkeys([*best[:2], *others, *best[2:]]))
 
 
 def controls(base: Run, seed: int, seeds: Sequence[int]) -> list[Run]:
     """SAP, a fixed ratio that ends at the same size, and SAP's counts from the next seed."""
     following = seeds[(list(seeds).index(seed) + 1) % len(seeds)]
     runs = []
-    for scope, (p, q) in (("global", (1.0, 2.0)), ("layer", (0.5, 1.0))):
+    for scope, (p, q) in CONTROLLED.items():
         sap = replace(base, method="sap", scope=scope, p=p, q=q, seed=seed)
         runs += [sap, replace(sap, method="mean-share", source=seed), replace(sap, method="replay", source=following)]
     return runs

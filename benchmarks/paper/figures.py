@@ -22,6 +22,8 @@ Value = Callable[[Round], float]
 Column = tuple[str, Value]
 
 LABELS = {"lottery-ticket": "Lottery Ticket", "one-shot": "One Shot", "random": "random", "plain": "plain"}
+CONTROLS = {"sap": "SAP", "mean-share": "fixed at the mean share of SAP", "replay": "shares of another seed of SAP"}
+REWINDS = {"init": "", "late": ", late rewinding", "none": ", no rewinding"}
 
 RETRAINED: tuple[Column, ...] = (
     ("accuracy (%)", lambda found: 100 * found.metrics["accuracy"]),
@@ -44,13 +46,15 @@ PRUNED: tuple[Column, ...] = (
 
 
 def describe(run: Run) -> str:
-    """A method and its settings as a legend shows them; the scope only of SAP."""
-    if run.method != "sap":
-        return LABELS[run.method]
+    """A method and its settings as a legend shows them; the scope only of SAP and its controls."""
+    if run.method == "sap" and run.rounds == 1 and run.rewind == "none":
+        return "EMP"
+    if not run.follows_sap:
+        return LABELS[run.method] + REWINDS[run.rewind]
     changes = [f"p={run.p:g}, q={run.q:g}"]
     changes += [f"eta_r={run.eta_r:g}"] if run.eta_r else []
     changes += [f"gamma={run.gamma:g}"] if run.gamma != 1 else []
-    return f"SAP {run.scope} ({', '.join(changes)})"
+    return f"{CONTROLS[run.method]} {run.scope} ({', '.join(changes)}){REWINDS[run.rewind]}"
 
 
 def grouped(histories: Histories, describe: Callable[[Run], str] = describe) -> dict[str, Histories]:
@@ -59,7 +63,7 @@ def grouped(histories: Histories, describe: Callable[[Run], str] = describe) -> 
     for run, history in histories.items():
         groups.setdefault(describe(run), {})[run] = history
     for name, members in groups.items():
-        if len({replace(run, seed=0) for run in members}) > 1:
+        if len({replace(run, seed=0, source=None) for run in members}) > 1:
             raise ValueError(f"runs must differ by their seeds only to be averaged, got {name}: {list(members)}")
     return groups
 

@@ -26,7 +26,7 @@ from paper.runs import Run
 RESULTS = DOCS / "results" / "paper"
 IMAGES = DOCS / "images"
 PAGE = DOCS / "does-it-work.md"
-NAMES = ("anchors", "differences", "figure2", "figure3", "figure4", "figure5", "audit")
+NAMES = ("anchors", "differences", "figure2", "figure3", "figure4", "figure5", "audit", "cifar10", "adaptive")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

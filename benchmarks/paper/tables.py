@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pages import table
 
@@ -27,7 +27,7 @@ RULES = {
 }
 
 
-def curves(histories: Histories) -> dict[str, list[Curve]]:
+def curves(histories: Histories, describe: Callable[[Run], str] = describe) -> dict[str, list[Curve]]:
     """The curves of each method, one a seed; runs that prune once to different densities are joined."""
     found: dict[str, list[Curve]] = {}
     once: dict[int, list[Curve]] = {}
@@ -41,13 +41,15 @@ def curves(histories: Histories) -> dict[str, list[Curve]]:
     return found
 
 
-def accuracy_table(histories: Histories) -> str:
-    """Test accuracy of each method at the densities of the audit, mean and deviation over seeds."""
-    head = ["method", "seeds", "dense", *(f"{share:g} %" for share in SHARES)]
+def accuracy_table(histories: Histories, describe: Callable[[Run], str] = describe) -> str:
+    """Test accuracy of each method at the densities of the audit and at its last one, mean and deviation over seeds."""
+    head = ["method", "seeds", "dense", *(f"{share:g} %" for share in SHARES), "at the end", "which is at"]
     lines = []
-    for name, of_method in curves(histories).items():
+    for name, of_method in curves(histories, describe).items():
         at = [[one.accuracy_at(share / 100) for one in of_method] for share in (100.0, *SHARES)]
-        lines.append([name, f"{len(of_method)}", *map(percent, at)])
+        ends = [[one.points[-1][place] for one in of_method] for place in (1, 0)]
+        remaining, _ = mean_and_std(ends[1])
+        lines.append([name, f"{len(of_method)}", *map(percent, [*at, ends[0]]), f"{100 * remaining:.2f} %"])
     return table(head, lines)
 
 

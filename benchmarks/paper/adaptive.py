@@ -1,0 +1,178 @@
+"""How adaptive SAP is: the shares that its rounds take, and what knows them without measuring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
+from pages import table
+from style import COLORS, DPI, LINES, MARKERS, STYLE, WIDTH
+
+from paper.figures import describe, grouped, over_seeds
+from paper.results import Histories, curve, mean_and_std
+from paper.runs import NORMS, Run
+from paper.tables import EPOCHS_TO, percent
+from torch_sap.decide.bounds import Hyperparameters
+from torch_sap.records.round import Round
+
+SHOWN_EPOCHS = (1, 2, 4, 8, 12)
+SIZES = (0.5, 0.2)
+
+
+def named(run: Run) -> str:
+    """A method as the tables of this module name it: with the ratio of the lottery ticket."""
+    ratio = f" {100 * run.ratio:g} %" if run.method == "lottery-ticket" else ""
+    return describe(run).replace("Lottery Ticket", f"Lottery Ticket{ratio}")
+
+
+def share(found: Round) -> float:
+    """Share of the remaining weights that a round prunes."""
+    return found.pruned_count / found.remaining
+
+
+def share_table(histories: Histories) -> str:
+    """The share that each round of SAP takes, of all weights and of single tensors."""
+    sap = {run: history for run, history in histories.items() if run.method == "sap" and run.rounds > 1}
+    sap = {run: history for run, history in sap.items() if run.rewind == "init"}
+    prunings = max((run.rounds for run in sap), default=0)
+    head = ["method", "seeds", *(f"{number}" for number in range(1, prunings + 1))]
+    head += ["largest deviation over seeds", "tensors: first round", "last round"]
+    lines = []
+    for name, members in grouped(sap).items():
+        shares = over_seeds(members, share)[:, :-1]
+        line = [name, f"{len(shares)}", *(f"{100 * mean:.0f} %" for mean in shares.mean(0))]
+        deviation = shares.std(0, ddof=1).max() if len(shares) > 1 else math.nan
+        spans = [_span(by_tensor(members, number)) for number in (0, shares.shape[1] - 1)]
+        lines.append([*line, "-" if math.isnan(deviation) else f"{100 * deviation:.1f} points", *spans])
+    return table(head, lines)
+
+
+def by_tensor(histories: Histories, number: int) -> NDArray[np.float64]:
+    """Share that a round takes of each tensor, mean over seeds."""
+    rows = []
+    for history in histories.values():
+        found = history[number]
+        pairs = zip(found.tensors, found.tensors_after, strict=True)
+        rows.append([1 - after.remaining / before.remaining for before, after in pairs])
+    return np.array(rows).mean(0)
+
+
+def control_table(histories: Histories) -> str:
+    """SAP and its controls at equal sizes, and at the end, seed by seed."""
+    head = ["method", "seeds", *(f"epochs to {100 * size:g} %" for size in SIZES)]
+    head += [*(f"accuracy at {100 * size:g} %" for size in SIZES), "at the end", "which is at", "at the end, minus SAP"]
+    lines = []
+    for name, members in grouped(histories).items():
+        curves = [curve(run, history) for run, history in members.items()]
+        epochs = [mean_and_std(one.epochs_to(size) for one in curves)[0] for size in SIZES]
+        line = [name, f"{len(curves)}", *("-" if math.isinf(mean) else f"{mean:.0f}" for mean in epochs)]
+        line += [percent([one.accuracy_at(size) for one in curves]) for size in SIZES]
+        line += [percent([one.points[-1][1] for one in curves])]
+        line += [f"{100 * mean_and_std(one.points[-1][0] for one in curves)[0]:.1f} %"]
+        lines.append([*line, _difference(members, histories)])
+    return table(head, lines)
+
+
+def _difference(members: Histories, histories: Histories) -> str:
+    """Accuracy at the end minus that of SAP in the same seed."""
+    sap = {(run.scope, run.p, run.q, run.seed): history for run, history in histories.items() if run.method == "sap"}
+    gaps = [
+        100 * (history[-1].metrics["accuracy"] - sap[run.scope, run.p, run.q, run.seed][-1].metrics["accuracy"])
+        for run, history in members.items()
+        if run.method != "sap"
+    ]
+    if not gaps:
+        return "0"
+    mean, deviation = mean_and_std(gaps)
+    return f"{mean:+.2f}" if math.isnan(deviation) else f"{mean:+.2f} ± {deviation:.2f}"
+
+
+def tuned_table(histories: Histories, shares: tuple[float, ...] = (50.0, 20.0, 10.0, 5.0, 2.0)) -> str:
+    """Accuracy at sizes, and the epochs until then, of lottery tickets of several ratios and of other rewinding."""
+    head = ["method", *(f"{size:g} %" for size in shares)]
+    head += [*(f"epochs to {size:g} %" for size in (20.0, *EPOCHS_TO)), "at the end", "which is at"]
+    lines = []
+    for name, members in grouped(histories, named).items():
+        curves = [curve(run, history) for run, history in members.items()]
+        line = [name, *(percent([one.accuracy_at(size / 100) for one in curves]) for size in shares)]
+        epochs = [mean_and_std(one.epochs_to(size / 100) for one in curves)[0] for size in (20.0, *EPOCHS_TO)]
+        line += ["-" if math.isinf(mean) else f"{mean:.0f}" for mean in epochs]
+        line += [percent([one.points[-1][1] for one in curves])]
+        lines.append([*line, f"{100 * mean_and_std(one.points[-1][0] for one in curves)[0]:.2f} %"])
+    return table(head, lines)
+
+
+def dense_table(histories: Histories) -> str:
+    """What SAP would prune of a dense network after some epochs: of all weights, and of single tensors."""
+    head = ["model", "weight decay", "p, q", "PQ Index after 1", f"after {SHOWN_EPOCHS[-1]}"]
+    head += [f"share after {epoch}" for epoch in SHOWN_EPOCHS]
+    lines = []
+    for members in grouped(histories, lambda run: f"{run.name.split('-')[0]} {run.data} {run.weight_decay}").values():
+        run = next(iter(members))
+        metrics = [history[0].metrics for history in members.values()]
+        for p, q in NORMS:
+            rule = Hyperparameters(p, q)
+            line = [f"{run.model}, {run.data}", f"{run.weight_decay:g}", f"{p:g}, {q:g}"]
+            index = [_indices(metrics, epoch, p, q) for epoch in SHOWN_EPOCHS]
+            line += [f"{found['global']:.3f}" for found in (index[0], index[-1])]
+            for found in index:
+                shares = {name: 1 - float(rule.retain(np.array(value), np.array(1))) for name, value in found.items()}
+                tensors = np.array([value for name, value in shares.items() if name != "global"])
+                line.append(f"{100 * shares['global']:.0f} % ({_span(tensors)})")
+            lines.append(line)
+    return table(head, lines)
+
+
+def _indices(metrics: list[Mapping[str, float]], epoch: int, p: float, q: float) -> dict[str, float]:
+    """PQ Index by group after an epoch, mean over seeds."""
+    start = f"epoch {epoch} ({p:g}, {q:g}) "
+    names = [name.removeprefix(start) for name in metrics[0] if name.startswith(start)]
+    return {name: float(np.mean([found[start + name] for found in metrics])) for name in names}
+
+
+def draw_adaptive(parts: Mapping[str, Histories], path: Path) -> None:
+    """A column per network: the share of each round, accuracy against remaining weights; SAP and its controls."""
+    with matplotlib.style.context(STYLE, after_reset=True):
+        figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
+        axes: Any = figure.subplots(2, len(parts), squeeze=False)
+        for column, (title, histories) in enumerate(parts.items()):
+            for number, (name, members) in enumerate(grouped(histories).items()):
+                label = name.partition(" global")[0]
+                style = {"color": COLORS[number], "linestyle": LINES[number], "marker": MARKERS[number]}
+                shares, density, accuracy = (
+                    over_seeds(members, value)
+                    for value in (share, lambda found: found.density, lambda found: found.metrics["accuracy"])
+                )
+                rounds = np.arange(1, shares.shape[1])
+                axes[0, column].plot(rounds, shares.mean(0)[:-1], markersize=3, label=label, **style)
+                x, y = density.mean(0), accuracy.mean(0)
+                axes[1, column].plot(x, y, markersize=3, **style)
+                if len(accuracy) > 1:
+                    deviation = accuracy.std(0, ddof=1)
+                    area = {"alpha": 0.2, "linewidth": 0, "color": COLORS[number]}
+                    axes[1, column].fill_between(x, y - deviation, y + deviation, **area)
+            axes[0, column].set(title=title, xlabel="pruning", ylim=(0, None))
+            axes[1, column].set(xlabel="remaining weights", xscale="log")
+            axes[1, column].invert_xaxis()
+            axes[1, column].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes[1, column].xaxis.set_minor_formatter("")
+            for row in (0, 1):
+                axes[row, column].yaxis.set_major_formatter(PercentFormatter(1))
+                axes[row, column].grid(alpha=0.3)
+        axes[0, 0].set_ylabel("share that it takes")
+        axes[1, 0].set_ylabel("test accuracy")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        figure.savefig(path, dpi=DPI)
+
+
+def _span(values: NDArray[np.float64]) -> str:
+    low, high = 100 * values.min(), 100 * values.max()
+    return f"{low:.0f} to {high:.0f} %"
