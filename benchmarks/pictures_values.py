@@ -124,7 +124,7 @@ def chosen(model: nn.Module) -> Values:
 
 def ran(histories: Histories) -> Values:
     """Of the runs of docs/does-it-work.md (MLP, FashionMNIST) what each round measures and prunes, by method."""
-    own = tables.selected(histories, experiments.figure2(experiments.REDUCED["mlp"]))
+    own = tables.selected(histories, experiments.figure2(experiments.REDUCED["mlp", "fashion-mnist"]))
     groups = figures.grouped({run: history for run, history in own.items() if run.method != "one-shot"})
     columns: tuple[figures.Column, ...] = (
         ("weights that remain (%)", lambda found: 100 * found.density),

@@ -173,9 +173,9 @@ def complete(
         if run.rewind == "late" and epoch == LATE and not pruner.history:
             pruner.set_rewind_point()
         if run.rounds == 0:
-            by_epoch.update(
-                {f"epoch {epoch} {name}": index for name, index in sparsity_of(model, run.p, run.q).items()}
-            )
+            for p, q in NORMS:
+                indices = sparsity_of(model, p, q)
+                by_epoch.update({f"epoch {epoch} ({p:g}, {q:g}) {name}": index for name, index in indices.items()})
         if on_epoch is not None:
             on_epoch(epoch, loss)
 

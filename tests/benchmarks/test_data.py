@@ -12,6 +12,7 @@ from torch import nn
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
+import cifar
 import data
 import fashion_mnist
 import torchvision
@@ -67,6 +68,78 @@ def test_cifar(classes, monkeypatch, tmp_path):
     monkeypatch.setattr(torchvision.datasets, f"CIFAR{classes}", no_network)
     with pytest.raises(FileNotFoundError, match=rf"CIFAR-{classes} is not in .*--data-dir"):
         data.load(f"cifar{classes}", tmp_path)
+
+
+def write_cifar(folder, train=3, size=32, classes=10):
+    """One gray image per class and number, each of another brightness."""
+    for half, count in (("train", train), ("test", 1)):
+        for label in range(classes):
+            (folder / half / f"class{label}").mkdir(parents=True)
+            for number in range(count):
+                gray = 10 * label + number + (100 if half == "test" else 0)
+                Image.new("RGB", (size, size), (gray,) * 3).save(
+                    folder / half / f"class{label}" / f"{number:04}.webp", lossless=True
+                )
+
+
+@pytest.mark.parametrize("place", ["cifar10", "."])
+def test_cifar10_from_folders_of_images(place, monkeypatch, tmp_path):
+    write_cifar(tmp_path / place)
+    cifar10 = data.load("cifar10", tmp_path)
+    assert (cifar10.in_chans, cifar10.image_size, cifar10.num_classes) == (3, 32, 10)
+    assert (len(cifar10.train), len(cifar10.test)) == (30, 10)
+    assert cifar10.train.labels.tolist() == [*range(10)] * 3  # in turn, so that the first images hold all classes
+    red = 0.2470 * cifar10.train.images[:, 0] + 0.4914  # the published deviation and mean
+    shown = torch.tensor([10 * label + number for number in range(3) for label in range(10)])
+    assert torch.allclose(255 * red, shown.view(-1, 1, 1).float().expand(30, 32, 32), atol=1e-3)
+    assert (tmp_path / place / "decoded.npz").exists()
+
+    monkeypatch.setattr(Image, "open", no_network)
+    assert torch.equal(data.load("cifar10", tmp_path).train.images, cifar10.train.images)  # from the cache
+    monkeypatch.undo()
+    Image.new("RGB", (32, 32), (255,) * 3).save(tmp_path / place / "train" / "class0" / "0000.webp", lossless=True)
+    changed = data.load("cifar10", tmp_path).train.images
+    assert changed[0].mean() > 1 > cifar10.train.images[0].mean()
+    assert torch.equal(changed[1:], cifar10.train.images[1:])
+
+
+def test_a_cifar10_folder_that_cannot_be_written_is_decoded_every_time(monkeypatch, tmp_path):
+    def refuse(*paths):
+        raise PermissionError("read-only")
+
+    write_cifar(tmp_path)
+    monkeypatch.setattr(cifar.os, "replace", refuse)
+    assert len(data.load("cifar10", tmp_path).train) == 30
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test", "train"]
+
+
+def test_folders_that_are_not_cifar10(tmp_path):
+    write_cifar(tmp_path / "few", classes=9)
+    with pytest.raises(ValueError, match="train must hold 10 folders, one per class, got 9"):
+        data.load("cifar10", tmp_path / "few")
+    write_cifar(tmp_path / "large", size=33)
+    with pytest.raises(ValueError, match=r"0000.webp must have 32 x 32 pixels, got 33 x 33"):
+        data.load("cifar10", tmp_path / "large")
+
+
+def test_crops_are_windows_of_the_reflected_image_half_of_them_mirrored():
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 16, 16)
+    found = data.random_crop_and_flip(image.expand(400, 3, 16, 16).clone())
+    assert found.shape == (400, 3, 16, 16)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    padded = nn.functional.pad(image, [4] * 4, mode="reflect")[0]
+    windows = {}
+    for mirrored in (False, True):
+        for top in range(9):
+            for left in range(9):
+                window = padded[:, top : top + 16, left : left + 16]
+                window = window.flip(2) if mirrored else window
+                windows[window.contiguous().numpy().tobytes()] = (mirrored, top, left)
+    places = [windows[crop.contiguous().numpy().tobytes()] for crop in found]
+    assert 150 < sum(mirrored for mirrored, _, _ in places) < 250
+    assert {top for _, top, _ in places} == {left for _, _, left in places} == set(range(9))
+    assert len({top - left for _, top, left in places}) > 9  # drawn apart
 
 
 def write_images(root, half, classes):

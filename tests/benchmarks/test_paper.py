@@ -1,5 +1,6 @@
 """benchmarks/paper: the paper's models, runs that resume, and a page that shows the committed histories."""
 
+import itertools
 import math
 import re
 import signal
@@ -22,7 +23,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
 from pages import fill
-from paper import authors, draw, experiments, figures, models, results
+from paper import adaptive, authors, draw, experiments, figures, models, published, results
+from paper import main as main_module
 from paper import runs as paper_runs
 from paper.main import IMAGES, NAMES, PAGE, RESULTS, main
 from paper.runs import Run, complete
@@ -35,14 +37,14 @@ CURVE = results.Curve(((1.0, 0.9, 10), (0.1, 0.7, 20), (0.01, 0.5, 30)))
 SHOWN = [
     ("anchors", experiments.ANCHORS),
     ("differences", experiments.ANCHORS),
-    ("figure2", experiments.REDUCED["mlp"]),
-    ("figure3", experiments.REDUCED["mlp"]),
-    ("figure3", experiments.REDUCED["cnn"]),
+    ("figure2", experiments.REDUCED["mlp", "fashion-mnist"]),
+    ("figure3", experiments.REDUCED["mlp", "fashion-mnist"]),
+    ("figure3", experiments.REDUCED["cnn", "fashion-mnist"]),
     ("figure4", experiments.ABLATION),
     ("figure5", experiments.ABLATION),
-    ("audit", experiments.REDUCED["mlp"]),
-    ("audit", experiments.REDUCED["cnn"]),
-    ("audit", experiments.REDUCED["test_resnet"]),
+    ("audit", experiments.REDUCED["mlp", "fashion-mnist"]),
+    ("audit", experiments.REDUCED["cnn", "fashion-mnist"]),
+    ("audit", experiments.REDUCED["test_resnet", "fashion-mnist"]),
 ]
 
 
@@ -130,29 +132,187 @@ def test_sap_prunes_what_its_settings_say_and_a_finished_run_is_not_repeated(tmp
 def test_the_name_of_a_run_holds_all_its_settings():
     changes = {"model": "cnn", "data": "cifar10", "seed": 5, "rounds": 3, "epochs": 4, "scope": "layer", "p": 0.1}
     changes |= {"q": 3.0, "eta_r": 0.3, "gamma": 2.0, "beta": 0.8, "width": 8, "images": 50, "test_images": 60}
-    changes |= {"batch_size": 10, "authors": "clip", "method": "random"}
+    changes |= {"batch_size": 10, "authors": "clip", "method": "random", "rewind": "late", "weight_decay": 0.0}
+    changes |= {"source": 4}
     names = {replace(TINY, **{key: value}).name for key, value in changes.items()} | {TINY.name}
     assert len(names) == len(changes) + 1
     assert replace(TINY, method="random", ratio=0.1).name != replace(TINY, method="random").name
 
 
-@pytest.mark.parametrize("settings", [{"method": "one-shot"}, {"method": "random"}, {"authors": "clip+count"}, {}])
+RESUMED = ["one-shot", "random", "clip+count", "late", "replay", "sap"]
+RESUMED_SETTINGS = [
+    {"method": "one-shot"},
+    {"method": "random"},
+    {"authors": "clip+count"},
+    {"rewind": "late", "epochs": 2},
+]
+RESUMED_SETTINGS += [{"method": "replay", "source": 1}, {}]
+
+
+@pytest.mark.parametrize("settings", RESUMED_SETTINGS, ids=RESUMED)
 def test_every_method_resumes_where_it_was_interrupted(settings, tmp_path):
     run = replace(TINY, rounds=3, **settings)
     whole = complete(run, tmp_path / "whole")
     trained, left = [], []
+    if run.source is not None:
+        complete(run.followed, tmp_path)
 
     def interrupt(epoch, loss):
         trained.append(epoch)
-        if len(trained) == 3:
+        if len(trained) == 3 * run.epochs:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         complete(run, tmp_path, on_epoch=interrupt)
+    finished = torch_sap.History.from_json(tmp_path / run.name / "rounds.json")
     torch.manual_seed(99)
     resumed = complete(run, tmp_path, on_epoch=lambda epoch, loss: left.append(epoch))
-    assert len(left) == 2  # of four
+    assert len(left) == 2 * run.epochs  # of four trainings
     assert histories_are_equal(resumed, whole)
+    assert histories_are_equal(finished, whole[:2])
+    assert {path.name for path in (tmp_path / run.name).iterdir()} == {"config.json", "history.json"}
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_controls_prune_what_sap_did_without_measuring(scope, tmp_path):
+    sap = replace(TINY, p=1.0, q=2.0, scope=scope)
+    followed = complete(sap, tmp_path)
+    replayed = complete(replace(sap, method="replay", source=0, seed=1), tmp_path)
+    own = complete(replace(sap, seed=1), tmp_path)
+    for one, other, measured in zip(replayed[:-1], followed[:-1], own[:-1], strict=True):
+        counts = [{name: group.c.tolist() for name, group in found.groups.items()} for found in (one, other, measured)]
+        assert counts[0] == counts[1] != counts[2]
+    fixed = complete(replace(sap, method="mean-share", source=0), tmp_path)
+    shares = [1 - after.density / before.density for before, after in itertools.pairwise(fixed)]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-3)
+    assert fixed[-1].density == pytest.approx(followed[-1].density, abs=1e-3)
+    with pytest.raises(ValueError, match="source must be a seed for the method replay, got None"):
+        complete(replace(sap, method="replay"), tmp_path)
+
+
+def test_rewinding(tmp_path):
+    runs = {rewind: replace(TINY, rounds=1, epochs=2, rewind=rewind) for rewind in ("init", "late", "none")}
+    found = {rewind: complete(run, tmp_path) for rewind, run in runs.items()}
+    assert len({history[0].metrics["loss"] for history in found.values()}) == 1
+    assert len({history[1].metrics["loss"] for history in found.values()}) == 3
+    # The weights that a training starts from are those after the pruning: kept, or set back to an earlier moment.
+    norms = {}
+    for rewind, run in runs.items():
+        starts = []
+
+        def fit(model, split, recipe, on_epoch, before_step=None, starts=starts):
+            starts.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+            for epoch in range(recipe.epochs):
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.add_(1.0)
+                on_epoch(epoch + 1, 0.0)
+            return {}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(paper_runs, "fit", fit)
+            complete(run, tmp_path / "moved")
+        kept = starts[1] != 0
+        norms[rewind] = float((starts[1] - starts[0])[kept].mean())
+    assert norms == pytest.approx({"init": 0.0, "late": 1.0, "none": 2.0}, abs=1e-5)
+
+
+def test_a_run_without_prunings_records_sparsity_by_epoch(tmp_path):
+    found = complete(replace(TINY, method="plain", rounds=0, epochs=2), tmp_path)
+    (only,) = found
+    indices = {name: value for name, value in only.metrics.items() if name.startswith("epoch")}
+    assert len(indices) == 2 * 2 * 4  # epochs, norms, the whole and three tensors
+    assert indices["epoch 2 (0.5, 1) global"] == pytest.approx(only.pqi)
+    assert indices["epoch 1 (0.5, 1) global"] != indices["epoch 2 (0.5, 1) global"]
+    assert indices["epoch 2 (0.5, 1) 1.weight"] == pytest.approx(float(only.retrained.pqi["layer"]["1.weight"][0]))
+
+
+def test_the_budget_of_cifar10_is_not_that_of_the_small_cnn():
+    def base(*arguments):
+        return main_module.base_of(main_module._parser().parse_args(["figure2", "run", *arguments]))
+
+    cifar10 = base("--data", "cifar10", "--model", "cnn")
+    assert cifar10 == experiments.CIFAR10
+    assert (cifar10.batch_size, cifar10.images, cifar10.ratio) == (250, None, 0.2)
+    assert base("--model", "cnn").images == 2000
+    assert base("--data", "cifar10", "--model", "resnet18") == Run(
+        model="resnet18", data="cifar10", rounds=15, epochs=200
+    )
+
+
+@pytest.fixture(scope="module")
+def adaptive_runs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("adaptive")
+    base = replace(TINY, rounds=3)
+    runs = [*experiments.controls(base, 0, (0, 1)), *experiments.controls(base, 1, (0, 1))]
+    runs += [replace(base, method="lottery-ticket", ratio=0.5), *experiments.dense(replace(base, epochs=12), (0,))]
+    return {run: complete(run, out) for run in runs}
+
+
+def rows_of(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+
+
+def test_tables_of_how_adaptive_sap_is(adaptive_runs):
+    pruned = {run: history for run, history in adaptive_runs.items() if run.rounds}
+    head, _, *lines = rows_of(adaptive.share_table(pruned))
+    assert [line[0] for line in lines] == ["SAP global (p=1, q=2)", "SAP layer (p=0.5, q=1)"]
+    mine = [history for run, history in pruned.items() if (run.method, run.scope) == ("sap", "global")]
+    first = np.mean([1 - history[1].density for history in mine])
+    assert lines[0][head.index("1")] == f"{100 * first:.0f} %"
+    assert head.index("3") == 4
+    spans = [line[head.index("tensors: first round")] for line in lines]
+    assert all(re.fullmatch(r"\d+ to \d+ %", span) for span in spans)
+
+    controls = draw._controls(pruned, "global")
+    head, _, *lines = rows_of(adaptive.control_table(controls))
+    assert [line[0].split(" of ")[0] for line in lines] == [
+        "SAP global (p=1, q=2)",
+        "fixed at the mean share",
+        "shares",
+    ]
+    assert lines[0][-1] == "0"
+    gaps = []
+    for seed in (0, 1):
+        ends = {run.method: history[-1].metrics["accuracy"] for run, history in controls.items() if run.seed == seed}
+        gaps.append(100 * (ends["replay"] - ends["sap"]))
+    assert lines[2][-1] == f"{np.mean(gaps):+.2f} ± {np.std(gaps, ddof=1):.2f}"
+    ends = [line[head.index("which is at")] for line in lines]
+    assert ends[0] == ends[1]
+
+    tuned = {run: history for run, history in pruned.items() if run.source is None and run.scope == "global"}
+    names = [line[0] for line in rows_of(adaptive.tuned_table(tuned))[2:]]
+    assert names == ["SAP global (p=1, q=2)", "Lottery Ticket 50 %"]
+
+
+def test_the_table_of_dense_networks(adaptive_runs):
+    dense = {run: history for run, history in adaptive_runs.items() if not run.rounds}
+    head, _, *lines = rows_of(adaptive.dense_table(dense))
+    assert [line[:3] for line in lines] == [
+        ["mlp, digits", decay, norms] for decay in ("0", "0.0005") for norms in ("0.5, 1", "1, 2")
+    ]
+    index = float(lines[0][head.index("after 12")])
+    share = lines[0][head.index("share after 12")]
+    assert share.startswith(f"{100 * index:.0f} % (")  # with p=0.5 and q=1 the share is the index
+    index = float(lines[1][head.index("after 12")])
+    assert abs(float(lines[1][head.index("share after 12")].split(" %")[0]) - 100 * (1 - (1 - index) ** 2)) < 1
+
+
+def test_published_curves_beside_ours(adaptive_runs, tmp_path):
+    curves = published.read_published(RESULTS / draw.PUBLISHED)
+    assert list(curves) == [name for name in published.METHODS if name != "random"]
+    rounds, remaining, accuracy = curves["SAP global (p=1, q=2)"]
+    assert [values[3] for values in (rounds, remaining, accuracy)] == [3, 2.7, 88.2]
+    pruned = {run: history for run, history in adaptive_runs.items() if run.rounds and run.source is None}
+    mine = published.ours(pruned)
+    assert {name: len(curve[0]) for name, curve in mine.items()} == {"SAP global (p=1, q=2)": 4, "Lottery Ticket": 4}
+    head, _, *lines = rows_of(published.published_table(pruned, curves))
+    assert lines[0][head.index("remaining after 3: published")] == "2.7 %"
+    assert lines[0][head.index("remaining after 3: here")] == f"{mine['SAP global (p=1, q=2)'][1, 3]:.1f} %"
+    assert lines[0][head.index("remaining after 10: here")] == "-"
+    published.draw_published(pruned, curves, tmp_path / "a.png")
+    adaptive.draw_adaptive({"digits": draw._controls(adaptive_runs, "global")}, tmp_path / "b.png")
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("a.png", "b.png"))
 
 
 def test_the_clipping_of_the_authors_counts_the_gradient_of_pruned_weights(monkeypatch, tmp_path):
