@@ -9,7 +9,7 @@ from paper.runs import Run
 from torch_sap.decide.groups import Scope
 
 # The paper trains 200 epochs a round, 30 rounds, ResNets 15. What a CPU can do is less, and the page says so.
-CIFAR10 = Run(model="cnn", data="cifar10", width=16, rounds=10, epochs=4)
+CIFAR10 = Run(model="cnn", data="cifar10", width=16, rounds=8, epochs=3)
 REDUCED = {
     ("mlp", "fashion-mnist"): Run(model="mlp", rounds=30, epochs=10),
     ("cnn", "fashion-mnist"): Run(
