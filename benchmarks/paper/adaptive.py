@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FixedLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 from pages import table
 from style import COLORS, DPI, LINES, MARKERS, STYLE, WIDTH
@@ -24,6 +24,7 @@ from torch_sap.records.round import Round
 
 SHOWN_EPOCHS = (1, 2, 4, 8, 12)
 SIZES = (0.5, 0.2)
+TICKS = (1.0, 0.5, 0.2, 0.1, 0.05)
 
 
 def named(run: Run) -> str:
@@ -161,10 +162,11 @@ def draw_adaptive(parts: Mapping[str, Histories], path: Path) -> None:
             axes[0, column].set(title=title, xlabel="pruning", ylim=(0, None))
             axes[1, column].set(xlabel="remaining weights", xscale="log")
             axes[1, column].invert_xaxis()
+            axes[1, column].xaxis.set_major_locator(FixedLocator(TICKS))
             axes[1, column].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            axes[1, column].xaxis.set_minor_formatter("")
-            for row in (0, 1):
-                axes[row, column].yaxis.set_major_formatter(PercentFormatter(1))
+            axes[1, column].xaxis.set_minor_formatter(NullFormatter())
+            for row, decimals in enumerate((0, 1)):
+                axes[row, column].yaxis.set_major_formatter(PercentFormatter(1, decimals=decimals))
                 axes[row, column].grid(alpha=0.3)
         axes[0, 0].set_ylabel("share that it takes")
         axes[1, 0].set_ylabel("test accuracy")

@@ -307,9 +307,10 @@ def test_published_curves_beside_ours(adaptive_runs, tmp_path):
     mine = published.ours(pruned)
     assert {name: len(curve[0]) for name, curve in mine.items()} == {"SAP global (p=1, q=2)": 4, "Lottery Ticket": 4}
     head, _, *lines = rows_of(published.published_table(pruned, curves))
-    assert lines[0][head.index("remaining after 3: published")] == "2.7 %"
-    assert lines[0][head.index("remaining after 3: here")] == f"{mine['SAP global (p=1, q=2)'][1, 3]:.1f} %"
-    assert lines[0][head.index("remaining after 10: here")] == "-"
+    assert [line[:2] for line in lines] == [["SAP global (p=1, q=2)", where] for where in ("here", "published")]
+    remaining = [line[head.index("remaining after 3")] for line in lines]
+    assert remaining == [f"{mine['SAP global (p=1, q=2)'][1, 3]:.1f} %", "2.7 %"]
+    assert lines[0][head.index("remaining after 8")] == "-"
     published.draw_published(pruned, curves, tmp_path / "a.png")
     adaptive.draw_adaptive({"digits": draw._controls(adaptive_runs, "global")}, tmp_path / "b.png")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("a.png", "b.png"))
