@@ -163,10 +163,10 @@ def draw_adaptive(parts: Mapping[str, Histories], path: Path) -> None:
             axes[1, column].set(xlabel="remaining weights", xscale="log")
             axes[1, column].invert_xaxis()
             axes[1, column].xaxis.set_major_locator(FixedLocator(TICKS))
-            axes[1, column].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes[1, column].xaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
             axes[1, column].xaxis.set_minor_formatter(NullFormatter())
             for row, decimals in enumerate((0, 1)):
-                axes[row, column].yaxis.set_major_formatter(PercentFormatter(1, decimals=decimals))
+                axes[row, column].yaxis.set_major_formatter(PercentFormatter(1, decimals, " %"))
                 axes[row, column].grid(alpha=0.3)
         axes[0, 0].set_ylabel("share that it takes")
         axes[1, 0].set_ylabel("test accuracy")
