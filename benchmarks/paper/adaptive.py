@@ -97,12 +97,13 @@ def _difference(members: Histories, histories: Histories) -> str:
 
 def tuned_table(histories: Histories, shares: tuple[float, ...] = (50.0, 20.0, 10.0, 5.0, 2.0)) -> str:
     """Accuracy at sizes, and the epochs until then, of lottery tickets of several ratios and of other rewinding."""
-    head = ["method", *(f"{size:g} %" for size in shares)]
+    head = ["method", "seeds", *(f"{size:g} %" for size in shares)]
     head += [*(f"epochs to {size:g} %" for size in (20.0, *EPOCHS_TO)), "at the end", "which is at"]
     lines = []
     for name, members in grouped(histories, named).items():
         curves = [curve(run, history) for run, history in members.items()]
-        line = [name, *(percent([one.accuracy_at(size / 100) for one in curves]) for size in shares)]
+        line = [name, f"{len(curves)}"]
+        line += [percent([one.accuracy_at(size / 100) for one in curves]) for size in shares]
         epochs = [mean_and_std(one.epochs_to(size / 100) for one in curves)[0] for size in (20.0, *EPOCHS_TO)]
         line += ["-" if math.isinf(mean) else f"{mean:.0f}" for mean in epochs]
         line += [percent([one.points[-1][1] for one in curves])]

@@ -25,14 +25,15 @@ Point = tuple[float, float, int]
 
 
 def pack(runs: Iterable[Run], out: Path, results: Path) -> None:
-    """Put the finished ones of these runs into a file of `results` for each model and data set; others in it stay.
+    """Put the finished rounds of these runs into a file of `results` for each model and data set; others in it stay.
 
     Of the neuron scope only sums over each tensor are kept, and six digits of every number: the page needs no more.
     """
     found = read(results)
     for run in runs:
-        if (out / run.name / "history.json").exists():
-            found[run] = torch_sap.History.from_dict(slim(json.loads((out / run.name / "history.json").read_text())))
+        for name in ("history.json", "rounds.json"):  # of a run that is finished, and of one that is not
+            if (out / run.name / name).exists():
+                found[run] = torch_sap.History.from_dict(slim(json.loads((out / run.name / name).read_text())))
     results.mkdir(parents=True, exist_ok=True)
     for family, members in itertools.groupby(sorted(found, key=lambda run: (_family(run), run.name)), key=_family):
         content = {"runs": [{"config": asdict(run), "history": found[run].to_dict()} for run in members]}
