@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from paper import experiments, figures, tables
-from paper.adaptive import control_table, dense_table, draw_adaptive, share_table, tuned_table
+from paper.adaptive import control_table, dense_table, draw_adaptive, remaining_table, share_table, tuned_table
 from paper.anchors import comparison_table, draw_comparison, read_authors
 from paper.published import draw_published, published_table, read_published
 from paper.results import Histories, mean_and_std
@@ -126,6 +126,11 @@ def adaptive(histories: Histories, base: Run, results: Path) -> Drawing:
         },
         {"paper_adaptive.png": lambda path: draw_adaptive(parts, path)},
     )
+
+
+def settings(histories: Histories, base: Run, results: Path) -> Drawing:
+    """What remains after how many prunings."""
+    return {"remaining": remaining_table(tables.selected(histories, experiments.settings(base)))}, {}
 
 
 def _controls(histories: Histories, scope: Scope) -> Histories:

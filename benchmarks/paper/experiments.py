@@ -118,6 +118,15 @@ def cifar10(base: Run = CIFAR10, seeds: Sequence[int] = FEWER_SEEDS) -> list[Run
     return list(dict.fromkeys([*best[:2], *others, *best[2:]]))
 
 
+def settings(base: Run = ADAPTIVE, seeds: Sequence[int] = SEEDS) -> list[Run]:
+    """SAP in every scope, with the paper's two pairs of p and q, on every network that was trained for it."""
+    audited = REDUCED["mlp", "fashion-mnist"]
+    longer = [replace(audited, method="sap", scope=scope) for scope in ("global", "layer", "neuron")]
+    longer.append(replace(audited, method="sap", p=1.0, q=2.0))
+    shorter = [run for seed in seeds[: len(FEWER_SEEDS)] for run in scopes(base, seed)]
+    return [*_seeded(longer, seeds), *shorter, *(run for run in cifar10() if run.method == "sap" and run.rounds > 1)]
+
+
 def controls(base: Run, seed: int, seeds: Sequence[int]) -> list[Run]:
     """SAP, a fixed ratio that ends at the same size, and SAP's counts from the next seed."""
     following = seeds[(list(seeds).index(seed) + 1) % len(seeds)]

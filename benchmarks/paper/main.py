@@ -5,7 +5,8 @@
 
 `run` does what is left of an experiment's runs (a killed one goes on where it was), shares them with the other
 experiments, and packs their histories into docs/results/paper. `draw` makes the figures and the tables of
-docs/does-it-work.md from there. Without further arguments both do what that page shows; with them the paper's own:
+docs/does-it-work.md and docs/settings.md from there. Without further arguments both do what those pages show; with
+them the paper's own:
 
     python benchmarks/paper figure2 run --data cifar10 --model cnn --width 64 --rounds 30 --epochs 200 --device cuda
 """
@@ -26,7 +27,18 @@ from paper.runs import Run
 RESULTS = DOCS / "results" / "paper"
 IMAGES = DOCS / "images"
 PAGE = DOCS / "does-it-work.md"
-NAMES = ("anchors", "differences", "figure2", "figure3", "figure4", "figure5", "audit", "cifar10", "adaptive")
+NAMES = (
+    "anchors",
+    "differences",
+    "figure2",
+    "figure3",
+    "figure4",
+    "figure5",
+    "audit",
+    "cifar10",
+    "adaptive",
+    "settings",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.action == "run":
             run(arguments)
         else:
-            draw(arguments.experiment, base_of(arguments), arguments.results, arguments.images_dir, arguments.page)
+            page = arguments.page or page_of(arguments.experiment)
+            draw(arguments.experiment, base_of(arguments), arguments.results, arguments.images_dir, page)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"paper: {error}") from error
 
@@ -69,6 +82,11 @@ def draw(experiment: str, base: Run, results: Path, images: Path, page: Path) ->
         page.write_text(fill(page.read_text("utf-8"), tables), "utf-8")
     for text in tables.values():
         print(text, end="\n\n")
+
+
+def page_of(experiment: str) -> Path:
+    """The page that shows an experiment."""
+    return DOCS / "settings.md" if experiment == "settings" else PAGE
 
 
 def runs_of(arguments: argparse.Namespace) -> list[Run]:
@@ -112,5 +130,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("runs/paper"), help="a folder for each run is made in it")
     add("--results", type=Path, default=RESULTS, help="folder of the packed histories")
     add("--images-dir", type=Path, default=IMAGES, help="folder of the figures")
-    add("--page", type=Path, default=PAGE, help="the page whose tables are filled")
+    add("--page", type=Path, help="the page whose tables are filled")
     return parser

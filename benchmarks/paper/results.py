@@ -31,7 +31,7 @@ def pack(runs: Iterable[Run], out: Path, results: Path) -> None:
     """
     found = read(results)
     for run in runs:
-        for name in ("history.json", "rounds.json"):  # of a run that is finished, and of one that is not
+        for name in ("rounds.json", "history.json"):  # of a run that is not finished, and of one that is
             if (out / run.name / name).exists():
                 found[run] = torch_sap.History.from_dict(slim(json.loads((out / run.name / name).read_text())))
     results.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from pages import fill
 from paper import adaptive, authors, draw, experiments, figures, models, published, results
 from paper import main as main_module
 from paper import runs as paper_runs
-from paper.main import IMAGES, NAMES, PAGE, RESULTS, main
+from paper.main import IMAGES, NAMES, PAGE, RESULTS, main, page_of
 from paper.runs import Run, complete
 
 PAPER = str(Path(__file__).parents[2] / "benchmarks" / "paper")
@@ -45,6 +45,9 @@ SHOWN = [
     ("audit", experiments.REDUCED["mlp", "fashion-mnist"]),
     ("audit", experiments.REDUCED["cnn", "fashion-mnist"]),
     ("audit", experiments.REDUCED["test_resnet", "fashion-mnist"]),
+    ("cifar10", experiments.CIFAR10),
+    ("adaptive", experiments.ADAPTIVE),
+    ("settings", experiments.ADAPTIVE),
 ]
 
 
@@ -419,7 +422,7 @@ def committed():
 @pytest.mark.parametrize(("name", "base"), SHOWN, ids=lambda value: getattr(value, "model", value))
 def test_the_page_shows_the_committed_histories(name, base, committed):
     of_page, images = getattr(draw, name)(committed, base, RESULTS)
-    page = PAGE.read_text("utf-8")
+    page = page_of(name).read_text("utf-8")
     assert fill(page, of_page) == page
     for image in images:
         assert f"](images/{image})" in page
