@@ -134,16 +134,46 @@ def dense_table(histories: Histories) -> str:
         run = next(iter(members))
         metrics = [history[0].metrics for history in members.values()]
         for p, q in NORMS:
-            rule = Hyperparameters(p, q)
             line = [f"{run.model}, {run.data}", f"{run.weight_decay:g}", f"{p:g}, {q:g}"]
             index = [_indices(metrics, epoch, p, q) for epoch in SHOWN_EPOCHS]
             line += [f"{found['global']:.3f}" for found in (index[0], index[-1])]
             for found in index:
-                shares = {name: 1 - float(rule.retain(np.array(value), np.array(1))) for name, value in found.items()}
+                shares = {name: float(_share(value, p, q)) for name, value in found.items()}
                 tensors = np.array([value for name, value in shares.items() if name != "global"])
                 line.append(f"{100 * shares['global']:.0f} % ({_span(tensors)})")
             lines.append(line)
     return table(head, lines)
+
+
+def first_table(histories: Histories, published: Mapping[str, NDArray[np.float64]]) -> str:
+    """What the first round takes of each network, by how long it was trained, and what it took in the paper."""
+    head = ["network", "epochs", "accuracy"]
+    head += [f"{of} (p={p:g}, q={q:g})" for p, q in NORMS for of in ("all weights", "its tensors")]
+    lines = []
+    for name, epochs in dict.fromkeys((_network(run), run.epochs) for run in histories):
+        first = [(run, found[0]) for run, found in histories.items() if (_network(run), run.epochs) == (name, epochs)]
+        line = [name, f"{epochs}"]
+        line.append(percent({run.seed: found.metrics["accuracy"] for run, found in first}.values()))
+        for p, q in NORMS:
+            pqi = [found.retrained.pqi for run, found in first if (run.p, run.q) == (p, q)]
+            whole = _share(np.mean([index["global"]["global"][0] for index in pqi]), p, q)
+            tensors = _share(np.mean([[index[0] for index in found["layer"].values()] for found in pqi], 0), p, q)
+            line += [f"{100 * whole:.0f} %", _span(tensors)]
+        lines.append(line)
+    curves = [published[f"SAP global (p={p:g}, q={q:g})"] for p, q in NORMS]
+    taken = [text for _, remaining, _ in curves for text in (f"{100 - remaining[1]:.0f} %", "-")]
+    lines.append(["cnn64, cifar10, as published", "200", f"{curves[0][2, 0]:.1f}", *taken])
+    return table(head, lines)
+
+
+def _network(run: Run) -> str:
+    images = "" if run.images is None else f", {run.images:,} images"
+    return f"{run.model}{run.width or ''}, {run.data}{images}"
+
+
+def _share(index: Any, p: float, q: float) -> Any:
+    """Share that SAP prunes of groups with these PQ Indices."""
+    return 1 - Hyperparameters(p, q).retain(np.asarray(index), np.array(1))
 
 
 def _indices(metrics: list[Mapping[str, float]], epoch: int, p: float, q: float) -> dict[str, float]:

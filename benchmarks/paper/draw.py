@@ -9,11 +9,19 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from paper import experiments, figures, tables
-from paper.adaptive import control_table, dense_table, draw_adaptive, remaining_table, share_table, tuned_table
+from paper.adaptive import (
+    control_table,
+    dense_table,
+    draw_adaptive,
+    first_table,
+    remaining_table,
+    share_table,
+    tuned_table,
+)
 from paper.anchors import comparison_table, draw_comparison, read_authors
 from paper.published import draw_published, published_table, read_published
 from paper.results import Histories, mean_and_std
-from paper.runs import Run
+from paper.runs import NORMS, Run
 from torch_sap.decide.groups import Scope
 
 AUTHORS, PUBLISHED = "authors_mlp_fmnist.csv", "paper_cifar10.csv"
@@ -116,6 +124,9 @@ def adaptive(histories: Histories, base: Run, results: Path) -> Drawing:
     cifar = _grouped_by_method(tables.selected(histories, experiments.cifar10()))
     plain = {run: found for run, found in own.items() if run.source is None and run.rounds > 0}
     dense = {run: found for run, found in {**own, **cifar}.items() if run.rounds == 0}
+    others = [run for one in experiments.REDUCED.values() if one.data != "cifar10" for run in experiments.figure2(one)]
+    every = {**tables.selected(histories, [*others, *experiments.figure4(experiments.ABLATION)]), **own, **cifar}
+    first = {run: found for run, found in every.items() if run.method == "sap" and (run.p, run.q) in NORMS}
     parts = {"MLP, FashionMNIST": _controls(own, "global"), "CNN, CIFAR-10": _controls(cifar, "global")}
     return (
         {
@@ -123,6 +134,7 @@ def adaptive(histories: Histories, base: Run, results: Path) -> Drawing:
             f"{title(base)} controls": control_table({**_controls(own, "global"), **_controls(own, "layer")}),
             f"{title(base)} tuned": tuned_table(plain),
             "dense": dense_table(dense),
+            "first": first_table(first, read_published(results / PUBLISHED)),
         },
         {"paper_adaptive.png": lambda path: draw_adaptive(parts, path)},
     )
