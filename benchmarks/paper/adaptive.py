@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pages import table
 from style import COLORS, DPI, LINES, MARKERS, STYLE, WIDTH
 
-from paper.figures import describe, grouped, over_seeds
+from paper.figures import CONTROLS, describe, grouped, over_seeds
 from paper.results import Histories, curve, mean_and_std
 from paper.runs import NORMS, Run
 from paper.tables import EPOCHS_TO, percent
@@ -50,6 +50,7 @@ def share_table(histories: Histories) -> str:
     for name, members in grouped(sap).items():
         shares = over_seeds(members, share)[:, :-1]
         line = [name, f"{len(shares)}", *(f"{100 * mean:.0f} %" for mean in shares.mean(0))]
+        line += ["-"] * (prunings - shares.shape[1])
         deviation = shares.std(0, ddof=1).max() if len(shares) > 1 else math.nan
         spans = [_span(by_tensor(members, number)) for number in (0, shares.shape[1] - 1)]
         lines.append([*line, "-" if math.isnan(deviation) else f"{100 * deviation:.1f} points", *spans])
@@ -184,13 +185,13 @@ def _indices(metrics: list[Mapping[str, float]], epoch: int, p: float, q: float)
 
 
 def draw_adaptive(parts: Mapping[str, Histories], path: Path) -> None:
-    """A column per network: the share of each round, accuracy against remaining weights; SAP and its controls."""
+    """A column per part: the share of each round, accuracy against remaining weights; SAP and its controls."""
     with matplotlib.style.context(STYLE, after_reset=True):
         figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
         axes: Any = figure.subplots(2, len(parts), squeeze=False)
         for column, (title, histories) in enumerate(parts.items()):
             for number, (name, members) in enumerate(grouped(histories).items()):
-                label = name.partition(" global")[0]
+                label = next(label for label in reversed(CONTROLS.values()) if name.startswith(label))
                 style = {"color": COLORS[number], "linestyle": LINES[number], "marker": MARKERS[number]}
                 shares, density, accuracy = (
                     over_seeds(members, value)

@@ -105,38 +105,40 @@ def cifar10(histories: Histories, base: Run, results: Path) -> Drawing:
     """CIFAR-10 beside the published curves."""
     published = read_published(results / PUBLISHED)
     own = _grouped_by_method(tables.selected(histories, experiments.cifar10(base)))
-    methods = {run: found for run, found in own.items() if run.rounds > 0 and run.source is None}
     return (
         {
-            f"{title(base)} accuracy": tables.accuracy_table(methods),
-            f"{title(base)} area": tables.area_table(methods),
-            f"{title(base)} published": published_table(methods, published),
-            f"{title(base)} shares": share_table(methods),
-            f"{title(base)} controls": control_table(_controls(own, "global")),
+            f"{title(base)} accuracy": tables.accuracy_table(own),
+            f"{title(base)} published": published_table(own, published),
+            f"{title(base)} shares": share_table(own),
         },
-        {"paper_cifar10.png": lambda path: draw_published(methods, published, path)},
+        {"paper_cifar10.png": lambda path: draw_published(own, published, path)},
     )
 
 
 def adaptive(histories: Histories, base: Run, results: Path) -> Drawing:
-    """How adaptive SAP is, on the MLP and on CIFAR-10."""
+    """How adaptive SAP is."""
     own = _grouped_by_method(tables.selected(histories, experiments.adaptive(base)))
-    cifar = _grouped_by_method(tables.selected(histories, experiments.cifar10()))
-    plain = {run: found for run, found in own.items() if run.source is None and run.rounds > 0}
-    dense = {run: found for run, found in {**own, **cifar}.items() if run.rounds == 0}
-    others = [run for one in experiments.REDUCED.values() if one.data != "cifar10" for run in experiments.figure2(one)]
-    every = {**tables.selected(histories, [*others, *experiments.figure4(experiments.ABLATION)]), **own, **cifar}
+    several = {run: found for run, found in own.items() if run.rounds > 1}
+    once = [
+        run
+        for (_, images), one in experiments.REDUCED.items()
+        if images == base.data
+        for run in experiments.figure2(one)
+    ]
+    dense = tables.selected(histories, [*once, *experiments.figure4(experiments.ABLATION), *experiments.cifar10()])
+    every = {**dense, **several}
     first = {run: found for run, found in every.items() if run.method == "sap" and (run.p, run.q) in NORMS}
-    parts = {"MLP, FashionMNIST": _controls(own, "global"), "CNN, CIFAR-10": _controls(cifar, "global")}
+    controls = {scope: _controls(own, scope) for scope in experiments.CONTROLLED}
+    parts = {f"{scope} scope, p={p:g}, q={q:g}": controls[scope] for scope, (p, q) in experiments.CONTROLLED.items()}
     return (
         {
-            f"{title(base)} shares": share_table(own),
-            f"{title(base)} controls": control_table({**_controls(own, "global"), **_controls(own, "layer")}),
-            f"{title(base)} tuned": tuned_table(plain),
-            "dense": dense_table(dense),
-            "first": first_table(first, read_published(results / PUBLISHED)),
+            f"{title(base)} shares": share_table(several),
+            f"{title(base)} controls": control_table({**controls["global"], **controls["layer"]}),
+            f"{title(base)} tuned": tuned_table({run: found for run, found in several.items() if run.source is None}),
+            f"{title(base)} first": first_table(first, read_published(results / PUBLISHED)),
+            f"{title(base)} dense": dense_table({run: found for run, found in own.items() if run.rounds == 0}),
         },
-        {"paper_adaptive.png": lambda path: draw_adaptive(parts, path)},
+        {f"paper_adaptive_{file_of(base)}.png": lambda path: draw_adaptive(parts, path)},
     )
 
 
