@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 from pages import table
 from style import COLORS, DPI, LINES, MARKERS, STYLE, WIDTH
@@ -211,6 +211,7 @@ def draw_adaptive(parts: Mapping[str, Histories], path: Path) -> None:
             axes[1, column].xaxis.set_major_locator(FixedLocator(TICKS))
             axes[1, column].xaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
             axes[1, column].xaxis.set_minor_formatter(NullFormatter())
+            axes[0, column].yaxis.set_major_locator(MaxNLocator(steps=(1, 2, 5, 10)))
             for row, decimals in enumerate((0, 1)):
                 axes[row, column].yaxis.set_major_formatter(PercentFormatter(1, decimals, " %"))
                 axes[row, column].grid(alpha=0.3)

@@ -301,6 +301,40 @@ def test_the_table_of_dense_networks(adaptive_runs):
     assert abs(float(lines[1][head.index("share after 12")].split(" %")[0]) - 100 * (1 - (1 - index) ** 2)) < 1
 
 
+def test_the_first_round_of_each_network(adaptive_runs):
+    sap = {run: history for run, history in adaptive_runs.items() if run.method == "sap"}
+    curves = published.read_published(RESULTS / draw.PUBLISHED)
+    _, _, ours, theirs = rows_of(adaptive.first_table(sap, curves))
+    assert ours[:2] == ["mlp, digits", "1"]
+    for column, norms in ((3, (0.5, 1.0)), (5, (1.0, 2.0))):
+        first = [history[0] for run, history in sap.items() if (run.p, run.q) == norms]
+        index = np.mean([found.retrained.pqi["global"]["global"][0] for found in first])
+        share = index if norms == (0.5, 1.0) else 1 - (1 - index) ** 2
+        assert ours[column] == f"{100 * share:.0f} %"
+    assert theirs == ["cnn64, cifar10, as published", "200", "90.3", "31 %", "-", "77 %", "-"]
+
+
+def test_remaining_weights_after_prunings(adaptive_runs):
+    sap = {run: history for run, history in adaptive_runs.items() if run.method == "sap"}
+    head, _, *lines = rows_of(adaptive.remaining_table(sap))
+    assert [line[:3] for line in lines] == [
+        ["SAP global (p=1, q=2)", "mlp, digits", "1"],
+        ["SAP layer (p=0.5, q=1)", "mlp, digits", "1"],
+    ]
+    members = [history for run, history in sap.items() if run.scope == "global"]
+    density, accuracy = (np.mean([value(history[2]) for history in members]) for value in (density_of, accuracy_of))
+    assert lines[0][head.index("2")] == f"{100 * density:.3g} %, {100 * accuracy:.1f}"
+    assert lines[0][head.index("5")] == "-"
+
+
+def density_of(found):
+    return found.density
+
+
+def accuracy_of(found):
+    return found.metrics["accuracy"]
+
+
 def test_published_curves_beside_ours(adaptive_runs, tmp_path):
     curves = published.read_published(RESULTS / draw.PUBLISHED)
     assert list(curves) == [name for name in published.METHODS if name != "random"]
