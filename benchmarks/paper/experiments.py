@@ -104,7 +104,7 @@ def emp(base: Run, seeds: Sequence[int] = SEEDS) -> list[Run]:
 
 def adaptive(base: Run = ADAPTIVE, seeds: Sequence[int] = SEEDS) -> list[Run]:
     """SAP beside its controls; in two seeds other scopes, ratios and rewinding; in one dense training."""
-    fewer = seeds[:1]
+    fewer = seeds[:2]
     runs = [run for seed in seeds for run in controls(base, seed, seeds)]
     runs += [run for seed in fewer for run in (*scopes(base, seed), *tuned(base, seed))]
     return [*runs, *dense(base, seeds[:1])]
@@ -120,7 +120,7 @@ def settings(base: Run = ADAPTIVE, seeds: Sequence[int] = SEEDS) -> list[Run]:
     audited = REDUCED["mlp", "fashion-mnist"]
     longer = [replace(audited, method="sap", scope=scope) for scope in ("global", "layer", "neuron")]
     longer.append(replace(audited, method="sap", p=1.0, q=2.0))
-    shorter = [run for seed in seeds[:1] for run in scopes(base, seed)]
+    shorter = [run for seed in seeds[:2] for run in scopes(base, seed)]
     return [*_seeded(longer, seeds), *shorter, *(run for run in cifar10() if run.method == "sap" and run.rounds > 1)]
 
 
