@@ -97,10 +97,10 @@ def runs_of(arguments: argparse.Namespace) -> list[Run]:
 
 def base_of(arguments: argparse.Namespace) -> Run:
     """The budget that the arguments give: this page's, or the paper's for a model and data that the page lacks."""
-    wanted = arguments.model, arguments.data or Run.data
-    own = experiments.BASES.get(arguments.experiment)
-    base = own if own and (own.model, own.data) == wanted else experiments.REDUCED.get(wanted)
-    base = base or experiments.paper_budget(arguments.model)
+    shown = experiments.BASES.get(arguments.experiment, Run())
+    wanted = arguments.model or shown.model, arguments.data or shown.data
+    own = arguments.experiment in experiments.BASES and (shown.model, shown.data) == wanted
+    base = shown if own else experiments.REDUCED.get(wanted) or experiments.paper_budget(wanted[0])
     names = ("data", "rounds", "epochs", "batch_size", "width", "images", "test_images")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return replace(base, **given)
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("experiment", choices=NAMES)
     add("action", choices=("run", "draw"))
-    add("--model", default="mlp", help="linear, mlp, cnn, resnet18, wresnet28x8, or a model of timm (default: mlp)")
+    add("--model", help="linear, mlp, cnn, resnet18, wresnet28x8, or a model of timm")
     add("--data", choices=data.NAMES, help="the images")
     add("--rounds", type=int, help="prunings; there is one training more")
     add("--epochs", type=int, help="epochs of each training")

@@ -230,17 +230,23 @@ def test_a_run_without_prunings_records_sparsity_by_epoch(tmp_path):
     assert indices["epoch 2 (0.5, 1) 1.weight"] == pytest.approx(float(only.retrained.pqi["layer"]["1.weight"][0]))
 
 
-def test_the_budget_of_cifar10_is_not_that_of_the_small_cnn():
-    def base(*arguments):
-        return main_module.base_of(main_module._parser().parse_args(["figure2", "run", *arguments]))
+def base_of(*arguments):
+    return main_module.base_of(main_module._parser().parse_args([arguments[0], "run", *arguments[1:]]))
 
-    cifar10 = base("--data", "cifar10", "--model", "cnn")
-    assert cifar10 == experiments.CIFAR10
+
+def test_without_further_arguments_an_experiment_has_the_budget_of_its_page():
+    bases = {name: base_of(name) for name in NAMES}
+    assert bases == {**dict.fromkeys(NAMES, experiments.REDUCED["mlp", "fashion-mnist"]), **experiments.BASES}
+    assert base_of("audit", "--model", "cnn").images == 2000
+    assert base_of("figure4", "--model", "cnn") == experiments.REDUCED["cnn", "fashion-mnist"]
+
+
+def test_the_budget_of_cifar10_is_not_that_of_the_small_cnn():
+    cifar10 = base_of("figure2", "--data", "cifar10", "--model", "cnn", "--epochs", "4")
+    assert cifar10 == replace(experiments.CIFAR10, epochs=4)
     assert (cifar10.batch_size, cifar10.images, cifar10.ratio) == (250, None, 0.2)
-    assert base("--model", "cnn").images == 2000
-    assert base("--data", "cifar10", "--model", "resnet18") == Run(
-        model="resnet18", data="cifar10", rounds=15, epochs=200
-    )
+    resnet = base_of("figure2", "--data", "cifar10", "--model", "resnet18")
+    assert resnet == Run(model="resnet18", data="cifar10", rounds=15, epochs=200)
 
 
 @pytest.fixture(scope="module")
