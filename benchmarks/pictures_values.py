@@ -145,7 +145,7 @@ def ran(histories: Histories) -> Values:
 
 def headlined(histories: Histories) -> Values:
     """Remaining weights and test accuracy of each round, by method, of the runs of docs/does-it-work.md (MLP)."""
-    own = tables.selected(histories, experiments.audit(experiments.REDUCED["mlp"]))
+    own = tables.selected(histories, experiments.audit(experiments.REDUCED["mlp", "fashion-mnist"]))
     groups = figures.grouped({run: history for run, history in own.items() if run.method != "plain"})
     found: Values = {}
     for name, described in HEADLINE.items():
