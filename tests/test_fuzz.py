@@ -37,6 +37,10 @@ FOREIGN = {
 scopes = st.sampled_from(SCOPES)
 
 
+ALL = "*weight*"
+"""Lookup tables, too."""
+
+
 def weights_of(model):
     """Module, name, Parameter and mask of each holder of a weight, by its dotted path before pruning."""
     found = {}
@@ -161,7 +165,7 @@ class Sequences(RuleBasedStateMachine):
     @rule(scope=scopes, arguments=rules)
     def prune(self, scope, arguments):
         expected = self.expect(scope, arguments)
-        report = FUNCTIONS[scope](self.model, **arguments)
+        report = FUNCTIONS[scope](self.model, include=ALL, **arguments)
         assert [tensor.name for tensor in report.tensors] == list(by_parameter(self.model))
         self.compare(report.groups, arguments, expected)
         found = weights_of(self.model)
@@ -179,7 +183,7 @@ class Sequences(RuleBasedStateMachine):
             FUNCTIONS[scope]((found[path][:2] for path in paths), **arguments)
         elif len(groups) > 1:
             paths = [path for name in groups if name != chosen for path in groups[name]]
-            FUNCTIONS[scope](self.model, exclude=chosen, **arguments)
+            FUNCTIONS[scope](self.model, include=ALL, exclude=chosen, **arguments)
         else:
             return
         self.learn(paths, "ours")
@@ -204,7 +208,7 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(scope=scopes, arguments=rules, rewind=st.sampled_from(["init", "none"]))
     def make_a_stepper(self, scope, arguments, rewind):
-        self.sap = torch_sap.SAP(self.model, scope=scope, rewind=rewind, **arguments)
+        self.sap = torch_sap.SAP(self.model, scope=scope, rewind=rewind, include=ALL, **arguments)
         self.of_sap = (scope, arguments, rewind)
         self.start_state = {name: tensor.detach().clone() for name, tensor in self.state()}
         self.learn(self.form, "ours")
@@ -290,7 +294,7 @@ class Sequences(RuleBasedStateMachine):
         self.model = pickle.loads(pickle.dumps(old)) if pickled else copy.deepcopy(old)
         assert torch.equal(self.model.eval()(), old.eval()())
         old.train(), self.model.train()
-        torch_sap.global_unstructured(copy.deepcopy(self.model), eta_r=1.0)
+        torch_sap.global_unstructured(copy.deepcopy(self.model), include=ALL, eta_r=1.0)
         before["training"] = [True] * len(before["training"])
         assert_unchanged(old, before)
         self.sap = None
@@ -306,7 +310,7 @@ class Sequences(RuleBasedStateMachine):
         found = weights_of(other)
         masked = [path for path, form in self.form.items() if form != "plain"]
         if len(masked) == len(found):
-            torch_sap.layer_unstructured(other, gamma=0)
+            torch_sap.layer_unstructured(other, include=ALL, gamma=0)
         elif masked:
             torch_sap.layer_unstructured([found[path][:2] for path in masked], gamma=0)
             self.unguarded.update(masked)
