@@ -140,7 +140,9 @@ SITUATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize(
+    "name", [name if name == "epochs" else pytest.param(name, marks=pytest.mark.slow) for name in SITUATIONS]
+)
 def test_resumes_from_any_checkpoint(tmp_path, name):
     settings = SITUATIONS[name]
     expected = run(tmp_path, **settings)
@@ -150,6 +152,7 @@ def test_resumes_from_any_checkpoint(tmp_path, name):
         assert_same(run(tmp_path / "other", resume=path, **settings), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("callback", [{"steps_per_round": 5}, {"steps_per_round": 6, "rewind": 2}])
 def test_resumes_in_rounds_of_steps(tmp_path, callback):
     def training(**settings):
@@ -162,6 +165,7 @@ def test_resumes_in_rounds_of_steps(tmp_path, callback):
         assert_same(training(resume=path), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rewind", [1, "none"])
 def test_resumes_with_late_rewinding_and_without(tmp_path, rewind):
     def training(**settings):
@@ -337,6 +341,7 @@ def test_adapters(tmp_path):
         assert "lora" not in name or torch.equal(value, other), name
 
 
+@pytest.mark.slow
 def test_compiled(tmp_path):
     settings = dict(torch_compile=True, torch_compile_backend="aot_eager", save_strategy="epoch")
     model, callback = run(tmp_path, rounds=2, epochs_per_round=1, **settings)
