@@ -7,7 +7,7 @@ so that every checkpoint holds a trained model and that model's metrics.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch_sap.functional import global_unstructured, remove
 from torch_sap.iterate.pruner import SAP
 from torch_sap.iterate.starts import Start, resetter, start_of
 from torch_sap.masks.mask import hold_masks
-from torch_sap.masks.parameters import Patterns, prunable_parameters
+from torch_sap.masks.parameters import Patterns, kept_patterns, prunable_parameters
 from torch_sap.records.history import History
 
 with needs("torch_sap.integrations.lightning", "Lightning", "lightning"):
@@ -92,15 +92,10 @@ class SAPCallback(Callback):
                 'rewind must be "init", "none" or a number of epochs from 1 to epochs_per_round - 1 = '
                 f"{epochs_per_round - 1}, got rewind={rewind!r}"
             )
-        for name, given in (("exclude", exclude), ("include", include)):
-            if not isinstance(given, Iterable):
-                raise TypeError(f"{name} must be a pattern or an iterable of patterns, got {given!r}")
+        patterns = kept_patterns(exclude=exclude, include=include)
         self.epochs_per_round, self.rewind = epochs_per_round, rewind
         self.sap: SAP | None = None
-        self._patterns: Any = {
-            name: given if isinstance(given, str) else list(given)
-            for name, given in (("exclude", exclude), ("include", include))
-        }
+        self._patterns: Any = patterns
         self._settings: Any = dict(scope=scope, p=p, q=q, eta_r=eta_r, gamma=gamma, beta=beta)
         self._loaded: Mapping[str, Any] = {}
         self._metrics: dict[str, float] = {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from torch_sap.files.checkpoint import differences, read, write
 from torch_sap.functional import remove
 from torch_sap.iterate.pruner import SAP
 from torch_sap.masks.mask import hold_masks
-from torch_sap.masks.parameters import Patterns
+from torch_sap.masks.parameters import Patterns, kept_patterns
 from torch_sap.masks.plain import dense_state_dict
 from torch_sap.records.history import History
 
@@ -114,15 +114,10 @@ class SAPCallback(TrainerCallback, ExportableState):
                 f'rewind must be "init", "none" or a number of {unit} from 1 to {unit}_per_round - 1 = {length - 1}, '
                 f"got rewind={rewind!r}"
             )
-        for name, given in (("exclude", exclude), ("include", include)):
-            if not isinstance(given, Iterable):
-                raise TypeError(f"{name} must be a pattern or an iterable of patterns, got {given!r}")
+        patterns = kept_patterns(exclude=exclude, include=include)
         self.sap: SAP | None = None
         self._unit, self._length, self._rewind = unit, length, rewind
-        self._patterns: Any = {
-            name: given if isinstance(given, str) else list(given)
-            for name, given in (("exclude", exclude), ("include", include))
-        }
+        self._patterns: Any = patterns
         self._settings: Any = dict(scope=scope, p=p, q=q, eta_r=eta_r, gamma=gamma, beta=beta)
         self._start = 0.0  # where the round began, in epochs or steps of the Trainer
         self._metrics: dict[str, float] = {}

@@ -303,6 +303,14 @@ def matching(argument: str, paths: Mapping[int, Sequence[str]], given: Patterns)
     return found
 
 
+def kept_patterns(**patterns: Patterns) -> dict[str, str | list[str]]:
+    """Patterns by their argument, to be used several times; a TypeError names one that is none."""
+    for argument, given in patterns.items():
+        if not isinstance(given, Iterable):
+            raise TypeError(f"{argument} must be a pattern or an iterable of patterns, got {given!r}")
+    return {argument: given if isinstance(given, str) else list(given) for argument, given in patterns.items()}
+
+
 def _matches(path: str, pattern: str) -> bool:
     parts = path.split(".")
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
