@@ -20,9 +20,11 @@ def run() -> None:
         code = INTERRUPTED
     except SystemExit as leaving:  # argparse has printed help or an error
         code = int(leaving.code or 0)
+    except BrokenPipeError:  # the reader, such as head, has had enough, while more than a buffer was still to be written
+        code = 0
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has closed the pipe; nothing is left to be flushed at the exit
+    except BrokenPipeError:  # the same at the end; nothing may be left to be flushed at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 

@@ -371,6 +371,8 @@ def test_in_a_process_of_its_own(folder):
     assert failed.stderr.count("\n") == 1
     piped = call("scan a.pt --json | head -n 1")
     assert (piped.stdout.split(), piped.stderr) == (["{", "0"], "")
+    piped = call("scan a.pt --json | true")  # the pipe is closed before the first line
+    assert (piped.stdout.split(), piped.stderr) == (["0"], "")
     piped = call("scan --help | head -c 1")
     assert (piped.stdout.split(), piped.stderr) == (["u0"], "")
 
