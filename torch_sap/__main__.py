@@ -20,7 +20,7 @@ def run() -> None:
         code = INTERRUPTED
     except SystemExit as leaving:  # argparse has printed help or an error
         code = int(leaving.code or 0)
-    except BrokenPipeError:  # the reader, such as head, has had enough, while more than a buffer was still to be written
+    except BrokenPipeError:  # the reader, such as head, closed the pipe before all was written
         code = 0
     try:
         sys.stdout.flush()

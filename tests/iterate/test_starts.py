@@ -223,7 +223,7 @@ def test_a_new_optimizer_comes_without_the_schedulers_of_the_old_one():
     first, second = (torch.optim.SGD(model.parameters(), lr=rate) for rate in (0.1, 0.2))
     sap = SAP(model, optimizer=first, scheduler=SCHEDULERS["step"](first), **ARGUMENTS)
     sap.attach(optimizer=second)
-    assert sap.schedulers == sap.state_dict()["scheduler_starts"] == []
+    assert sap.starts.schedulers == sap.state_dict()["scheduler_starts"] == []
     scheduler = SCHEDULERS["step"](second)
     train(model, second, scheduler)
     sap.step()
@@ -348,8 +348,8 @@ def test_wrong_ones_are_refused_and_nothing_changes():
         sap.attach(optimizer=optimizer, scheduler=0.1)
     with pytest.raises(TypeError, match="got CosineAnnealingLR"):
         sap.attach(optimizer=optimizer, scheduler=lr_scheduler.CosineAnnealingLR)
-    assert sap.optimizer is None
-    assert sap.schedulers == []
+    assert sap.starts.optimizer is None
+    assert sap.starts.schedulers == []
     own = Own()
     sap.attach(optimizer=optimizer, scheduler=own)
     own.number = 4
@@ -364,4 +364,4 @@ def test_wrong_ones_are_refused_and_nothing_changes():
     optimizer = torch.optim.SGD(late.model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="as many schedulers as the state has, 1, got 2"):
         late.attach(optimizer=optimizer, scheduler=[Own(), Own()])
-    assert late.optimizer is None
+    assert late.starts.optimizer is None

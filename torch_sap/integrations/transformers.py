@@ -156,7 +156,7 @@ class SAPCallback(TrainerCallback, ExportableState):
         assert self.sap is not None
         if self._rewind != "none":
             scheduler = self._schedule_of_a_round(given["lr_scheduler"], given["train_dataloader"], args, state)
-            known = self.sap.optimizer is not None and self.sap.optimizer is given["optimizer"]
+            known = self.sap.starts.optimizer is not None and self.sap.starts.optimizer is given["optimizer"]
             self.sap.attach(optimizer=None if known else given["optimizer"], scheduler=scheduler)
         steps = self._steps(given["train_dataloader"], args)
         if not self.history and state.max_steps <= steps + self._start:

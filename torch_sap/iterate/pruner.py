@@ -9,7 +9,6 @@ ICLR 2019.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,16 +30,7 @@ from torch_sap.distributed.replicas import share, wrapper_of
 from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.files.checkpoint import differences
 from torch_sap.iterate.rewinding import Rewind, State, check_state, copier, masks_of, modes_of, set_modes, snapshot
-from torch_sap.iterate.starts import (
-    Start,
-    Stateful,
-    as_schedulers,
-    check_starts,
-    is_starts,
-    resetter,
-    start_of,
-    with_present_groups,
-)
+from torch_sap.iterate.starts import Starts, Stateful, as_schedulers, is_starts
 from torch_sap.masks.guards import guard, unguard
 from torch_sap.masks.mask import check_copies, finish, hold_masks, hooks_of
 from torch_sap.masks.parameters import ImportanceScores, Patterns, entries_of, resolve, warn_of_left_out
@@ -117,6 +107,7 @@ class Pruner:
     Attributes:
         history: The rounds so far.
         prunables: The tensors that are pruned.
+        starts: The optimizer and the schedulers that rewinding sets back, and the states that they started from.
         left_out: Parameters with more than one dimension that are not, each with a name, a shape, and the reason.
 
     Raises:
@@ -164,10 +155,7 @@ class Pruner:
             self._rewind_point = snapshot(model) if rewind == "init" else check_state(model, rewind)
         self._at_rewind_point = rewind == "init"
         self._at_start = self._counts(count_remaining(entries))
-        self.optimizer, self.schedulers = optimizer, schedulers
-        self._optimizer_start: Start | None = None if optimizer is None else start_of(optimizer)
-        self._scheduler_starts: list[Start] = [start_of(each) for each in schedulers]
-        self._awaited: set[str] = set()  # what load_state_dict brought a start of, and attach has not brought yet
+        self.starts = Starts(optimizer, schedulers)
         self._new = [prunable for prunable in self.prunables if prunable.mask is None]
         self._kept: dict[str, Any] | None = None  # number, state and masks of a model that may be given back
         self._ended = time.perf_counter()
@@ -238,24 +226,7 @@ class Pruner:
                 another number of schedulers; nothing is changed.
             TypeError: if they are none; nothing is changed.
         """
-        check_optimizer(optimizer, self.model)
-        schedulers = as_schedulers(scheduler, self.optimizer if optimizer is None else optimizer)
-        if "scheduler" in self._awaited:
-            check_starts(self._scheduler_starts, schedulers)
-        if optimizer is not None:
-            self.optimizer, self.schedulers = optimizer, []
-            if "scheduler" not in self._awaited:
-                self._scheduler_starts = []
-            if "optimizer" not in self._awaited:
-                self._optimizer_start = start_of(optimizer)
-            self._awaited.discard("optimizer")
-        if schedulers:
-            self.schedulers = schedulers
-            if "scheduler" not in self._awaited:  # the rates of its start are those that it has set by now
-                self._scheduler_starts = [start_of(each) for each in schedulers]
-                assert self._optimizer_start is not None
-                self._optimizer_start = with_present_groups(self._optimizer_start, self.optimizer)
-            self._awaited.discard("scheduler")
+        self.starts.attach(self.model, optimizer, scheduler)
 
     def set_rewind_point(self) -> None:
         """Copy the model's present state as the rewind point of later rounds (late rewinding).
@@ -275,8 +246,7 @@ class Pruner:
             "format": FORMAT,
             "settings": self._settings(),
             "rewind_point": None if self._rewind_point is None else dict(self._rewind_point),
-            "optimizer_start": self._optimizer_start,
-            "scheduler_starts": list(self._scheduler_starts),
+            **self.starts.state(),
             "remaining": self._remaining(),
             "kept": self._kept,
             "history": self.history.to_dict(),
@@ -308,7 +278,7 @@ class Pruner:
                 f"state must belong to the masks of the model, but {wrong} has {here[wrong]} entries left here, "
                 f"{there.get(wrong)} in the state: load the model's state first, of the same moment"
             )
-        check_starts(state["scheduler_starts"], self.schedulers)
+        self.starts.check(state)
         kept = state["kept"]
         point = None if state["rewind_point"] is None else check_state(self.model, state["rewind_point"])
         if kept is not None:
@@ -316,12 +286,7 @@ class Pruner:
         self.history = History.from_dict(state["history"])
         self._rewind_point, self._kept, self._at_rewind_point = point, kept, False
         self._at_start = there
-        if state["optimizer_start"] is not None:
-            self._optimizer_start = copy.deepcopy(dict(state["optimizer_start"]))
-            self._awaited |= {"optimizer"} if self.optimizer is None else set()
-        if state["scheduler_starts"]:
-            self._scheduler_starts = copy.deepcopy([dict(start) for start in state["scheduler_starts"]])
-            self._awaited |= set() if self.schedulers else {"scheduler"}
+        self.starts.load(state)
         self._ended = time.perf_counter() - state["seconds"]
 
     def _settings(self) -> dict[str, Any]:
@@ -386,7 +351,8 @@ class Pruner:
             left = [replace(entry, mask=mask) for entry, mask in zip(self._entries(), masks, strict=True)]
             pruned = Sparsity.of(power_sums(left, self.rule.p, self.rule.q), left if self.gini else None)
         after = tensor_records(self.prunables, pruning.remaining)
-        changes = [copier(self.model, point, self.prunables, masks), *self._resetters()]
+        starts = [] if point is None else self.starts.resetters()
+        changes = [copier(self.model, point, self.prunables, masks), *starts]
         try:
             if eval_fn is not None:  # else masks and rewound values come together, and zeros are restored once
                 hold_masks(self.prunables, masks)
@@ -399,13 +365,6 @@ class Pruner:
                 self.history.returned = None  # the model is no longer the one that was given back
                 found = self._append(measured, tensors_after=after, pruned=pruned, pruned_metrics=metrics)
         return found
-
-    def _resetters(self) -> list[Callable[[], None]]:
-        """Prepare to set the optimizer and the schedulers back to their start."""
-        if self._rewind_point is None or self.optimizer is None or self._optimizer_start is None:
-            return []
-        pairs = zip(self.schedulers, self._scheduler_starts, strict=True) if self.schedulers else ()
-        return [resetter(*pair) for pair in ((self.optimizer, self._optimizer_start), *pairs)]
 
     def _record(self, measured: Measured) -> Round:
         """Add a round without pruning."""

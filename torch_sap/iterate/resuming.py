@@ -97,8 +97,8 @@ class Run:
             "masks": masks_of(pruner.prunables),
             "modes": list(modes_of(model).values()),
             "extra": {name: module.get_extra_state() for name, module in _with_extra_state(model).items()},
-            "optimizer": None if pruner.optimizer is None else pruner.optimizer.state_dict(),
-            "schedulers": [each.state_dict() for each in pruner.schedulers],
+            "optimizer": None if pruner.starts.optimizer is None else pruner.starts.optimizer.state_dict(),
+            "schedulers": [each.state_dict() for each in pruner.starts.schedulers],
             "random": self._random if self._trained is not None else _gathered(random_state(), self._group),
         }
         first = self._group is None or torch.distributed.get_rank(self._group) == 0
@@ -108,7 +108,7 @@ class Run:
         pruner, random = self._pruner, random_state()
         state = _together(lambda: read(path), self._group)
         extended = self._check(state, path)
-        stateful = [*([] if pruner.optimizer is None else [pruner.optimizer]), *pruner.schedulers]
+        stateful = [*([] if pruner.starts.optimizer is None else [pruner.starts.optimizer]), *pruner.starts.schedulers]
         undo = [resetter(each, start_of(each)) for each in stateful]
         rank = 0 if self._group is None else torch.distributed.get_rank(self._group)
         model = unwrap(pruner.model)
@@ -124,7 +124,7 @@ class Run:
             restore = copier(model, state["model"], pruner.prunables, masks)
             if not state["finished"] or extended:
                 set_random_state(state["random"][rank])
-            saved = [*([] if pruner.optimizer is None else [state["optimizer"]]), *state["schedulers"]]
+            saved = [*([] if pruner.starts.optimizer is None else [state["optimizer"]]), *state["schedulers"]]
             for each, value in zip(stateful, saved, strict=True):
                 each.load_state_dict(value)
             pruner._continue(state["pruner"], [int(mask.sum()) for mask in masks])
@@ -169,7 +169,7 @@ class Run:
 
     def _settings(self, of_pruner: Mapping[str, Any]) -> dict[str, Any]:
         """Collect all that must be equal when a run resumes."""
-        optimizer, start = self._pruner.optimizer, of_pruner["optimizer_start"] or {"param_groups": []}
+        optimizer, start = self._pruner.starts.optimizer, of_pruner["optimizer_start"] or {"param_groups": []}
         groups = {str(number): as_plain(group) for number, group in enumerate(start["param_groups"])}
         return {
             **of_pruner["settings"],
@@ -179,7 +179,7 @@ class Run:
             "schedulers": {
                 str(number): {"class": type(each).__name__, **as_plain(start)}
                 for number, (each, start) in enumerate(
-                    zip(self._pruner.schedulers, of_pruner["scheduler_starts"], strict=False)
+                    zip(self._pruner.starts.schedulers, of_pruner["scheduler_starts"], strict=False)
                 )
             },
             "stop": {str(number): _about_rule(rule) for number, rule in enumerate(self._rules)},

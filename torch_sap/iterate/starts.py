@@ -1,4 +1,4 @@
-"""Copy the state of an optimizer or a scheduler at one moment, the start, and set it back."""
+"""Copy the states of an optimizer and its schedulers at one moment, the start, and set them back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_sap.masks.zeros import check_optimizer
 
 
 @runtime_checkable
@@ -27,12 +30,75 @@ Start = dict[str, Any]
 """A copy of a state_dict that shares nothing with its owner."""
 
 
+class Starts:
+    """An optimizer and its schedulers, whatever there is of them, and the states that rewinding sets them back to.
+
+    A start that :meth:`load` has brought before its owner was there is kept for the owner that :meth:`attach` brings.
+    """
+
+    def __init__(self, optimizer: Optimizer | None, schedulers: list[Any]) -> None:
+        self.optimizer, self.schedulers = optimizer, schedulers
+        self._optimizer: Start | None = None if optimizer is None else start_of(optimizer)
+        self._schedulers: list[Start] = [start_of(each) for each in schedulers]
+        self._awaited: set[str] = set()  # what load brought a start of, and attach has not brought yet
+
+    def attach(
+        self, model: nn.Module, optimizer: Optimizer | None, scheduler: Stateful | Iterable[Stateful] | None
+    ) -> None:
+        """Take an optimizer or schedulers in place of those before, with the states that they have now.
+
+        Errors are those of :meth:`Pruner.attach`; nothing is changed then.
+        """
+        check_optimizer(optimizer, model)
+        schedulers = as_schedulers(scheduler, self.optimizer if optimizer is None else optimizer)
+        if "scheduler" in self._awaited:
+            _check_number(self._schedulers, schedulers)
+        if optimizer is not None:
+            self.optimizer, self.schedulers = optimizer, []
+            if "scheduler" not in self._awaited:
+                self._schedulers = []
+            if "optimizer" not in self._awaited:
+                self._optimizer = start_of(optimizer)
+            self._awaited.discard("optimizer")
+        if schedulers:
+            self.schedulers = schedulers
+            if "scheduler" not in self._awaited:  # the rates of its start are those that it has set by now
+                self._schedulers = [start_of(each) for each in schedulers]
+                assert self._optimizer is not None
+                self._optimizer = _with_present_groups(self._optimizer, self.optimizer)
+            self._awaited.discard("scheduler")
+
+    def resetters(self) -> list[Callable[[], None]]:
+        """Prepare to set all of them back."""
+        if self.optimizer is None or self._optimizer is None:
+            return []
+        pairs = zip(self.schedulers, self._schedulers, strict=True) if self.schedulers else ()
+        return [resetter(*pair) for pair in ((self.optimizer, self._optimizer), *pairs)]
+
+    def state(self) -> dict[str, Any]:
+        """The starts, as items of a pruner's state_dict."""
+        return {"optimizer_start": self._optimizer, "scheduler_starts": list(self._schedulers)}
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless :meth:`load` can load this."""
+        _check_number(state["scheduler_starts"], self.schedulers)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Set the starts to those of a pruner's state_dict that has any."""
+        if state["optimizer_start"] is not None:
+            self._optimizer = copy.deepcopy(dict(state["optimizer_start"]))
+            self._awaited |= {"optimizer"} if self.optimizer is None else set()
+        if state["scheduler_starts"]:
+            self._schedulers = copy.deepcopy([dict(start) for start in state["scheduler_starts"]])
+            self._awaited |= set() if self.schedulers else {"scheduler"}
+
+
 def start_of(owner: Stateful) -> Start:
     """Copy the present state."""
     return copy.deepcopy(dict(owner.state_dict()))
 
 
-def with_present_groups(start: Start, optimizer: Any) -> Start:
+def _with_present_groups(start: Start, optimizer: Any) -> Start:
     """The start of an optimizer, with the learning rates and other hyperparameters that its groups have now."""
     now = optimizer.state_dict()
     return {**start, "param_groups": copy.deepcopy(now["param_groups"])} if "param_groups" in now else start
@@ -99,7 +165,7 @@ def as_schedulers(scheduler: Stateful | Iterable[Stateful] | None, optimizer: An
     return schedulers
 
 
-def check_starts(starts: Any, schedulers: list[Any]) -> None:
+def _check_number(starts: Any, schedulers: list[Any]) -> None:
     """Raise a ValueError unless there is one start per scheduler, or none of one of them."""
     if starts and schedulers and len(starts) != len(schedulers):
         raise ValueError(
