@@ -1,6 +1,6 @@
 """Which engines make use of a removed model's zeros: file size and time, of a dense and of pruned models.
 
-    pip install coremltools openvino onnxruntime onnx onnxscript        # not in the extras of the project
+    pip install coremltools openvino onnxruntime onnx onnxscript        # the first two are in no extra
     python benchmarks/engines.py --out docs/results/engines             # minutes; writes the CSV file
     python benchmarks/engines.py --page                                 # the table of docs/ship.md, from the CSV file
 
@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ Exported = tuple[int, Compute | None]
 def mlp(widths: Sequence[int]) -> nn.Module:
     """Linear layers with ReLU between them."""
     torch.manual_seed(0)
-    layers = [layer for pair in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(*pair), nn.ReLU())]
+    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(*layers[:-1]).eval()
 
 
@@ -81,14 +82,17 @@ def onnxruntime(model: nn.Module, example: Tensor, folder: Path) -> Exported:
 
 
 def openvino(model: nn.Module, example: Tensor, folder: Path, **properties: Any) -> Exported:
-    """OpenVINO's own format on the CPU."""
+    """OpenVINO on the CPU, compiled per batch size."""
     import openvino as ov
 
     converted = ov.convert_model(model, example_input=example)
     ov.save_model(converted, folder / "openvino.xml", compress_to_fp16=False)
     settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", **properties}
-    compiled = ov.Core().compile_model(folder / "openvino.xml", "CPU", settings)
-    return size(folder / "openvino.bin"), lambda x: torch.from_numpy(compiled(x.numpy())[0])
+    compiled = {}
+    for batch in BATCHES:
+        converted.reshape([batch, *example.shape[1:]])
+        compiled[batch] = ov.Core().compile_model(converted, "CPU", settings)
+    return size(folder / "openvino.bin"), lambda x: torch.from_numpy(compiled[len(x)](x.numpy())[0])
 
 
 def openvino_sparse(model: nn.Module, example: Tensor, folder: Path) -> Exported:

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
-import torch_sap
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
+
+import torch_sap
 
 ROOT = Path(__file__).parents[1]
 
