@@ -167,15 +167,15 @@ def measure(names: Sequence[str], seconds: float, widths: Sequence[int] = WIDTHS
 
 
 def table_of(rows: Sequence[dict[str, str]]) -> str:
-    """The table of the page: sizes, and times at 90 % relative to the same engine with the dense model."""
-    head = ["engine", "MB dense", "50 %", "90 %", "time dense, 1 and 64 inputs", "time at 90 %, of dense", "version"]
+    """The table of the page: a line per engine, sizes at each sparsity, times of the dense model and at 90 %."""
+    head = ["engine", "MB dense", "50 %", "90 %", "ms dense, 1 and 64 inputs", "ms at 90 %", "version"]
     lines = []
     for name in dict.fromkeys(row["engine"] for row in rows):
         dense, half, most = (row for row in rows if row["engine"] == name)
         sizes = [f"{int(row['bytes']) / 1e6:.1f}" for row in (dense, half, most)]
-        pairs = [(float(dense[key]), float(most[key])) for key in map("milliseconds_{}".format, BATCHES) if dense[key]]
-        before = " and ".join(f"{value:.1f}" for value, _ in pairs) + " ms" if pairs else ""
-        lines.append([name, *sizes, before, " and ".join(f"{b / a:.2f}" for a, b in pairs), dense["version"]])
+        times = [[row[f"milliseconds_{batch}"] for batch in BATCHES] for row in (dense, most)]
+        shown = [" and ".join(f"{float(value):.1f}" for value in found if value) for found in times]
+        lines.append([name, *sizes, *shown, dense["version"]])
     return table(head, lines)
 
 
