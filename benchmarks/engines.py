@@ -168,13 +168,13 @@ def measure(names: Sequence[str], seconds: float, widths: Sequence[int] = WIDTHS
 
 def table_of(rows: Sequence[dict[str, str]]) -> str:
     """The table of the page: a line per engine, sizes at each sparsity, times of the dense model and at 90 %."""
-    head = ["engine", "MB dense", "50 %", "90 %", "ms, 1 input: dense, 90 %", "ms, 64 inputs: dense, 90 %", "version"]
+    head = ["engine", "MB dense", "50\u00a0%", "90\u00a0%", "ms, 1 input: dense, 90\u00a0%", "ms, 64 inputs", "version"]
     lines = []
     for name in dict.fromkeys(row["engine"] for row in rows):
         dense, half, most = (row for row in rows if row["engine"] == name)
         sizes = [f"{int(row['bytes']) / 1e6:.1f}" for row in (dense, half, most)]
         times = [[row[f"milliseconds_{batch}"] for row in (dense, most)] for batch in BATCHES]
-        shown = [", ".join(f"{float(value):.1f}" for value in found if value) for found in times]
+        shown = [",\u00a0".join(f"{float(value):.1f}" for value in found if value) for found in times]
         lines.append([name, *sizes, *shown, dense["version"]])
     return table(head, lines)
 
