@@ -5,6 +5,7 @@ from pathlib import Path
 
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
+from sphinx.util.logging import getLogger
 
 import torch_sap
 
@@ -43,15 +44,25 @@ def keep_links_inside(app, docname, source):
     source[0] = re.sub(r"\[([^\]]*)\]\((\.\./[^)\s]+)\)", inside, source[0])
 
 
+def mathml(formula, display):
+    """A formula as MathML, which browsers draw without scripts and without a network."""
+    formula = re.sub(r"\\[bB]igg?(?![A-Za-z])", "", formula)  # browsers fit brackets to what they enclose
+    markup = convert(formula, display=display)
+    unknown = re.findall(r">(\\\w+)<", markup)
+    if unknown:
+        getLogger(__name__).warning("latex2mathml does not know %s in %s", unknown[0], formula)
+    return markup
+
+
 def inline_math(translator, node):
-    """Write a formula as MathML, which browsers draw without scripts and without a network."""
-    translator.body.append(convert(node.astext()))
+    """Write a formula within a line."""
+    translator.body.append(mathml(node.astext(), "inline"))
     raise SkipNode
 
 
 def display_math(translator, node):
     """Write a formula on a line of its own."""
-    translator.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    translator.body.append(f'<div class="math">{mathml(node.astext(), "block")}</div>')
     raise SkipNode
 
 
