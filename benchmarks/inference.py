@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from speed import machine, write_csv
+from style import COLORS, DPI, LINES, MARKERS, STYLE, WIDTH
 from torch import Tensor, nn
 
 import torch_sap
@@ -173,29 +174,33 @@ def measure(case: str, sparsity: float, batch: int, folder: Path | None, seconds
     ]
 
 
-def plot(rows: list[dict[str, Any]], path: Path, description: str) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Time relative to dense against sparsity, a panel for each case and batch."""
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     cases, batches = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "batch"))
-    figure = Figure(figsize=(4.2 * len(cases), 3.4 * len(batches)), layout="constrained")
-    panels = figure.subplots(len(batches), len(cases), squeeze=False, sharex=True)
-    for line, batch in zip(panels, batches, strict=True):
-        for axes, case in zip(line, cases, strict=True):
-            here = [row for row in rows if (row["case"], row["batch"]) == (case, batch)]
-            for name in dict.fromkeys(row["contestant"] for row in here if row["contestant"] != "dense"):
-                points = [(100 * r["sparsity"], r["ratio_to_dense"]) for r in here if r["contestant"] == name]
-                axes.semilogy(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-            axes.axhline(1, color="black", linewidth=0.8)
-            axes.set_title(f"{case}, batch {batch}", fontsize="medium")
-            axes.grid(alpha=0.3, which="both")
-    for axes in panels[-1]:
-        axes.set_xlabel("sparsity (%)")
-    for line in panels:
-        line[0].set_ylabel("time / time of dense")
-    panels[0][0].legend()
-    figure.suptitle(description, fontsize="x-small")
-    figure.savefig(path, dpi=110)
+    with style.context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.3 * len(batches) + 0.4), layout="constrained")
+        panels = figure.subplots(len(batches), len(cases), squeeze=False, sharex=True, sharey=True)
+        for line, batch in zip(panels, batches, strict=True):
+            for axes, case in zip(line, cases, strict=True):
+                here = [row for row in rows if (row["case"], row["batch"]) == (case, batch)]
+                for number, name in enumerate(n for n in CONTESTANTS if any(row["contestant"] == n for row in here)):
+                    points = [(100 * r["sparsity"], r["ratio_to_dense"]) for r in here if r["contestant"] == name]
+                    if name != "dense":
+                        form = {"color": COLORS[number], "linestyle": LINES[number], "marker": MARKERS[number]}
+                        axes.semilogy(*zip(*points, strict=True), markersize=4, label=name, **form)
+                axes.axhline(1, color="black", linewidth=0.8)
+                axes.set_title(f"{case}, batch {batch}", fontsize="medium")
+                axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
+                axes.set_yticks([], minor=True)
+                axes.set_xticks([50, 60, 70, 80, 90, 100], ["50 %", "", "70 %", "", "90 %", ""])
+                axes.grid(alpha=0.3)
+        figure.supxlabel("pruned weights", fontsize="medium")
+        figure.supylabel("time / time of dense", fontsize="medium")
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        figure.savefig(path, dpi=DPI)
 
 
 def main() -> None:
@@ -227,7 +232,7 @@ def main() -> None:
                         )
     if arguments.out and rows:
         write_csv(rows, arguments.out, description)
-        plot(rows, arguments.out.with_suffix(".png"), description)
+        plot(rows, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
+from sphinx.util.logging import getLogger
+
 import torch_sap
 
 ROOT = Path(__file__).parents[1]
@@ -11,13 +15,14 @@ project = "torch_sap"
 author = "the torch_sap developers"
 project_copyright = author
 version = release = torch_sap.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath", "html_image"]
 myst_heading_anchors = 4
 html_theme = "furo"
 html_title = f"torch_sap {version}"
 html_static_path = ["_static"]
-html_css_files = ["wide.css"]
+html_css_files = ["site.css"]
 exclude_patterns = ["results/**/*.md"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -39,8 +44,31 @@ def keep_links_inside(app, docname, source):
     source[0] = re.sub(r"\[([^\]]*)\]\((\.\./[^)\s]+)\)", inside, source[0])
 
 
+def mathml(formula, display):
+    """A formula as MathML, which browsers draw without scripts and without a network."""
+    formula = re.sub(r"\\[bB]igg?(?![A-Za-z])", "", formula)  # browsers fit brackets to what they enclose
+    markup = convert(formula, display=display)
+    unknown = re.findall(r">(\\\w+)<", markup)
+    if unknown:
+        getLogger(__name__).warning("latex2mathml does not know %s in %s", unknown[0], formula)
+    return markup
+
+
+def inline_math(translator, node):
+    """Write a formula within a line."""
+    translator.body.append(mathml(node.astext(), "inline"))
+    raise SkipNode
+
+
+def display_math(translator, node):
+    """Write a formula on a line of its own."""
+    translator.body.append(f'<div class="math">{mathml(node.astext(), "block")}</div>')
+    raise SkipNode
+
+
 def setup(app):
     """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (inline_math, None), (display_math, None))
     app.connect("source-read", keep_links_inside)
     app.connect("include-read", lambda app, path, parent, source: from_the_root(source))
 

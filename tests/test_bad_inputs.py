@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from bad_inputs import CASES, PAGE, SAPCallback, make_world, state_of, write_page
+from bad_inputs import CASES, TABLE, SAPCallback, make_world, state_of, write_table
 from helpers import FUNCTIONS, SCOPES, assert_unchanged, mlp, snapshot
 from torch import nn
 from torch.nn.utils import prune
@@ -36,9 +36,9 @@ def test_refused_by_name_and_nothing_is_changed(call, error, message, tmp_path):
     assert after.keys() == before.keys()
 
 
-def test_the_page_has_these_rows():
+def test_the_table_of_the_page_has_these_rows():
     assert len(ROWS) >= 40
-    assert PAGE.read_text(encoding="utf-8") == write_page()
+    assert TABLE.read_text(encoding="utf-8") == write_table()
 
 
 def test_every_public_name_that_takes_arguments_has_a_row():

@@ -1,4 +1,4 @@
-"""The reference: every public name is in it, and its docstrings have the form that Sphinx reads."""
+"""The reference has every public name, docstrings have the form that Sphinx reads, the home page the README's code."""
 
 import inspect
 import re
@@ -8,7 +8,8 @@ import pytest
 
 import torch_sap
 
-REFERENCE = (Path(__file__).parents[1] / "docs" / "api.md").read_text("utf-8")
+ROOT = Path(__file__).parents[1]
+REFERENCE = (ROOT / "docs" / "api.md").read_text("utf-8")
 SECTION = re.compile(r"^Raises:\n((?:    .*\n|\n)*)", re.MULTILINE)
 PUBLIC = [(name, getattr(torch_sap, name)) for name in torch_sap.__all__ if callable(getattr(torch_sap, name))]
 DOCUMENTED = [
@@ -32,3 +33,14 @@ def test_what_is_raised_begins_with_its_type(name, text):
         items = [line for line in section.splitlines() if re.match(r"    \S", line)]
         assert items
         assert [line for line in items if not re.match(r"    \w+(, \w+)*: ", line)] == []
+
+
+def test_the_home_page_begins_as_the_readme():
+    home, readme = ((ROOT / name).read_text("utf-8") for name in ("docs/index.md", "README.md"))
+    for part in (r"^\*\*torch_sap .*$", r"^!\[.*\]", r"^```python\n(?:.*\n)*?```$"):
+        assert re.search(part, home, re.MULTILINE).group() == re.search(part, readme, re.MULTILINE).group()
+
+
+def test_every_page_is_in_the_sidebar():
+    home = (ROOT / "docs" / "index.md").read_text("utf-8")
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} <= set(home.split())

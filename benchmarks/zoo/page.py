@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 
 from pages import fill, table
 
@@ -33,54 +32,6 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
     return found
 
 
-def structure_table(rows: Iterable[Row]) -> str:
-    """A line a module of timm."""
-    head = [
-        "module of timm",
-        "architectures",
-        "weights, millions",
-        "share of all parameters",
-        "standardized",
-        "uncalled",
-    ]
-    lines = []
-    for module, of_module in groupby(sorted(rows, key=lambda row: row["module"]), key=lambda row: row["module"]):
-        found = list(of_module)
-        millions = [int(row["weights"]) / 1e6 for row in found]
-        shares = [float(row["share"]) for row in found]
-        lines.append(
-            [
-                module,
-                f"{len(found)}",
-                f"{min(millions):.1f} to {max(millions):.1f}",
-                f"{min(shares):.1%} to {max(shares):.1%}",
-                f"{sum(row['standardized'] != '0' for row in found) or ''}",
-                f"{sum(row['uncalled'] != '0' for row in found) or ''}",
-            ]
-        )
-    return table(head, lines)
-
-
-def real_table(rows: Iterable[Row]) -> str:
-    """A line an architecture that was tested."""
-    head = ["architecture", "module of timm", "image", "tensors", "remain: global", "layer", "neuron"]
-    head += ["zeros received", "losses differ by", "reloaded differs by", "result"]
-    lines = [
-        [
-            row["model"],
-            row["module"],
-            row["image"],
-            row["tensors"],
-            *(f"{float(row['remaining_' + scope]):.1%}" for scope in ("global", "layer", "neuron")),
-            f"{float(row['zeros_received']):.0%}",
-            *(f"{float(row[key]):.0e}".replace("0e+00", "0") for key in ("loss_difference", "reload_difference")),
-            row["failure"] or "passed",
-        ]
-        for row in sorted(rows, key=lambda row: (row["module"], row["model"]))
-    ]
-    return table(head, lines)
-
-
 def failure_table(rows: Iterable[Row]) -> str:
     """A line a failure, with its cause."""
     lines = [[row["model"], row["module"], row["failure"]] for row in rows if row["failure"]]
@@ -88,13 +39,11 @@ def failure_table(rows: Iterable[Row]) -> str:
 
 
 def filled(page: str, structure: Sequence[Row], real: Sequence[Row]) -> str:
-    """A page with the tables of the zoo made anew."""
+    """The page of timm with its tables made anew; the lines themselves are in the CSV files."""
     parts = {
         "structure summary": table(["", ""], summary(structure).items()),
         "real summary": table(["", ""], summary(real).items()),
         "failures": failure_table([*structure, *real]),
-        "structure": structure_table(structure),
-        "real": real_table(real),
     }
     return fill(page, parts)
 

@@ -42,7 +42,7 @@ def test_rows_and_picture(tmp_path):
     assert [row["contestant"] for row in rows] == ["dense", "zeros", "csr", "onnx"]
     assert rows[0]["ratio_to_dense"] == 1
     assert all(row["turns"] >= 4 and row["milliseconds"] > 0 for row in rows)
-    inference.plot(rows, tmp_path / "inference.png", "this machine")
+    inference.plot(rows, tmp_path / "inference.png")
     assert (tmp_path / "inference.png").stat().st_size > 5000
 
 

@@ -1,8 +1,10 @@
 """The table of bad inputs: calls, the error that each must raise, to the letter, and the names in the calls.
 
-python tests/support/bad_inputs.py     writes docs/bad-inputs.md
+python tests/support/bad_inputs.py     writes docs/results/bad_inputs.csv, which docs/bad-inputs.md shows
 """
 
+import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -23,19 +25,7 @@ try:
 except ImportError:
     SAPCallback = None
 
-PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
-HEAD = """# Bad inputs
-
-What a wrong call raises, and what it leaves behind: nothing. `tests/test_bad_inputs.py` makes each call, compares
-error and message to the letter, and then compares with how it was before: the state_dict of every model (bits), its
-Parameter objects, gradients, hooks and train modes, the rounds and the rewind point of every stepper, and the files.
-`python tests/support/bad_inputs.py` writes this page from the same rows.
-
-In the calls, `model` is a small network, `pruned` one that was pruned and trained for a step, `with_nan` one with a NaN
-among its weights, `integers` a module with an integer weight, `layer` an `nn.Linear(6, 9)`, `sap` an `SAP` stepper
-after one round, `unrewound` one with `rewind="none"`, `history` the history of one round, `raising` a training that
-changes weights and then raises.
-"""
+TABLE = Path(__file__).parents[2] / "docs" / "results" / "bad_inputs.csv"
 
 # ruff: noqa: E501  # one line per row
 # fmt: off
@@ -249,15 +239,16 @@ CASES = {
 # fmt: on
 
 
-def write_page():
-    lines = [HEAD]
-    for title, cases in CASES.items():
-        lines += [f"## {title}", "", "| call | error | message | state afterwards |", "|---|---|---|---|"]
+def write_table():
+    """The rows as CSV. Calls and messages are in backticks, as the page shows them as code."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["topic", "call", "error", "message"])
+    for topic, cases in CASES.items():
         for call, error, message in cases:
-            shown = message.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-            lines.append(f"| `{call}` | {error} | {shown} | unchanged |")
-        lines.append("")
-    return "\n".join(lines)
+            marks = "``" if "`" in message else "`"
+            writer.writerow([topic, f"`{call}`", error, f"{marks}{message}{marks}"])
+    return file.getvalue()
 
 
 def raising(model):
@@ -316,4 +307,4 @@ def state_of(world, folder):
 
 
 if __name__ == "__main__":
-    PAGE.write_text(write_page(), encoding="utf-8")
+    TABLE.write_text(write_table(), encoding="utf-8")
