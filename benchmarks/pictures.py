@@ -188,20 +188,9 @@ DRAW: dict[str, Draw] = {"measure": measure, "count": count, "choice": choice, "
 def tables_of(found: Mapping[str, Values]) -> dict[str, str]:
     """The numbers of the pictures that the page's text speaks of."""
     return {
-        "vectors": _vector_table(found["measure"]),
         "scopes": _scope_table(found["choice"]),
         "rounds": _round_table(found["run"]),
     }
-
-
-def _vector_table(values: Values) -> str:
-    norms = [f"p={p:g}, q={q:g}" for p, q in of.NORMS]
-    head = ["vector", "d", *(f"PQ Index, {name}" for name in norms), f"as many zeros added, {norms[0]}"]
-    lines = []
-    for name, found in values.items():
-        indices = [found["index"][norm][0] for norm in norms] + [found["index"][norms[0]][1]]
-        lines.append([name, f"{found['d']:,}", *(f"{index:.4f}" for index in indices)])
-    return table(head, lines)
 
 
 def _scope_table(values: Values) -> str:
