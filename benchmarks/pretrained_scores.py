@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         rows.append(row)
     if args.out is not None:
         write(rows, args.out)
-        PAGE.write_text(fill(PAGE.read_text("utf-8"), {"scores": scores_table(rows)}), "utf-8")
+        PAGE.write_text(fill(PAGE.read_text("utf-8"), {"scores": scores_table(rows[1:])}), "utf-8")
     return rows
 
 

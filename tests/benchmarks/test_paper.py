@@ -442,6 +442,9 @@ def test_packed_histories_keep_what_the_page_needs(tmp_path):
     history[:2].to_json(tmp_path / unfinished.name / "rounds.json")
     results.pack([unfinished], tmp_path, tmp_path / "packed")
     assert len(results.read(tmp_path / "packed")[unfinished]) == 2
+    history[:1].to_json(tmp_path / unfinished.name / "rounds.json")
+    results.pack([unfinished], tmp_path, tmp_path / "packed")
+    assert len(results.read(tmp_path / "packed")[unfinished]) == 2  # what is packed and longer stays
     groups = figures.grouped({run: history, other: history, replace(run, p=0.3): history})
     assert [len(members) for members in groups.values()] == [2, 1]
     with pytest.raises(ValueError, match="runs must differ by their seeds only to be averaged"):
