@@ -1,7 +1,8 @@
-"""Fill the generated parts of the pages in docs/."""
+"""Tables of the pages in docs/: filled in between two comments, and saved."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,14 @@ DOCS = Path(__file__).parents[1] / "docs"
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Make a Markdown table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def save_table(text: str, path: Path) -> None:
+    """Save a Markdown table as CSV."""
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([rows[0], *rows[2:]])
 
 
 def fill(page: str, parts: Mapping[str, str]) -> str:

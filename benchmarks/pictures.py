@@ -21,11 +21,11 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from pages import DOCS, fill, table
-from paper.figures import draw_curves, legend
+from paper.figures import LOOKS, draw_curves, legend
 from paper.main import IMAGES, RESULTS
 from paper.results import Histories, mean_and_std, read
 from pretrained import load_model
-from style import COLORS, DPI, LINES, STYLE, WIDTH
+from style import COLORS, DPI, LINES, STYLE, WIDTH, look, percent_log
 from torch import nn
 
 PAGE = DOCS / "maths.md"
@@ -145,16 +145,16 @@ def run(values: Values) -> Figure:
     panels = dict(zip(titles, np.ravel(figure.subplots(2, 2, sharex=True)), strict=True))
     for title, axes in panels.items():
         draw_curves(axes, {name: np.array(rows) for name, rows in values[title].items()}, title)
-        for line, style in zip(axes.get_lines(), LINES, strict=False):
-            line.set_linestyle(style)
+        axes.set_xlabel("round")
     panels[titles[0]].set_yscale("log")
-    panels[titles[0]].yaxis.set_major_formatter("{x:g}")
+    percent_log(panels[titles[0]].yaxis, [0.1, 100.0])
+    panels[titles[0]].set_ylabel("remaining weights")
     accuracy = titles[-1]
-    for number, (name, stops) in enumerate(values["stops"].items()):
+    for name, stops in values["stops"].items():
         for (trainings, _), of_seed in zip(stops, values[accuracy][name], strict=True):
             if trainings < len(of_seed):
                 at = trainings - 1, of_seed[trainings - 1]
-                panels[accuracy].plot(*at, "X", color=COLORS[number], markeredgecolor="black", markersize=8)
+                panels[accuracy].plot(*at, "X", color=look(LOOKS[name])["color"], markeredgecolor="black", markersize=8)
     panels[accuracy].plot([], [], "wX", markeredgecolor="black", label="stopped by tolerance")
     legend(figure, panels[accuracy])
     return figure
@@ -188,20 +188,9 @@ DRAW: dict[str, Draw] = {"measure": measure, "count": count, "choice": choice, "
 def tables_of(found: Mapping[str, Values]) -> dict[str, str]:
     """The numbers of the pictures that the page's text speaks of."""
     return {
-        "vectors": _vector_table(found["measure"]),
         "scopes": _scope_table(found["choice"]),
         "rounds": _round_table(found["run"]),
     }
-
-
-def _vector_table(values: Values) -> str:
-    norms = [f"p={p:g}, q={q:g}" for p, q in of.NORMS]
-    head = ["vector", "d", *(f"PQ Index, {name}" for name in norms), f"as many zeros added, {norms[0]}"]
-    lines = []
-    for name, found in values.items():
-        indices = [found["index"][norm][0] for norm in norms] + [found["index"][norms[0]][1]]
-        lines.append([name, f"{found['d']:,}", *(f"{index:.4f}" for index in indices)])
-    return table(head, lines)
 
 
 def _scope_table(values: Values) -> str:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import FUNCTIONS, SCOPES, assert_unchanged, convnet, mlp, snapshot
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from torch_sap import SAP, global_unstructured, iterative_sap, layer_unstructured, scores
 from torch_sap.decide.sums import power_sums
@@ -237,30 +238,67 @@ def test_a_pruner_asks_before_each_pruning(scope):
     assert found.groups.keys() == sap.history[-1].groups.keys()
 
 
-def test_scores_are_not_stored_in_a_run(tmp_path):
-    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(9))
+@each_scope
+def test_a_resumed_run_asks_again_and_stores_no_scores(scope, tmp_path):
+    x, asked = torch.randn(8, 6, generator=torch.Generator().manual_seed(9)), []
+
+    def score(model):
+        asked.append(scores.activations([x])(model))
+        return asked[-1]
 
     def run(path, iterations, score):
         model = mlp()
-        iterative_sap(model, train, iterations=iterations, checkpoint=path, importance_scores=score, scope="global")
+        iterative_sap(model, train, iterations=iterations, checkpoint=path, importance_scores=score, scope=scope)
         return model
 
-    whole = run(tmp_path / "a", 3, scores.activations([x]))
-    run(tmp_path / "b", 1, scores.activations([x]))
-    resumed = run(tmp_path / "b", 3, scores.activations([x]))
+    whole = run(tmp_path / "a", 3, score)
+    assert len(asked) == 3
+    run(tmp_path / "b", 1, score)
+    resumed = run(tmp_path / "b", 3, score)
+    assert len(asked) == 3 + 1 + 2
     for one, two in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, two)
     other = run(tmp_path / "c", 3, None)
     assert any(not torch.equal(one, two) for one, two in zip(whole.buffers(), other.buffers(), strict=True))
+    stored = tree_leaves(torch.load(tmp_path / "b", weights_only=False))
+    found = [tensor for mapping in asked for tensor in mapping.values()]
+    for tensor in stored:
+        assert not any(torch.is_tensor(tensor) and torch.equal(tensor, one) for one in found)
 
 
-def test_a_pruner_refuses_scores_that_do_not_fit():
+def test_the_state_of_a_pruner_holds_no_scores():
+    x = torch.randn(8, 6)
+    states = []
+    for score in (scores.activations([x]), None):
+        sap = SAP(mlp(), importance_scores=score)
+        sap.step()
+        states.append(sap.state_dict())
+    assert states[0].keys() == states[1].keys()
+
+
+@each_scope
+def test_a_pruner_refuses_scores_that_do_not_fit(scope):
     model = mlp()
     with pytest.raises(ValueError, match=r"importance_scores of 0\.weight must have the parameter's shape"):
         SAP(model, importance_scores={(model[0], "weight"): torch.ones(2, 2)})
     assert not hasattr(model[0], "weight_mask")
-    sap = SAP(model, importance_scores=lambda model: {(model[0], "weight"): torch.full((9, 6), torch.nan)})
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"importance_scores must be finite, but 0\.weight"):
-        sap.step()
-    assert_unchanged(model, before)
+    given = {(model[0], "weight"): torch.ones(9, 6), (model[3], "weight"): torch.ones(4, 9)}
+    asked = {
+        r"importance_scores must be finite, but 0\.weight": {(model[0], "weight"): torch.full((9, 6), torch.nan)},
+        r"importance_scores of 3\.weight must have the parameter's shape": {(model[3], "weight"): torch.ones(9, 4)},
+        r"must belong to parameters that are pruned": {(model[0], "bias"): torch.ones(9)},
+    }
+    for message, changed in asked.items():
+        sap = SAP(model, scope=scope, importance_scores=lambda model, changed=changed: {**given, **changed})
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=message):
+            sap.step()
+        assert_unchanged(model, before)
+    sap = SAP(model, scope=scope, importance_scores=lambda model: {(model[0], "weight"): torch.ones(9, 6)})
+    missing = (
+        r"importance_scores must return a tensor for each parameter that is pruned, but none for 3\.weight; add it"
+    )
+    for call in (sap.step, lambda: FUNCTIONS[scope](model, importance_scores=sap.importance_scores)):
+        with pytest.raises(ValueError, match=missing):
+            call()
+        assert_unchanged(model, before)

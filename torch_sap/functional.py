@@ -63,7 +63,8 @@ def global_unstructured(
         include: Patterns of what to prune, too, such as lookup tables. Only with a module.
         importance_scores: Dict from (module, name) to a tensor of the parameter's shape whose magnitudes replace those
             of the weights, in the PQ Index and in the order, as in torch.nn.utils.prune.global_unstructured. Or a
-            callable from the model to such a dict, as those of :mod:`torch_sap.scores`.
+            callable from the model to such a dict, as those of :mod:`torch_sap.scores`. Magnitudes rank what a dict
+            leaves out, as there; a callable must return a tensor for each.
 
     Returns:
         d, I, r, c per group, and the remaining weights per tensor.

@@ -18,7 +18,7 @@ from style import COLORS, DPI, LINES, MARKERS, STYLE, WIDTH
 from paper.figures import CONTROLS, describe, grouped, over_seeds
 from paper.results import Histories, curve, mean_and_std
 from paper.runs import NORMS, Run
-from paper.tables import EPOCHS_TO, percent
+from paper.tables import percent
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.records.round import Round
 
@@ -97,29 +97,29 @@ def control_table(histories: Histories) -> str:
 
 
 def _difference(members: Histories, histories: Histories) -> str:
-    """Accuracy at the end minus that of SAP in the same seed."""
+    """Accuracy at the end minus that of SAP in the same seed, where both are at their end."""
     sap = {(run.scope, run.p, run.q, run.seed): history for run, history in histories.items() if run.method == "sap"}
-    gaps = [
-        100 * (history[-1].metrics["accuracy"] - sap[run.scope, run.p, run.q, run.seed][-1].metrics["accuracy"])
-        for run, history in members.items()
-        if run.method != "sap"
-    ]
-    if not gaps:
-        return "0"
-    mean, deviation = mean_and_std(gaps)
+    ends = {}
+    for run, history in members.items():
+        beside = sap.get((run.scope, run.p, run.q, run.seed), ())
+        if run.method != "sap" and len(history) == len(beside) == run.rounds + 1:
+            ends[run] = history[-1].metrics["accuracy"], beside[-1].metrics["accuracy"]
+    if not ends:
+        return "0" if all(run.method == "sap" for run in members) else "-"
+    mean, deviation = mean_and_std(100 * (one - other) for one, other in ends.values())
     return f"{mean:+.2f}" if math.isnan(deviation) else f"{mean:+.2f} ± {deviation:.2f}"
 
 
-def tuned_table(histories: Histories, shares: tuple[float, ...] = (50.0, 20.0, 10.0, 5.0, 2.0)) -> str:
+def tuned_table(histories: Histories, shares: tuple[float, ...] = (50.0, 20.0, 10.0)) -> str:
     """Accuracy at sizes, and the epochs until then, of lottery tickets of several ratios and of other rewinding."""
     head = ["method", "seeds", *(f"{size:g} %" for size in shares)]
-    head += [*(f"epochs to {size:g} %" for size in (20.0, *EPOCHS_TO)), "at the end", "which is at"]
+    head += [*(f"epochs to {size:g} %" for size in shares[1:]), "at the end", "which is at"]
     lines = []
     for name, members in grouped(histories, named).items():
         curves = [curve(run, history) for run, history in members.items()]
         line = [name, f"{len(curves)}"]
         line += [percent([one.accuracy_at(size / 100) for one in curves]) for size in shares]
-        epochs = [mean_and_std(one.epochs_to(size / 100) for one in curves)[0] for size in (20.0, *EPOCHS_TO)]
+        epochs = [mean_and_std(one.epochs_to(size / 100) for one in curves)[0] for size in shares[1:]]
         line += ["-" if math.isinf(mean) else f"{mean:.0f}" for mean in epochs]
         line += [percent([one.points[-1][1] for one in curves])]
         lines.append([*line, f"{100 * mean_and_std(one.points[-1][0] for one in curves)[0]:.2f} %"])

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from pages import table
+from style import COLORS, DPI, LINES, MARKERS
 
-from paper.figures import describe, grouped, over_seeds
+from paper.figures import describe, grouped, house_style, legend, over_seeds
 from paper.results import Histories
 from paper.runs import Run
 
@@ -100,20 +100,21 @@ def comparison_table(histories: Histories, authors: Curves) -> str:
 
 
 def draw_comparison(histories: Histories, authors: Curves, path: Path) -> None:
-    """A column a configuration: remaining weights, accuracy and PQ Index, each seed a line."""
+    """A row per configuration: remaining weights, accuracy and PQ Index, each seed a line."""
     groups = grouped(histories)
-    figure = Figure(figsize=(3.2 * len(groups), 8), layout="constrained")
-    axes: Any = figure.subplots(len(COLUMNS), len(groups), sharex=True, sharey="row")
-    for column, (name, members) in enumerate(groups.items()):
-        curves = (("torch_sap", ours(members), "C0"), ("the authors' code", authors[key_of(next(iter(members)))], "C1"))
-        for row, (title, _, _) in enumerate(COLUMNS):
-            for label, values, color in curves:
-                for seed, line in enumerate(values[row]):
-                    style = {"label": None if seed else label, "color": color, "linestyle": ("-", "--")[seed % 2]}
-                    axes[row, column].plot(line, linewidth=1, **style)
-            axes[row, column].grid(alpha=0.3)
-            axes[row, 0].set_ylabel(title, fontsize="small")
-        axes[0, column].set_title(name, fontsize="small")
-        axes[-1, column].set_xlabel("round", fontsize="small")
-    axes[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=90)
+    with house_style(10.5) as figure:
+        axes: Any = figure.subplots(len(groups), len(COLUMNS), sharex=True)
+        for row, (name, members) in enumerate(groups.items()):
+            curves = (("torch_sap", ours(members)), ("the authors' code", authors[key_of(next(iter(members)))]))
+            for column in range(len(COLUMNS)):
+                for number, (label, values) in enumerate(curves):
+                    for seed, line in enumerate(values[column]):
+                        style = {"color": COLORS[2 * number], "linestyle": LINES[seed % 2], "marker": MARKERS[number]}
+                        axes[row, column].plot(line, markersize=3, label=None if seed else label, **style)
+                axes[row, column].grid(alpha=0.3)
+            axes[row, 0].set_ylabel(name.replace(" (", "\n("))
+        for column, title in enumerate(("remaining (%)", "test accuracy (%)", "PQ Index (0.5, 1)")):
+            axes[0, column].set_title(title, fontsize="medium")
+            axes[-1, column].set_xlabel("round")
+        legend(figure, axes[0, 0])
+        figure.savefig(path, dpi=DPI)

@@ -1,12 +1,12 @@
-"""What `paper NAME draw` makes of saved histories: figures in docs/images, tables in docs/does-it-work.md."""
+"""What `paper NAME draw` makes of saved histories: figures in docs/images, and tables."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from matplotlib.figure import Figure
+from style import DPI
 
 from paper import experiments, figures, tables
 from paper.adaptive import (
@@ -19,7 +19,7 @@ from paper.adaptive import (
     tuned_table,
 )
 from paper.anchors import comparison_table, draw_comparison, read_authors
-from paper.published import draw_published, published_table, read_published
+from paper.published import METHODS, draw_published, published_table, read_published
 from paper.results import Histories, mean_and_std
 from paper.runs import NORMS, Run
 from torch_sap.decide.groups import Scope
@@ -104,12 +104,16 @@ def audit(histories: Histories, base: Run, results: Path) -> Drawing:
 def cifar10(histories: Histories, base: Run, results: Path) -> Drawing:
     """CIFAR-10 beside the published curves."""
     published = read_published(results / PUBLISHED)
-    own = _grouped_by_method(tables.selected(histories, experiments.cifar10(base)))
+    own = _grouped_by_method(tables.finished(histories, experiments.cifar10(base)))
     return (
         {
             f"{title(base)} accuracy": tables.accuracy_table(own),
             f"{title(base)} published": published_table(own, published),
             f"{title(base)} shares": share_table(own),
+            f"{title(base)} phases": tables.phase_table(
+                {r: h for r, h in own.items() if figures.describe(r) in METHODS}
+            ),
+            f"{title(base)} controls": control_table(_controls(own, "global")),
         },
         {"paper_cifar10.png": lambda path: draw_published(own, published, path)},
     )
@@ -125,7 +129,8 @@ def adaptive(histories: Histories, base: Run, results: Path) -> Drawing:
         if images == base.data
         for run in experiments.figure2(one)
     ]
-    dense = tables.selected(histories, [*once, *experiments.figure4(experiments.ABLATION), *experiments.cifar10()])
+    dense = tables.selected(histories, [*once, *experiments.figure4(experiments.ABLATION)])
+    dense |= tables.finished(histories, experiments.cifar10())
     every = {**dense, **several}
     first = {run: found for run, found in every.items() if run.method == "sap" and (run.p, run.q) in NORMS}
     controls = {scope: _controls(own, scope) for scope in experiments.CONTROLLED}
@@ -144,7 +149,7 @@ def adaptive(histories: Histories, base: Run, results: Path) -> Drawing:
 
 def settings(histories: Histories, base: Run, results: Path) -> Drawing:
     """What remains after how many prunings."""
-    return {"remaining": remaining_table(tables.selected(histories, experiments.settings(base)))}, {}
+    return {"remaining": remaining_table(tables.finished(histories, experiments.settings(base)))}, {}
 
 
 def _controls(histories: Histories, scope: Scope) -> Histories:
@@ -166,23 +171,37 @@ def file_of(base: Run) -> str:
 
 
 def draw_audit(histories: Histories, path: Path) -> None:
-    """Accuracy against remaining weights of all methods, and a detail; a point for each density pruned to at once."""
+    """Accuracy against remaining weights: methods in the global scope, a detail of it, and scopes."""
     several = {run: found for run, found in histories.items() if run.method != "plain" and run.rounds > 1}
-    groups = figures.grouped(several)
-    figure = Figure(figsize=(14, 5.5), layout="constrained")
-    whole, detail = figure.subplots(1, 2)
-    figures.against_remaining(whole, groups)
-    figures.against_remaining(detail, {name: members for name, members in groups.items() if name != "random"})
-    figures.zoom(detail)
     once = {run: found for run, found in histories.items() if run not in several}
-    for (name, marker), axes in itertools.product((("prune once, train on", "k."), ("EMP", "kD")), (whole, detail)):
-        members = [runs for label, runs in figures.grouped(once, _name_of_once).items() if label.startswith(name)]
-        shares = [figures.over_seeds(runs, lambda found: 100 * found.density)[:, -1].mean() for runs in members]
-        ends = [figures.over_seeds(runs, lambda found: 100 * found.metrics["accuracy"])[:, -1] for runs in members]
-        means, deviations = zip(*map(mean_and_std, ends), strict=True)
-        axes.errorbar(shares, means, deviations, fmt=marker, markersize=4, capsize=2, linewidth=1, label=name)
-    whole.legend(fontsize="small")
-    figure.savefig(path, dpi=90)
+    groups = figures.grouped(several)
+    scoped = [name for name in groups if name.startswith("SAP") and "p=0.5" in name] + ["Lottery Ticket"]
+    compared = [name for name in groups if name not in scoped[:-1]]
+    panels = (
+        ("methods, global scope", compared, None),
+        ("the same from 100 to 10 %", [name for name in compared if name != "random"], 10.0),
+        ("scopes, p=0.5, q=1", scoped, 10.0),
+    )
+    with figures.house_style(9.0) as figure:
+        for axes, (title, names, sparsest) in zip(figure.subplots(3, 1), panels, strict=True):
+            # Bands of curves that cross all the time hide each other: one is drawn, the others are as wide.
+            banded = scoped[-1:] if names == scoped else names
+            figures.against_remaining(axes, {name: groups[name] for name in names}, banded)
+            _mark_once(axes, once, "EMP" if names == scoped else "prune once, train on")
+            if sparsest is not None:
+                figures.zoom(axes, sparsest)
+            axes.set_title(title, loc="left")
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        figure.savefig(path, dpi=DPI)
+
+
+def _mark_once(axes: Any, histories: Histories, label: str) -> None:
+    """A point for each size that was pruned to at once, with its deviation."""
+    members = [runs for name, runs in figures.grouped(histories, _name_of_once).items() if name.startswith(label)]
+    shares = [figures.over_seeds(runs, lambda found: 100 * found.density)[:, -1].mean() for runs in members]
+    ends = [figures.over_seeds(runs, lambda found: 100 * found.metrics["accuracy"])[:, -1] for runs in members]
+    means, deviations = zip(*map(mean_and_std, ends), strict=True)
+    axes.errorbar(shares, means, deviations, fmt="kX", markersize=5, capsize=2, linewidth=1, label=label)
 
 
 def _name_of_once(run: Run) -> str:

@@ -103,16 +103,22 @@ def emp(base: Run, seeds: Sequence[int] = SEEDS) -> list[Run]:
 
 
 def adaptive(base: Run = ADAPTIVE, seeds: Sequence[int] = SEEDS) -> list[Run]:
-    """SAP beside its controls; in two seeds other scopes, ratios and rewinding; in one dense training."""
-    fewer = seeds[:2]
+    """SAP beside its controls, other scopes, ratios and rewinding; in one seed dense training."""
     runs = [run for seed in seeds for run in controls(base, seed, seeds)]
-    runs += [run for seed in fewer for run in (*scopes(base, seed), *tuned(base, seed))]
+    runs += [run for seed in seeds for run in (*scopes(base, seed), *tuned(base, seed))]
     return [*runs, *dense(base, seeds[:1])]
 
 
-def cifar10(base: Run = CIFAR10, seeds: Sequence[int] = (0,)) -> list[Run]:
-    """The four methods of Figure 2 on CIFAR-10, in one seed."""
-    return figure2(base, seeds)
+def cifar10(base: Run = CIFAR10, seeds: Sequence[int] = FEWER_SEEDS) -> list[Run]:
+    """Every method on CIFAR-10 in the first seed, SAP (1, 2) in all scopes; in the others it and Lottery Ticket.
+
+    In the global scope SAP (1, 2) is followed by its controls, a replay by that of another seed.
+    """
+    first = replace(base, seed=seeds[0])
+    runs = [*figure2(base, seeds[:1]), replace(first, method="random"), *scopes(base, seeds[0]), *emp(base, seeds[:1])]
+    runs += [run for run in figure2(base, seeds[1:]) if run.method == "lottery-ticket" or run.p == 1]
+    followers = [run for seed in seeds for run in controls(base, seed, seeds)]
+    return [*runs, *(run for run in followers if run.scope == "global" and run.source is not None)]
 
 
 def settings(base: Run = ADAPTIVE, seeds: Sequence[int] = SEEDS) -> list[Run]:
@@ -120,7 +126,7 @@ def settings(base: Run = ADAPTIVE, seeds: Sequence[int] = SEEDS) -> list[Run]:
     audited = REDUCED["mlp", "fashion-mnist"]
     longer = [replace(audited, method="sap", scope=scope) for scope in ("global", "layer", "neuron")]
     longer.append(replace(audited, method="sap", p=1.0, q=2.0))
-    shorter = [run for seed in seeds[:2] for run in scopes(base, seed)]
+    shorter = [run for seed in seeds for run in scopes(base, seed)]
     return [*_seeded(longer, seeds), *shorter, *(run for run in cifar10() if run.method == "sap" and run.rounds > 1)]
 
 

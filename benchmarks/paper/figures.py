@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from style import DPI, NARROW, STYLE, look, percent_log
 
 from paper.results import Histories
 from paper.runs import Run
 from torch_sap.records.phases import label_phases
-from torch_sap.records.plots import PHASE_COLORS, shade_phases
+from torch_sap.records.plots import PHASE_COLORS
 from torch_sap.records.round import Round
 
 Groups = Mapping[str, Histories]
@@ -24,22 +28,35 @@ Column = tuple[str, Value]
 LABELS = {"lottery-ticket": "Lottery Ticket", "one-shot": "One Shot", "random": "random", "plain": "plain"}
 CONTROLS = {"sap": "SAP", "mean-share": "fixed at the mean share of SAP", "replay": "shares of another seed of SAP"}
 REWINDS = {"init": "", "late": ", late rewinding", "none": ", no rewinding"}
+# The same method looks the same in all figures; what is in none together may share a look.
+LOOKS = {
+    "SAP global (p=0.5, q=1)": 0,
+    "SAP global (p=1, q=2)": 1,
+    "SAP layer (p=0.5, q=1)": 1,
+    "Lottery Ticket": 2,
+    "One Shot": 3,
+    "SAP neuron (p=0.5, q=1)": 4,
+    "random": 4,
+}
+HATCHES = {"regularization": "", "compression": "//", "collapse": "xx"}
+COLLAPSED = 12.0  # points below the best, where a panel of accuracies may end
+SPARSEST = 0.1  # percent; the few rounds below are collapsed networks
 
 RETRAINED: tuple[Column, ...] = (
-    ("accuracy (%)", lambda found: 100 * found.metrics["accuracy"]),
-    ("remaining weights (%)", lambda found: 100 * found.density),
+    ("test accuracy (%)", lambda found: 100 * found.metrics["accuracy"]),
+    ("remaining weights", lambda found: 100 * found.density),
     ("PQ Index (0.5, 1)", lambda found: found.metrics["pqi_half_1"]),
     ("Gini index", lambda found: _whole(found.retrained.gini)),
 )
 PRUNED: tuple[Column, ...] = (
-    ("accuracy (%)", lambda found: 100 * _pruned(found, "accuracy")),
+    ("test accuracy (%)", lambda found: 100 * _pruned(found, "accuracy")),
     (
-        "accuracy, pruned - retrained (points)",
+        "accuracy, pruned\n- retrained (points)",
         lambda found: 100 * (_pruned(found, "accuracy") - found.metrics["accuracy"]),
     ),
     ("PQ Index (0.5, 1)", lambda found: _pruned(found, "pqi_half_1")),
     (
-        "PQ Index, pruned - retrained",
+        "PQ Index, pruned\n- retrained",
         lambda found: _pruned(found, "pqi_half_1") - found.metrics["pqi_half_1"],
     ),
 )
@@ -76,92 +93,137 @@ def over_seeds(histories: Histories, value: Value) -> Any:
 
 
 def figure2(groups: Groups, path: Path) -> None:
-    """(a) retrained and (b) pruned models against rounds, one curve a method."""
-    figure = Figure(figsize=(15, 7), layout="constrained")
-    halves: Any = figure.subfigures(2, 1)
-    titles = ("(a) retrained models", "(b) pruned models, before rewinding")
-    for half, title, columns in zip(halves, titles, (RETRAINED, PRUNED), strict=True):
-        half.suptitle(title, fontsize="medium")
-        for axes, (name, value) in zip(half.subplots(1, 4), columns, strict=True):
-            against_rounds(axes, groups, name, value)
-    legend(figure, halves[0].axes[0])
-    figure.savefig(path, dpi=90)
+    """Retrained models on the left, pruned ones on the right, against rounds, one curve per method."""
+    with house_style(9.5) as figure:
+        axes: Any = figure.subplots(4, 2, sharex=True)
+        for column, columns in enumerate((RETRAINED, PRUNED)):
+            for row, (name, value) in enumerate(columns):
+                against_rounds(axes[row, column], groups, name, value, log=name == RETRAINED[1][0])
+        axes[0, 0].set_title("retrained models")
+        axes[0, 1].set_title("pruned, before rewinding")
+        label_rounds(axes[-1])
+        legend(figure, axes[0, 0])
+        figure.savefig(path, dpi=DPI)
 
 
 def draw_phases(groups: Groups, path: Path) -> None:
     """Accuracy and PQ Index of each method against rounds, with the phases of the hypothesis as bands."""
-    figure = Figure(figsize=(15, 6), layout="constrained")
-    axes: Any = figure.subplots(2, len(groups), sharex=True)
-    for column, (name, histories) in enumerate(groups.items()):
-        index: Column = ("PQ Index that the method records", lambda found: found.pqi)
-        for row, (title, value) in enumerate((RETRAINED[0], index)):
-            against_rounds(axes[row, column], {name: histories}, title, value)
-            shade_phases(axes[row, column], phases(histories))
-        axes[0, column].set_title(f"{name}\n{RETRAINED[0][0]}", fontsize="small")
-    figure.legend(
-        handles=[Patch(color=color, alpha=0.3, label=name) for name, color in PHASE_COLORS.items()],
-        loc="outside lower center",
-        ncols=len(PHASE_COLORS),
-        fontsize="small",
-    )
-    figure.savefig(path, dpi=90)
+    index: Column = ("PQ Index of its p, q", lambda found: found.pqi)
+    with house_style(8.5) as figure:
+        axes: Any = figure.subplots(len(groups), 2, sharex=True)
+        for row, (name, histories) in enumerate(groups.items()):
+            for column, (title, value) in enumerate((RETRAINED[0], index)):
+                against_rounds(axes[row, column], {name: histories}, title, value)
+                shade(axes[row, column], phases(histories))
+            axes[row, 0].set_title(name, loc="left")
+        label_rounds(axes[-1])
+        patches = [
+            Patch(facecolor=color, alpha=0.3, hatch=HATCHES[name], edgecolor="black", linewidth=0, label=name)
+            for name, color in PHASE_COLORS.items()
+        ]
+        figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
+        figure.savefig(path, dpi=DPI)
+
+
+def shade(axes: Any, labels: Sequence[Any]) -> None:
+    """Shade rounds by their phases, in a color and a hatch of each."""
+    for number, phase in enumerate(labels):
+        if phase is not None:
+            band = {"facecolor": PHASE_COLORS[phase], "hatch": HATCHES[phase], "edgecolor": "black"}
+            axes.axvspan(number - 0.5, number + 0.5, alpha=0.2, linewidth=0, **band)
 
 
 def figure3(groups: Groups, path: Path) -> None:
     """Accuracy against remaining weights; remaining weights and PQ Index of the first, a middle and the last tensor."""
-    figure = Figure(figsize=(15, 7), layout="constrained")
-    axes: Any = figure.subplots(2, 4)
-    for row in (0, 1):
-        against_remaining(axes[row, 0], groups)
-    zoom(axes[1, 0])
-    for number, place in enumerate(("first", "middle", "last"), 1):
-        against_rounds(axes[0, number], groups, f"remaining weights of the {place} tensor (%)", remaining_of(place))
-        against_rounds(axes[1, number], groups, f"PQ Index of the {place} tensor", index_of(place))
-    legend(figure, axes[0, 0])
-    figure.savefig(path, dpi=90)
+    with house_style(9.5) as figure:
+        axes: Any = figure.subplots(4, 2)
+        for whole_or_detail in axes[0]:
+            against_remaining(whole_or_detail, groups)
+        zoom(axes[0, 1])
+        for row, place in enumerate(("first", "middle", "last"), 1):
+            against_rounds(axes[row, 0], groups, f"{place} tensor,\nremaining", remaining_of(place), log=True)
+            against_rounds(axes[row, 1], groups, f"{place} tensor,\nPQ Index", index_of(place))
+        label_rounds(axes[-1])
+        legend(figure, axes[0, 0])
+        figure.savefig(path, dpi=DPI)
 
 
 def ablation(parts: Sequence[Groups], path: Path) -> None:
-    """A row for each part: accuracy, remaining weights and PQ Index against rounds, accuracy against remaining."""
-    figure = Figure(figsize=(15, 3.8 * len(parts)), layout="constrained")
-    rows: Any = figure.subplots(len(parts), 4, squeeze=False)
-    for row, groups in zip(rows, parts, strict=True):
-        for axes, (name, value) in zip(row, RETRAINED[:3], strict=False):
-            against_rounds(axes, groups, name, value)
-        against_remaining(row[3], groups)
-        row[3].legend(fontsize="x-small")
-    figure.savefig(path, dpi=90)
+    """A column per part: accuracy, remaining weights and PQ Index against rounds, accuracy against remaining."""
+    with house_style(9.5) as figure:
+        axes: Any = figure.subplots(5, len(parts), height_ratios=(1, 1, 1, 1, 0.4))
+        for column, groups in enumerate(parts):
+            for row, (name, value) in enumerate(RETRAINED[:3]):
+                against_rounds(axes[row, column], groups, name if column == 0 else "", value, log=row == 1)
+            against_remaining(axes[3, column], groups)
+            lowest, highest = axes[3, column].get_ylim()
+            axes[3, column].set_ylim(max(lowest, highest - COLLAPSED), highest)
+            label_rounds(axes[2])
+            handles, labels = axes[0, column].get_legend_handles_labels()
+            axes[4, column].legend(handles, labels, loc="center", fontsize="small", frameon=False)
+            axes[4, column].axis("off")
+            axes[3, column].set_ylabel("" if column else "test accuracy (%)")
+        figure.savefig(path, dpi=DPI)
 
 
-def against_rounds(axes: Any, groups: Groups, title: str, value: Value) -> None:
-    """Draw one value against rounds, a curve a group."""
-    draw_curves(axes, {name: over_seeds(histories, value) for name, histories in groups.items()}, title)
+@contextmanager
+def house_style(height: float) -> Iterator[Figure]:
+    """Yield a figure in the style of the pages' pictures, to be drawn and saved within."""
+    with matplotlib.style.context(STYLE, after_reset=True):
+        yield Figure(figsize=(NARROW, height), layout="constrained")
+
+
+def label_rounds(axes: Iterable[Any]) -> None:
+    """Say that the horizontal axis has rounds."""
+    for ax in axes:
+        ax.set_xlabel("round")
+
+
+def against_rounds(axes: Any, groups: Groups, title: str, value: Value, *, log: bool = False) -> None:
+    """Draw one value against rounds, a curve per group; a logarithmic axis is of percentages."""
+    curves = {name: over_seeds(histories, value) for name, histories in groups.items()}
+    draw_curves(axes, curves, title)
+    if log:
+        axes.set_yscale("log")
+        percent_log(axes.yaxis, [values.mean(0).min() for values in curves.values()] + [100.0])
 
 
 def draw_curves(axes: Any, curves: Mapping[str, Any], title: str) -> None:
     """Draw values of shape (seeds, rounds) against rounds: their mean, and a band of one standard deviation."""
-    for number, (name, values) in enumerate(curves.items()):
-        mean, deviation = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
-        rounds = np.arange(len(mean))
-        axes.plot(rounds, mean, marker=".", markersize=3, linewidth=1, label=name, color=f"C{number}")
-        axes.fill_between(rounds, mean - deviation, mean + deviation, alpha=0.2, linewidth=0, color=f"C{number}")
-    axes.set_title(title, fontsize="small")
-    axes.set_xlabel("round", fontsize="small")
+    for (name, values), number in zip(curves.items(), looks(curves), strict=True):
+        draw_line(axes, np.arange(values.shape[1]), values, name, number)
+    axes.set_ylabel(title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
 
 
-def against_remaining(axes: Any, groups: Groups) -> None:
-    """Draw accuracy against remaining weights on a log axis, dense on the left."""
-    for number, (name, histories) in enumerate(groups.items()):
-        densities = over_seeds(histories, RETRAINED[1][1]).mean(0)
-        values = over_seeds(histories, RETRAINED[0][1])
-        deviation = values.std(0, ddof=1) if len(values) > 1 else 0
-        axes.plot(densities, values.mean(0), marker=".", markersize=3, linewidth=1, label=name, color=f"C{number}")
-        lower, upper = values.mean(0) - deviation, values.mean(0) + deviation
-        axes.fill_between(densities, lower, upper, alpha=0.2, linewidth=0, color=f"C{number}")
+def looks(names: Iterable[str]) -> list[int]:
+    """The looks of series that are shown together: those of `LOOKS`, or one after the other."""
+    known = [LOOKS.get(name, -1) for name in names]
+    return known if len({*known} - {-1}) == len(known) else list(range(len(known)))
+
+
+def draw_line(axes: Any, x: Any, values: Any, name: str, number: int, *, band: bool = True) -> None:
+    """Draw values of shape (seeds, rounds) over x: their mean, and a band of one standard deviation."""
+    mean, style = values.mean(0), look(number)
+    axes.plot(x, mean, label=name, **style)
+    if len(values) > 1 and band:
+        deviation = values.std(0, ddof=1)
+        axes.fill_between(x, mean - deviation, mean + deviation, alpha=0.2, linewidth=0, color=style["color"])
+
+
+def against_remaining(axes: Any, groups: Groups, banded: Sequence[str] | None = None) -> None:
+    """Draw accuracy against remaining weights on a log axis, dense on the left; bands of these methods, or of all."""
+    for (name, histories), number in zip(groups.items(), looks(groups), strict=True):
+        densities, values = (over_seeds(histories, RETRAINED[column][1]) for column in (1, 0))
+        draw_line(axes, densities.mean(0), values, name, number, band=banded is None or name in banded)
+    lowest = min(min(line.get_xdata()) for line in axes.get_lines())
     axes.set_xscale("log")
     axes.invert_xaxis()
-    axes.set_title("accuracy (%) against remaining weights (%)", fontsize="small")
+    percent_log(axes.xaxis, [max(lowest, SPARSEST), 100.0])
+    axes.set_xlim(left=115, right=max(lowest, SPARSEST) / 1.15)
+    axes.set_xlabel("remaining weights")
+    axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
 
 
@@ -174,14 +236,15 @@ def zoom(axes: Any, sparsest: float = 10.0) -> None:
         if share >= sparsest
     ]
     margin = (max(accuracies) - min(accuracies)) / 10
-    axes.set_xlim(100, sparsest)
+    axes.set_xlim(105, sparsest / 1.05)
+    percent_log(axes.xaxis, [sparsest, 100.0])
     axes.set_ylim(min(accuracies) - margin, max(accuracies) + margin)
 
 
 def legend(figure: Figure, axes: Any) -> None:
     """One legend for the whole figure, below it."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
 
 
 def phases(histories: Histories) -> list[Any]:

@@ -4,9 +4,9 @@
     python benchmarks/paper audit draw
 
 `run` does what is left of an experiment's runs (a killed one goes on where it was), shares them with the other
-experiments, and packs their histories into docs/results/paper. `draw` makes the figures and the tables of
-docs/does-it-work.md and docs/settings.md from there. Without further arguments both do what those pages show; with
-them the paper's own:
+experiments, and packs their histories into docs/results/paper. From there `draw` makes the figures of
+docs/does-it-work.md, the tables of that page and of docs/settings.md, and all tables in docs/results/paper/tables.
+Without further arguments both do what those pages show; with them the paper's own:
 
     python benchmarks/paper figure2 run --data cifar10 --model cnn --width 64 --rounds 30 --epochs 200 --device cuda
 """
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def draw(experiment: str, base: Run, results: Path, images: Path, page: Path) -> None:
     """Make the figures and the tables of an experiment from packed histories."""
-    from pages import fill
+    from pages import fill, save_table
 
     from paper import draw as drawings
     from paper.results import read
@@ -78,10 +78,19 @@ def draw(experiment: str, base: Run, results: Path, images: Path, page: Path) ->
     images.mkdir(parents=True, exist_ok=True)
     for name, save in figures.items():
         save(images / name)
+    for name, text in tables.items():
+        save_table(text, table_path(results, name))
     if page.exists():
-        page.write_text(fill(page.read_text("utf-8"), tables), "utf-8")
+        written = page.read_text("utf-8")
+        shown = {name: text for name, text in tables.items() if f"<!-- begin {name} -->" in written}
+        page.write_text(fill(written, shown), "utf-8")
     for text in tables.values():
         print(text, end="\n\n")
+
+
+def table_path(results: Path, name: str) -> Path:
+    """Where a table lies as CSV; the page shows some of them too."""
+    return results / "tables" / f"{name.replace(' ', '_')}.csv"
 
 
 def page_of(experiment: str) -> Path:

@@ -27,13 +27,15 @@ Point = tuple[float, float, int]
 def pack(runs: Iterable[Run], out: Path, results: Path) -> None:
     """Put the finished rounds of these runs into a file of `results` for each model and data set; others in it stay.
 
-    Of the neuron scope only sums over each tensor are kept, and six digits of every number: the page needs no more.
+    Of the neuron scope only sums over each tensor are kept, and six digits of every number: the page needs no more. A
+    run that has more rounds in `results` than in `out` stays as it is.
     """
     found = read(results)
     for run in runs:
         for name in ("rounds.json", "history.json"):  # of a run that is not finished, and of one that is
             if (out / run.name / name).exists():
-                found[run] = torch_sap.History.from_dict(slim(json.loads((out / run.name / name).read_text())))
+                history = torch_sap.History.from_dict(slim(json.loads((out / run.name / name).read_text())))
+                found[run] = max(history, found.get(run, history), key=len)
     results.mkdir(parents=True, exist_ok=True)
     for family, members in itertools.groupby(sorted(found, key=lambda run: (_family(run), run.name)), key=_family):
         content = {"runs": [{"config": asdict(run), "history": found[run].to_dict()} for run in members]}

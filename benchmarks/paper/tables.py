@@ -1,9 +1,10 @@
-"""The tables of docs/does-it-work.md, from saved histories."""
+"""Tables from saved histories, for docs/does-it-work.md and docs/results/paper/tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from pages import table
 
@@ -156,6 +157,21 @@ def selected(histories: Histories, runs: Sequence[Run]) -> Histories:
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(runs)} runs have no saved history: {missing[0]}, ...")
     return {run: histories[run] for run in runs}
+
+
+def finished(histories: Histories, runs: Sequence[Run]) -> Histories:
+    """Those of the runs that have a history, in their order; of the seeds of a method, those with the most rounds.
+
+    Runs that take hours are shown before the last of them is done.
+    """
+    found = {run: histories[run] for run in runs if run in histories}
+    longest: dict[Run, int] = {}
+    for run, history in found.items():
+        seedless = replace(run, seed=0, source=None)
+        longest[seedless] = max(len(history), longest.get(seedless, 0))
+    return {
+        run: history for run, history in found.items() if len(history) == longest[replace(run, seed=0, source=None)]
+    }
 
 
 def _epochs(mean: float) -> str:

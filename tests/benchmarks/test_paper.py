@@ -1,8 +1,10 @@
 """benchmarks/paper: the paper's models, runs that resume, and a page that shows the committed histories."""
 
+import csv
 import itertools
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +25,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
 from pages import fill
-from paper import adaptive, authors, draw, experiments, figures, models, published, results
+from paper import adaptive, authors, draw, experiments, figures, models, published, results, tables
 from paper import main as main_module
 from paper import runs as paper_runs
-from paper.main import IMAGES, NAMES, PAGE, RESULTS, main, page_of
+from paper.main import IMAGES, NAMES, PAGE, RESULTS, main, page_of, table_path
 from paper.runs import Run, complete
 
 PAPER = str(Path(__file__).parents[2] / "benchmarks" / "paper")
@@ -440,10 +442,29 @@ def test_packed_histories_keep_what_the_page_needs(tmp_path):
     history[:2].to_json(tmp_path / unfinished.name / "rounds.json")
     results.pack([unfinished], tmp_path, tmp_path / "packed")
     assert len(results.read(tmp_path / "packed")[unfinished]) == 2
+    history[:1].to_json(tmp_path / unfinished.name / "rounds.json")
+    results.pack([unfinished], tmp_path, tmp_path / "packed")
+    assert len(results.read(tmp_path / "packed")[unfinished]) == 2  # what is packed and longer stays
     groups = figures.grouped({run: history, other: history, replace(run, p=0.3): history})
     assert [len(members) for members in groups.values()] == [2, 1]
     with pytest.raises(ValueError, match="runs must differ by their seeds only to be averaged"):
         figures.grouped({run: history, replace(run, epochs=99): history})
+
+
+def test_a_page_shows_runs_before_all_are_finished(adaptive_runs, tmp_path):
+    sap = [run for run in adaptive_runs if (run.method, run.scope, run.seed) == ("sap", "global", 0)]
+    followed = [run for run in adaptive_runs if run.source is not None and (run.scope, run.seed) == ("global", 0)]
+    wanted = [*sap, replace(sap[0], seed=1), replace(sap[0], seed=7), *followed]
+    begun = {**adaptive_runs, replace(sap[0], seed=1): adaptive_runs[replace(sap[0], seed=1)][:2]}
+    found = tables.finished(begun, wanted)
+    assert list(found) == [*sap, *followed]  # a seed is not begun, and one has fewer rounds
+    stopped = {**found, **{run: found[run][:3] for run in followed}}
+    gaps = [[line[-1] for line in rows_of(adaptive.control_table(of))[2:]] for of in (found, stopped)]
+    assert gaps[1] == ["0", "-", "-"]
+    assert "-" not in gaps[0]
+    whole = [run for run in experiments.cifar10() if run.source is None]
+    assert {run.method for run in whole} == {"sap", "lottery-ticket", "one-shot", "random"}
+    assert "cnn16-cifar10-all-8x3-replay-1-2-0-1-global-of0-seed1" in {run.name for run in experiments.cifar10()}
 
 
 def test_every_experiment_needs_each_run_once_and_shares_them():
@@ -463,7 +484,12 @@ def committed():
 def test_the_page_shows_the_committed_histories(name, base, committed):
     of_page, images = getattr(draw, name)(committed, base, RESULTS)
     page = page_of(name).read_text("utf-8")
-    assert fill(page, of_page) == page
+    assert fill(page, {key: text for key, text in of_page.items() if f"<!-- begin {key} -->" in page}) == page
+    for key, text in of_page.items():
+        saved = table_path(RESULTS, key)
+        with saved.open(newline="", encoding="utf-8") as file:
+            head, *lines = csv.reader(file)
+        assert [head, *lines] == [line for line in rows_of(text) if set(line) != {"---"}]
     for image in images:
         assert f"](images/{image})" in page
         assert (IMAGES / image).stat().st_size > 10_000
@@ -471,7 +497,7 @@ def test_the_page_shows_the_committed_histories(name, base, committed):
 
 def test_every_number_in_the_text_is_in_a_table():
     page = PAGE.read_text("utf-8")
-    shown = "".join(re.findall(r"<!-- begin .*?<!-- end ", page, re.DOTALL))
+    shown = "".join(path.read_text("utf-8") for path in (RESULTS / "tables").iterdir())
     text = re.sub(r"<!-- begin .*?<!-- end .*?-->|```.*?```|`[^`]*`|\(p=[^)]*\)|\]\([^)]*\)", "", page, flags=re.DOTALL)
     numbers = set(re.findall(r"\d+\.\d\d+", text))
     assert {"89.13", "1.22"} <= numbers
@@ -481,7 +507,9 @@ def test_every_number_in_the_text_is_in_a_table():
 def test_drawing_writes_figures_and_fills_a_page(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("<!-- begin anchors -->\nold\n<!-- end anchors -->\n")
-    main(["anchors", "draw", "--images-dir", str(tmp_path), "--page", str(page)])
+    packed = shutil.copytree(RESULTS, tmp_path / "packed", ignore=shutil.ignore_patterns("tables"))
+    main(["anchors", "draw", "--images-dir", str(tmp_path), "--page", str(page), "--results", str(packed)])
+    assert [path.name for path in (packed / "tables").iterdir()] == ["anchors.csv"]
     assert (tmp_path / "paper_anchors.png").stat().st_size > 10_000
     assert "old" not in page.read_text()
     assert "Lottery Ticket" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_the_page_shows_these_values(found):
 @pytest.mark.slow
 def test_the_command_writes_pictures_and_fills_a_page(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("".join(f"<!-- begin {n} -->\nold\n<!-- end {n} -->\n" for n in ("vectors", "scopes", "rounds")))
+    page.write_text("".join(f"<!-- begin {n} -->\nold\n<!-- end {n} -->\n" for n in ("scopes", "rounds")))
     pictures.main(["--images-dir", str(tmp_path), "--page", str(page)])
     expected = {f"maths_{name}.png" for name in NAMES} | {"headline.png"}
     assert {path.name for path in tmp_path.glob("*.png")} == expected

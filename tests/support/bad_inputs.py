@@ -112,6 +112,7 @@ CASES = {
         ('verify("m", 0)', 'TypeError', 'model must be a torch.nn.Module, got str'),
         ('global_unstructured(model, importance_scores={(model[3], "weight"): ones(4, 9) * nan})', 'ValueError', 'importance_scores must be finite, but 3.weight of shape (4, 9) has NaN entries'),
         ('global_unstructured(model, importance_scores={(model[3], "weight"): ones(4, 9) * 1j})', 'TypeError', 'importance_scores of 3.weight must be a real floating-point tensor (float16, bfloat16, float32, float64), got torch.complex64'),
+        ('global_unstructured(model, importance_scores=lambda model: {(model[0], "weight"): ones(9, 6)})', 'ValueError', 'importance_scores must return a tensor for each parameter that is pruned, but none for 3.weight; add it, or exclude the parameter'),
         ('layer_unstructured(model, importance_scores={(model[0], "weight"): ones(9, 6, device="meta")})', 'ValueError', 'importance_scores of 0.weight must have values, but it is on the meta device'),
     ],
     'Iterative pruning': [

@@ -1,10 +1,13 @@
 """Cases of test_distributed.py for DistributedDataParallel, and for copies that differ."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
 from distributed_models import data, mine, mlp
 from fully_sharded import fully_shard
+from helpers import FUNCTIONS, SCOPES
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -33,15 +36,25 @@ def data_parallel():
 
 def scores_of_all_batches():
     """Each process scores on a batch of its own, and all prune by the sums: as one process does with all batches."""
-    for score in (
-        scores.activations,
-        lambda batches: scores.gradients(batches, lambda model, x: model(x).square().sum()),
+    for score, scope in itertools.product(
+        (
+            scores.activations,
+            lambda batches: scores.gradients(batches, lambda model, x: model(x).square().sum()),
+        ),
+        SCOPES,
     ):
-        one, many = mlp(), mlp()
-        torch_sap.global_unstructured(one, eta_r=0.3, importance_scores=score([data()]))
-        torch_sap.global_unstructured(DistributedDataParallel(many), eta_r=0.3, importance_scores=score([mine(data())]))
-        for a, b in zip(one.buffers(), many.buffers(), strict=True):
-            assert torch.equal(a, b)
+        one, many = mlp(), DistributedDataParallel(mlp())
+        settings = {"scope": scope, "eta_r": 0.3, "rewind": "none"}
+        alone = torch_sap.SAP(one, importance_scores=score([data()]), **settings)
+        together = torch_sap.SAP(many, importance_scores=score([mine(data())]), **settings)
+        for _ in range(2):
+            alone.step()
+            together.step()
+            for a, b in zip(one.buffers(), many.module.buffers(), strict=True):
+                assert torch.equal(a, b)
+        assert alone.history[0].pruned_count > 0
+        function = FUNCTIONS[scope]
+        assert function(mlp(), eta_r=0.3, importance_scores=score([data()])).pruned == alone.history[0].pruned_count
 
 
 def processes_disagree():

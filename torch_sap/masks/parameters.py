@@ -213,14 +213,18 @@ def entries_of(
 ) -> list[Entry]:
     """Make entries for the SAP step, ranked by the user's scores where given.
 
+    A dict may leave tensors out, as in PyTorch, and their magnitudes rank them. A callable is asked for all of them:
+    one that it misses would be ranked against scores of another scale.
+
     Raises:
         TypeError: if the scores are not a mapping to real floating-point tensors.
-        ValueError: if scores have another shape than their tensor, or belong to none.
+        ValueError: if scores have another shape than their tensor, or belong to none, or a callable leaves some out.
     """
     scores: Any = {} if importance_scores is None else importance_scores
-    if callable(scores) and not isinstance(model, nn.Module):
+    asked = callable(scores)
+    if asked and not isinstance(model, nn.Module):
         raise ValueError("importance_scores may only be a callable for a model, but there are (module, name) pairs")
-    scores = scores(model) if callable(scores) else scores
+    scores = scores(model) if asked else scores
     if not isinstance(scores, Mapping):
         raise TypeError(
             "importance_scores must be a dict from (module, name) to a tensor, or a callable that returns one, got "
@@ -239,6 +243,11 @@ def entries_of(
             shape = tuple(known[pair].weight.shape)
             raise ValueError(f"{name} must have the parameter's shape {shape}, got {tuple(tensor.shape)}")
         chosen.setdefault(known[pair].name, tensor)
+    if asked and (missing := [prunable.name for prunable in prunables if prunable.name not in chosen]):
+        raise ValueError(
+            "importance_scores must return a tensor for each parameter that is pruned, but none for "
+            f"{some(missing)}; add it, or exclude the parameter"
+        )
     return [prunable.entry(chosen.get(prunable.name)) for prunable in prunables]
 
 
