@@ -48,6 +48,8 @@ def mathml(formula, display):
     """A formula as MathML, which browsers draw without scripts and without a network."""
     formula = re.sub(r"\\[bB]igg?(?![A-Za-z])", "", formula)  # browsers fit brackets to what they enclose
     markup = convert(formula, display=display)
+    bars = r'<mo stretchy="false" lspace="0" rspace="0">\1'  # those of a norm are close and stay at the line
+    markup = re.sub("<mo>(&#x0007C;|&#x02016;)", bars, markup)
     unknown = re.findall(r">(\\\w+)<", markup)
     if unknown:
         getLogger(__name__).warning("latex2mathml does not know %s in %s", unknown[0], formula)
