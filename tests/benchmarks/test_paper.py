@@ -24,12 +24,14 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
+from matplotlib.figure import Figure
 from pages import fill
 from paper import adaptive, authors, draw, experiments, figures, models, published, results, tables
 from paper import main as main_module
 from paper import runs as paper_runs
 from paper.main import IMAGES, NAMES, PAGE, RESULTS, main, page_of, table_path
 from paper.runs import Run, complete
+from style import WIDTH, percent_log
 
 PAPER = str(Path(__file__).parents[2] / "benchmarks" / "paper")
 FASHION = {"in_chans": 1, "image_size": 28, "num_classes": 10}
@@ -493,6 +495,39 @@ def test_the_page_shows_the_committed_histories(name, base, committed):
     for image in images:
         assert f"](images/{image})" in page
         assert (IMAGES / image).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("name", "base"), SHOWN, ids=lambda value: getattr(value, "model", value))
+def test_figures_can_be_read_on_a_phone_and_without_colors(name, base, committed, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    for image, save in getattr(draw, name)(committed, base, RESULTS)[1].items():
+        save(tmp_path / image)
+    for figure in drawn:
+        assert figure.get_figwidth() <= WIDTH
+        for axes in figure.axes:
+            looks = {}
+            for line in axes.get_lines():
+                if not line.get_label().startswith("_"):
+                    looks[line.get_label()] = (line.get_linestyle(), line.get_marker())
+            assert len(looks) <= 5
+            assert len(set(looks.values())) == len(looks)
+            texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()]
+            legends = [one for one in (axes.get_legend(), *figure.legends) if one is not None]
+            texts += [text for one in legends for text in one.get_texts()]
+            assert min(text.get_fontsize() for text in texts) >= 8
+            for axis, scale in ((axes.xaxis, axes.get_xscale()), (axes.yaxis, axes.get_yscale())):
+                if scale == "log":
+                    assert str(axis.get_major_formatter()(10.0, 0)).endswith(" %")
+
+
+def test_a_logarithmic_axis_has_percent_ticks():
+    axes = Figure().subplots()
+    for lowest, labels in ((0.2, ["1 %", "10 %", "100 %"]), (8, ["10 %", "20 %", "50 %", "100 %"])):
+        axes.set_xscale("log")
+        percent_log(axes.xaxis, [lowest, 100.0])
+        ticks = axes.xaxis.get_majorticklocs()
+        assert [axes.xaxis.get_major_formatter()(tick, 0) for tick in ticks] == labels
 
 
 def test_every_number_in_the_text_is_in_a_table():
