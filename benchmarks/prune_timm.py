@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> Histories:
     print(headline(arguments, dataset, device), flush=True)
     histories: dict[str, list[History]] = {method: [] for method in METHODS}
     epochs = len(METHODS) * arguments.seeds * (arguments.iterations + 1) * arguments.epochs
-    with tqdm(total=epochs, unit="epoch", disable=None, dynamic_ncols=True) as bar:  # None: silent without a terminal
+    with tqdm(total=epochs, unit="epoch", leave=False, disable=None, dynamic_ncols=True) as bar:
         for seed in range(arguments.seeds):
             for method in METHODS:
                 bar.set_description(f"{method}, seed {seed}")
@@ -190,7 +190,7 @@ def change(history: History) -> str:
 
 def table(histories: Histories) -> str:
     """One line per round, means over the seeds."""
-    lines = ["".join(["round", *(f"{method + ': remaining':>26}{'accuracy':>10}" for method in histories)])]
+    lines = ["".join(["round", *(f"{method + ': weights':>26}{'accuracy':>10}" for method in histories)])]
     columns = [(mean(of_seeds, remaining), mean(of_seeds, accuracy)) for of_seeds in histories.values()]
     for number in range(len(columns[0][0])):
         cells = [f"{share[number]:>26.1%}{right[number]:>10.1%}" for share, right in columns]
@@ -206,8 +206,9 @@ def summary(histories: Histories) -> str:
         against = [100 * (accuracy(history[-1]) - accuracy(history[0])) for history in of_seeds]
         how = "which it counted itself" if method == "SAP" else "by a ratio that somebody chose"
         lines.append(
-            f"{method} ends with {share:.1%} of the weights, {how}: {right[-1]:.1%} of the test images right, dense "
-            f"{right[0]:.1%} (points against dense, per seed: {', '.join(f'{points:+.1f}' for points in against)})."
+            f"{method} ends with {share:.1%} of the weights, {how}:\n"
+            f"  {right[-1]:.1%} of the test images right, dense {right[0]:.1%} "
+            f"(points against dense, per seed: {', '.join(f'{points:+.1f}' for points in against)})"
         )
     return "\n".join(lines)
 
