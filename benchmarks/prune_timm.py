@@ -1,22 +1,21 @@
-"""Prune a timm model by SAP: train, measure, prune, rewind, round after round, on real images.
+"""Prune a timm model by SAP, beside the Lottery Ticket, and draw how many weights it needs.
 
 Without arguments it takes timm's `test_resnet` and scikit-learn's digits, which need no download and no GPU:
 
     python benchmarks/prune_timm.py
-    python benchmarks/prune_timm.py --model resnet18 --data cifar10 --iterations 20 --epochs 30 --device cuda
+    python benchmarks/prune_timm.py --model resnet18 --data cifar10 --iterations 12 --epochs 30 --seeds 1
 
-Each round prints a line. In the --out folder are, at the end: `history.csv`, `history.json` and `history.png` (all
-rounds), `last.safetensors` (the weights of the last round, zeros where pruned) and `best.safetensors` (those of the
-sparsest round whose test accuracy is within one point of the dense model's).
+Both methods train, prune, rewind the weights that are left, and train again. The Lottery Ticket prunes a share that you
+choose (--ratio); SAP counts the effective number of weights in each round and prunes the rest. In the --out folder are,
+at the end: `rounds.png`, and of each method and seed a folder with `history.json` (all rounds), `history.csv`, and
+`model.safetensors` (the model of the last round, for `torch_sap.load_sparse`).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import difflib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,29 @@ import torch
 from torch import nn
 
 import torch_sap
+from torch_sap import History
 from torch_sap.records.round import Round
 
 try:
-    import timm
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from safetensors.torch import save_file
+    import matplotlib.style
+    import numpy as np
+    from data import NAMES, Dataset, load
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+    from models import build, choose_device, set_threads
+    from style import COLORS, DPI, LINES, MARKERS, STYLE, WIDTH
+    from tqdm import tqdm
+    from training import Recipe, evaluate, fit, seed_everything
 except ImportError as error:
     raise SystemExit(f"{error}: the benchmarks need more packages, pip install -e '.[bench]'") from error
 
-import data
-from training import Recipe, evaluate, fit, seed_everything
-
-TOLERANCE = 0.01
-QUIET_SECONDS = 30.0
-SMALL_MODEL = 1_000_000
+METHODS = ("SAP", "Lottery Ticket")
+POINT = 0.01
+Histories = Mapping[str, Sequence[History]]
 
 
-def main(argv: Sequence[str] | None = None) -> torch_sap.History:
-    """Run the command line; return the history that it has written."""
+def main(argv: Sequence[str] | None = None) -> Histories:
+    """Run the command line; return the histories by method, one per seed."""
     arguments = _parser().parse_args(argv)
     try:
         return run(arguments)
@@ -51,196 +53,176 @@ def main(argv: Sequence[str] | None = None) -> torch_sap.History:
         raise SystemExit(f"prune_timm: {error}") from error
 
 
-def run(arguments: argparse.Namespace) -> torch_sap.History:
-    """Prune as the arguments say, print the rounds, and write the results."""
-    seed_everything(arguments.seed)
+def run(arguments: argparse.Namespace) -> Histories:
+    """Prune by both methods with each seed, print the rounds, and write the results."""
     device = choose_device(arguments.device)
-    dataset = data.load(arguments.data, arguments.data_dir)
+    dataset = load(arguments.data, arguments.data_dir)
     model, dataset = build(arguments.model, dataset, arguments.image_size)
-    model, dataset = model.to(device), dataset.to(device)
+    dataset = dataset.to(device)
+    for method in METHODS:
+        pruner(method, copy.deepcopy(model), arguments)  # refuses wrong settings before the first training
+    out = arguments.out or Path("runs", f"{arguments.model}-{arguments.data}-{arguments.scope}")
+    print(headline(arguments, dataset, device), flush=True)
+    histories: dict[str, list[History]] = {method: [] for method in METHODS}
+    epochs = len(METHODS) * arguments.seeds * (arguments.iterations + 1) * arguments.epochs
+    with tqdm(total=epochs, unit="epoch", leave=False, disable=None, dynamic_ncols=True) as bar:
+        for seed in range(arguments.seeds):
+            for method in METHODS:
+                bar.set_description(f"{method}, seed {seed}")
+                model, history = prune(method, seed, dataset, arguments, on_epoch=lambda *_: bar.update())
+                save(model, history, out / f"{method.lower().replace(' ', '-')}-{seed}")
+                histories[method].append(history)
+                bar.write(f"{method}, seed {seed}: {change(history)}")
+    draw(histories, out / "rounds.png")
+    print(table(histories), summary(histories), advice(arguments, out), sep="\n\n")
+    return histories
+
+
+def prune(
+    method: str, seed: int, dataset: Dataset, arguments: argparse.Namespace, on_epoch: Callable[[int, float], object]
+) -> tuple[nn.Module, History]:
+    """Train and prune a new model `iterations` times, and train once more."""
+    seed_everything(seed)
+    model, _ = build(arguments.model, dataset, arguments.image_size)
+    model = model.to(choose_device(arguments.device))
     set_threads(model, arguments.threads)
-    sap = torch_sap.SAP(model, gini=True, **_settings(arguments))
-    out = arguments.out or Path("runs", f"{arguments.model}-{arguments.data}-{arguments.scope}-{arguments.seed}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "best.safetensors").unlink(missing_ok=True)
     recipe = Recipe(arguments.epochs, arguments.batch_size, arguments.lr)
-    with Display(arguments.iterations + 1, arguments.epochs) as display:
-        display.line(_headline(arguments, dataset, device))
-        prune_in_rounds(sap, dataset, recipe, arguments.iterations, out, display)
-        save_weights(model, out / "last.safetensors")
-        sap.history.plot(out / "history.png")
-        display.line(summary(sap.history))
-        display.line(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-    return sap.history
+
+    def train(model: nn.Module) -> dict[str, float]:
+        return fit(model, dataset.train, recipe, on_epoch)
+
+    def accuracy(model: nn.Module) -> float:
+        return evaluate(model, dataset.test)["accuracy"]
+
+    rounds = pruner(method, model, arguments)
+    return model, torch_sap.iterative_sap(rounds, train, eval_fn=accuracy, iterations=arguments.iterations)
 
 
-def prune_in_rounds(
-    sap: torch_sap.SAP, dataset: data.Dataset, recipe: Recipe, iterations: int, out: Path, display: Display
-) -> None:
-    """Train and prune `iterations` times, and train once more; write the history after every round."""
-    for number in range(iterations + 1):
-        metrics = fit(sap.model, dataset.train, recipe, display.epoch) | evaluate(sap.model, dataset.test)
-        if number > 0 and is_within_tolerance(metrics["accuracy"], sap.history):
-            save_weights(sap.model, out / "best.safetensors")
-        if number < iterations:
-            sap_round = sap.step(metrics, eval_fn=lambda pruned: evaluate(pruned, dataset.test))
-        else:
-            sap_round = sap.record(metrics)
-        display.round(sap_round)
-        sap.history.to_csv(out / "history.csv")
-        sap.history.to_json(out / "history.json")
+def pruner(method: str, model: nn.Module, arguments: argparse.Namespace) -> torch_sap.SAP | torch_sap.LotteryTicket:
+    """Make what prunes a model by a method."""
+    settings: dict[str, Any] = {"scope": arguments.scope, "p": arguments.p, "q": arguments.q}
+    if method == "SAP":
+        return torch_sap.SAP(model, **settings)
+    return torch_sap.LotteryTicket(model, ratio=arguments.ratio, **settings)
 
 
-def build(name: str, dataset: data.Dataset, image_size: int | None = None) -> tuple[nn.Module, data.Dataset]:
-    """Make a timm model for a data set, and resize the images to what the model takes.
-
-    Args:
-        name: of a model of timm.
-        dataset: gives the channels, the classes and the size of the images.
-        image_size: pixels a side; None leaves the images as they are, or takes the model's size where it is fixed.
-
-    Raises:
-        ValueError: timm has no such model, or it cannot take such images.
-    """
-    if not timm.is_model(name):
-        similar = timm.list_models(f"*{name}*")[:5] or difflib.get_close_matches(name, timm.list_models())
-        raise ValueError(f"model must be one of timm's, got {name!r}; similar: {', '.join(similar) or 'none'}")
-    config = timm.get_pretrained_cfg(name)
-    own_size = config.input_size[-1] if config is not None and config.fixed_input_size else None
-    sizes: dict[str, Any] = {"img_size": image_size} if own_size and image_size else {}
-    try:
-        model = timm.create_model(name, in_chans=dataset.in_chans, num_classes=dataset.num_classes, **sizes)
-    except TypeError as error:
-        raise ValueError(f"{name} cannot be made with these settings: {error}") from error
-    if size := image_size or own_size:
-        dataset = dataset.resized(size)
-    shape = (dataset.in_chans, dataset.image_size, dataset.image_size)
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(2, *shape))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{name} cannot take images of shape {shape}; try --image-size ({error})") from error
-    return model, dataset
+def save(model: nn.Module, history: History, folder: Path) -> None:
+    """Write the rounds and the pruned model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    history.to_json(folder / "history.json")
+    history.to_csv(folder / "history.csv")
+    torch_sap.save_sparse(model, folder / "model.safetensors")
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is the GPU where CUDA finds one, and the CPU elsewhere.
-
-    Raises:
-        ValueError: PyTorch has no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"device must be one that PyTorch finds here, got {name!r} ({first_line})") from error
-    return torch.device(name)
+def mean(histories: Sequence[History], of_round: Callable[[Round], float]) -> Any:
+    """Mean over the seeds, one value per round."""
+    return np.mean([[of_round(found) for found in history] for history in histories], axis=0)
 
 
-def set_threads(model: nn.Module, threads: int | None) -> None:
-    """Set the threads that PyTorch uses on the CPU; None is one for a small model, and PyTorch's choice for others."""
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    if threads or weights < SMALL_MODEL:
-        # Two threads gain a small model little, and on busy cores they wait for each other: 54 s an epoch, not 2 s.
-        torch.set_num_threads(threads or 1)
+def accuracy(found: Round) -> float:
+    """Share of the test images that the trained model of a round gets right."""
+    return float(found.metrics["accuracy"])
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a plain state_dict with zeros where the model is pruned; the model itself keeps its masks."""
-    permanent = torch_sap.remove(copy.deepcopy(model)).state_dict()
-    # Cloned, because safetensors refuses tensors that share memory (tied weights).
-    save_file({key: value.contiguous().clone() for key, value in permanent.items()}, path)
+def remaining(found: Round) -> float:
+    """Share of the weights that the model of a round has."""
+    return float(found.density)
 
 
-def is_within_tolerance(accuracy: float, history: torch_sap.History) -> bool:
-    """Whether a test accuracy is at most one point below that of the dense model."""
-    return accuracy >= history[0].metrics["accuracy"] - TOLERANCE - 1e-9
+def effective(found: Round) -> float:
+    """Effective number of weights of the trained model of a round, as a share of all weights."""
+    return float(sum(group.r.sum() for group in found.groups.values()) / found.total)
 
 
-def summary(history: torch_sap.History) -> str:
-    """Say in a few lines how the dense model, the sparsest good one and the last one compare."""
-    dense = f"dense (round 0): {100 * history[0].metrics['accuracy']:.2f} % test accuracy"
-    if len(history) == 1:
-        return f"{dense}; nothing was pruned"
-    good = [found for found in history[1:] if is_within_tolerance(found.metrics["accuracy"], history)]
-    if not good:
-        return f"{dense}; no pruned round is within 1 point of it (one run, one seed)"
-    best, last = good[-1], history[-1]
-    lines = [
-        dense,
-        f"sparsest round within 1 point: {_describe(best)}",
-        f"last round: {_describe(last)}",
-        f"{len(good)} of {len(history) - 1} pruned rounds are within 1 point",
-        "(one run, one seed; 'within 1 point' is judged on the test images themselves)",
-    ]
-    return "\n".join(lines)
+def draw(histories: Histories, path: Path) -> None:
+    """Draw accuracy against remaining weights, and remaining weights and their effective number against rounds."""
+    with matplotlib.style.context(STYLE, after_reset=True):
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for number, (method, of_seeds) in enumerate(histories.items()):
+            style: dict[str, Any] = {"color": COLORS[number], "marker": MARKERS[number], "markersize": 4}
+            for history in of_seeds:
+                points = [remaining(found) for found in history], [accuracy(found) for found in history]
+                left.plot(*points, **style | {"markersize": 2.5}, linestyle="none", alpha=0.5)
+            share, effect = mean(of_seeds, remaining), mean(of_seeds, effective)
+            left.plot(share, mean(of_seeds, accuracy), **style, linestyle=LINES[number], label=method)
+            right.plot(share, **style, linestyle="-", label=f"{method}: remaining")
+            right.plot(effect, **style, linestyle=":", markerfacecolor="white", label=f"{method}: effective number")
+        dense = float(np.mean([mean(of_seeds, accuracy)[0] for of_seeds in histories.values()]))
+        left.axhspan(dense - POINT, dense, color="gray", alpha=0.2, linewidth=0, label="within 1 point of dense")
+        left.set_xscale("log")
+        left.invert_xaxis()
+        left.set_xlabel("remaining weights")
+        left.set_ylabel("test accuracy")
+        left.set_ylim(dense - 8 * POINT, min(1, dense + 2 * POINT))
+        right.set_yscale("log")
+        right.set_xlabel("round")
+        right.set_ylabel("share of the weights")
+        for axis in (left.xaxis, right.yaxis):
+            axis.set_ticks([share for share in TICKS if share > 0.8 * min(left.get_xlim())])
+            axis.set_ticks([], minor=True)
+            axis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        for axes, place in ((left, "lower left"), (right, "upper right")):
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small", loc=place)
+        figure.savefig(path, dpi=DPI)
 
 
-class Display:
-    """Progress bars on a terminal, plain lines elsewhere.
-
-    Args:
-        rounds: trainings in all.
-        epochs: epochs of each.
-    """
-
-    def __init__(self, rounds: int, epochs: int) -> None:
-        self.console = Console(highlight=False, markup=False, soft_wrap=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.rounds = self.progress.add_task("rounds", total=rounds)
-        self.epochs = self.progress.add_task("epochs", total=epochs)
-        self._spoke = time.monotonic()
-
-    def __enter__(self) -> Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def line(self, text: str) -> None:
-        """Print a line above the bars."""
-        self.console.print(text)
-        self._spoke = time.monotonic()
-
-    def epoch(self, epoch: int, loss: float) -> None:
-        """Move the bar of the epochs; without a bar, say a word if nothing was printed for long."""
-        self.progress.update(self.epochs, completed=epoch, description=f"epochs, loss {loss:.3f}")
-        if not self.console.is_terminal and time.monotonic() - self._spoke > QUIET_SECONDS:
-            self.line(f"       epoch {epoch} of {self.progress.tasks[self.epochs].total:.0f}, loss {loss:.3f}")
-
-    def round(self, found: Round) -> None:
-        """Print the line of a round in the table, and move the bar of the rounds."""
-        if found.number == 0:
-            self.line("round  remaining %  PQ Index  trained, accuracy %  pruned, before rewinding %  seconds")
-        after = found.pruned_metrics.get("accuracy")
-        pruned = "-" if after is None else f"{100 * after:.2f}"
-        self.line(
-            f"{found.number:5}  {100 * found.density:11.2f}  {found.pqi:8.4f}  "
-            f"{100 * found.metrics['accuracy']:19.2f}  {pruned:>26}  {found.seconds:7.1f}"
-        )
-        self.progress.update(self.rounds, completed=found.number + 1)
-        self.progress.update(self.epochs, completed=0)
+TICKS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 
 
-def _describe(found: Round) -> str:
-    accuracy, density = found.metrics["accuracy"], found.density
-    return f"round {found.number}, {100 * accuracy:.2f} % at {100 * density:.1f} % remaining weights"
-
-
-def _headline(arguments: argparse.Namespace, dataset: data.Dataset, device: torch.device) -> str:
+def headline(arguments: argparse.Namespace, dataset: Dataset, device: torch.device) -> str:
+    """Say what is going to be done."""
     return (
         f"{arguments.model} on {dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of "
-        f"{dataset.in_chans} x {dataset.image_size} x {dataset.image_size}, {dataset.num_classes} classes; "
-        f"{arguments.iterations} prunings, {arguments.epochs} epochs a round, on {device}"
+        f"{dataset.image_size} x {dataset.image_size} pixels, {arguments.scope} scope, on {device}\n"
+        f"{' and '.join(METHODS)}, seeds: {arguments.seeds}, trainings per run: {arguments.iterations + 1}, epochs per "
+        f"training: {arguments.epochs}"
     )
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("scope", "p", "q", "eta_r", "gamma", "beta", "exclude")}
+def change(history: History) -> str:
+    """Compare the last round with the first one."""
+    first, last = history[0], history[-1]
+    return f"{remaining(last):.1%} of the weights, accuracy {accuracy(last):.1%}, dense {accuracy(first):.1%}"
+
+
+def table(histories: Histories) -> str:
+    """One line per round, means over the seeds."""
+    lines = ["".join(["round", *(f"{method + ': weights':>26}{'accuracy':>10}" for method in histories)])]
+    columns = [(mean(of_seeds, remaining), mean(of_seeds, accuracy)) for of_seeds in histories.values()]
+    for number in range(len(columns[0][0])):
+        cells = [f"{share[number]:>26.1%}{right[number]:>10.1%}" for share, right in columns]
+        lines.append("".join([f"{number:>5}", *cells]))
+    return "\n".join(lines)
+
+
+def summary(histories: Histories) -> str:
+    """Say where each method ends, and what that costs in each seed."""
+    lines = []
+    for method, of_seeds in histories.items():
+        share, right = mean(of_seeds, remaining)[-1], mean(of_seeds, accuracy)
+        against = [100 * (accuracy(history[-1]) - accuracy(history[0])) for history in of_seeds]
+        how = "which it counted itself" if method == "SAP" else "by a ratio that somebody chose"
+        lines.append(
+            f"{method} ends with {share:.1%} of the weights, {how}:\n"
+            f"  {right[-1]:.1%} of the test images right, dense {right[0]:.1%} "
+            f"(points against dense, per seed: {', '.join(f'{points:+.1f}' for points in against)})"
+        )
+    return "\n".join(lines)
+
+
+def advice(arguments: argparse.Namespace, out: Path) -> str:
+    """Say what there is now, and what to try next."""
+    return f"""\
+Look at {out / "rounds.png"}. Then try:
+  torch-sap report {out / "sap-0"}
+      the rounds of one run as a table
+  python benchmarks/prune_timm.py --iterations {3 * arguments.iterations} --seeds 1
+      until the accuracy breaks down
+  README.md, "In your own script"
+      the same with your model and your training"""
 
 
 def _at_least(smallest: int) -> Callable[[str], int]:
@@ -256,31 +238,28 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Names the defaults in the help, where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, ()) else super()._get_help_string(action)
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=_Formatter)
     add = parser.add_argument
     add("--model", default="test_resnet", help="name of a model of timm")
-    add("--data", default="digits", choices=data.NAMES, help="the images")
+    add("--data", default="digits", choices=NAMES, help="the images")
     add("--data-dir", type=Path, help="where they lie, or are downloaded to")
-    add("--image-size", type=_at_least(1), help="resize the images to this many pixels a side")
-    add("--scope", default="layer", choices=("global", "layer", "neuron"), help="what one ratio is computed over")
-    add("--iterations", type=_at_least(0), default=10, help="prunings; there is one training more")
-    add("--epochs", type=_at_least(1), default=4, help="epochs of each training")
-    add("--batch-size", type=_at_least(1), default=64, help="images a step")
-    add("--lr", type=float, default=0.1, help="learning rate at the start of each training")
+    add("--image-size", type=_at_least(1), help="resize the images to this many pixels per side")
+    add("--scope", default="global", choices=("global", "layer", "neuron"), help="which weights are counted together")
+    add("--p", type=float, default=1.0, help="the smaller norm of the PQ Index")
+    add("--q", type=float, default=2.0, help="the larger norm of the PQ Index")
+    add("--ratio", type=float, default=0.35, help="share that a round of the Lottery Ticket prunes")
+    add("--iterations", type=_at_least(1), default=6, help="prunings; there is one more training")
+    add("--seeds", type=_at_least(1), default=3, help="runs of each method: initial weights and order of the images")
+    add("--epochs", type=_at_least(1), default=5, help="epochs of each training")
+    add("--batch-size", type=_at_least(1), default=32, help="images per step")
+    add("--lr", type=float, default=0.4, help="learning rate at the start of each training")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--threads", type=_at_least(1), help="of the CPU (default: 1 for small models, else PyTorch's choice)")
-    add("--seed", type=int, default=0, help="of the initial weights and the order of the images")
-    add("--out", type=Path, help="folder for the results (default: runs/MODEL-DATA-SCOPE-SEED)")
-    add("--p", type=float, default=0.5, help="the smaller norm of the PQ Index")
-    add("--q", type=float, default=1.0, help="the larger norm of the PQ Index")
-    add("--eta-r", type=float, default=0.0, help="larger prunes more")
-    add("--gamma", type=float, default=1.0, help="factor on what could be pruned")
-    add("--beta", type=float, default=0.9, help="largest share of a group that one round prunes")
-    add("--exclude", nargs="*", default=(), help="weights to leave alone, as patterns of dotted paths (fc, layer4.*)")
+    add("--out", type=Path, help="folder for the results (default: runs/MODEL-DATA-SCOPE)")
     return parser
 
 

@@ -37,7 +37,7 @@ except ImportError as error:
     raise SystemExit(f"{error}: the benchmarks need more packages, pip install -e '.[bench]'") from error
 
 import data
-from prune_timm import choose_device, save_weights, set_threads
+from models import choose_device, save_weights, set_threads
 from training import evaluate, seed_everything
 
 

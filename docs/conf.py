@@ -1,5 +1,6 @@
 """The documentation site: python -m sphinx -W --keep-going -b html docs build/docs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath", "html_image"]
 myst_heading_anchors = 4
+source_suffix = {".md": "markdown", ".ipynb": "markdown"}
 html_theme = "furo"
 html_title = f"torch_sap {version}"
 html_static_path = ["_static"]
@@ -68,9 +70,32 @@ def display_math(translator, node):
     raise SkipNode
 
 
+def notebook_as_page(app, docname, source):
+    """Turn a notebook into Markdown: its text, its code, and the outputs that it was saved with."""
+    if Path(app.env.doc2path(docname)).suffix == ".ipynb":
+        source[0] = "\n\n".join(part for cell in json.loads(source[0])["cells"] for part in cell_parts(cell))
+
+
+def cell_parts(cell):
+    """Markdown of a cell and of its outputs."""
+    text = "".join(cell["source"])
+    yield text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```"
+    for output in cell.get("outputs", []):
+        data = output.get("data", {})
+        if "image/png" in data:
+            picture = data["image/png"].replace("\n", "")
+            yield f'<div><img alt="Output of the code above" src="data:image/png;base64,{picture}"></div>'
+        elif "text/html" in data:
+            shown = "".join(data["text/html"]).replace("<table", '<table class="docutils"')
+            yield f'<div class="table-wrapper">{shown}</div>'
+        else:
+            yield f"```text\n{''.join(data.get('text/plain', output.get('text', ''))).rstrip()}\n```"
+
+
 def setup(app):
     """Called by Sphinx."""
     app.add_html_math_renderer("mathml", (inline_math, None), (display_math, None))
+    app.connect("source-read", notebook_as_page)
     app.connect("source-read", keep_links_inside)
     app.connect("include-read", lambda app, path, parent, source: from_the_root(source))
 

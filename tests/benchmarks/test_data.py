@@ -27,16 +27,16 @@ def no_network(*arguments, **settings):
 def test_digits_are_normalized_and_split_class_by_class_without_leakage():
     digits = data.load("digits")
     images, labels = next(digits.train.batches(7))
-    assert images.shape == (7, digits.in_chans, digits.image_size, digits.image_size) == (7, 1, 24, 24)
+    assert images.shape == (7, digits.in_chans, digits.image_size, digits.image_size) == (7, 1, 12, 12)
     assert (images.dtype, labels.dtype, digits.num_classes) == (torch.float32, torch.int64, 10)
-    assert (len(digits.train), len(digits.test)) == (1437, 360)
+    assert (len(digits.train), len(digits.test)) == (898, 899)
     assert abs(digits.train.images.mean()) < 1e-5
     assert abs(digits.train.images.std() - 1) < 1e-5
     train, test = ({image.numpy().tobytes() for image in half.images} for half in (digits.train, digits.test))
-    assert len(train) == 1437
+    assert len(train) == 898
     assert not train & test
     shares = digits.test.labels.bincount() / (digits.test.labels.bincount() + digits.train.labels.bincount())
-    assert ((shares - 0.2).abs() < 0.005).all()
+    assert ((shares - 0.5).abs() < 0.005).all()
     torch.manual_seed(1)
     np.random.seed(1)
     assert torch.equal(digits.test.images, data.load("digits").test.images)
@@ -218,7 +218,7 @@ def test_what_is_refused():
         data.load("mnist")
     with pytest.raises(ValueError, match="needs a data_dir"):
         data.load("imagefolder")
-    with pytest.raises(ValueError, match=r"images must be at most 1437, .* got images=2000"):
+    with pytest.raises(ValueError, match=r"images must be at most 898, .* got images=2000"):
         data.first(data.load("digits").train, 2000)
 
 

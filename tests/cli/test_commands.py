@@ -301,12 +301,15 @@ def test_progress_is_shown_in_a_terminal_only(capsys, monkeypatch, is_terminal):
         advance(25)
         time.sleep(0.1)
         advance(50)
-    with progressing.progress("pruning a.safetensors"):
+    with progressing.progress("pruning a.safetensors") as advance:
+        time.sleep(0.1)
+        advance(25, 50)
         time.sleep(0.1)
     told = capsys.readouterr()
     assert told.out == ""
     assert ("scanning a.safetensors:  25%" in told.err and "left" in told.err) == is_terminal
     assert ("pruning a.safetensors: 00:00" in told.err) == is_terminal
+    assert ("pruning a.safetensors:  50%" in told.err) == is_terminal, "once the total is known"
     assert (told.err == "") != is_terminal
 
 

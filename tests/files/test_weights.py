@@ -243,8 +243,14 @@ def test_one_of_several_state_dicts(tmp_path):
     path, out = write({"state_dict": values, "state_dict_ema": average}, tmp_path / "a.pt"), tmp_path / "b.pt"
     with pytest.raises(ValueError, match="several state_dicts, choose one with --key: state_dict, state_dict_ema"):
         prune_checkpoint(path, out, "global", RULE)
-    with pytest.raises(ValueError, match="key must name a state_dict"):
+    with pytest.raises(ValueError, match=r"key must name .*, one of 'state_dict', 'state_dict_ema', got"):
         prune_checkpoint(path, out, "global", RULE, key="ema")
+    plain = write(values, tmp_path / "plain.pt")
+    with pytest.raises(ValueError, match=r"plain.pt is a state_dict itself; leave it out, got key='ema'"):
+        prune_checkpoint(plain, out, "global", RULE, key="ema")
+    empty = write({"epoch": 3}, tmp_path / "empty.pt")
+    with pytest.raises(ValueError, match=r"empty.pt holds no state_dict; leave it out, got key='ema'"):
+        prune_checkpoint(empty, out, "global", RULE, key="ema")
     prune_checkpoint(path, out, "global", RULE, key="state_dict_ema")
     found = torch.load(out, weights_only=True)
     assert_same_bits(found["state_dict"], values)
@@ -323,3 +329,17 @@ def test_invalid_outputs(tmp_path):
         prune_checkpoint(path, tmp_path / "c.safetensors", "global", RULE, overwrite=True)
     with pytest.raises(FileNotFoundError):
         prune_checkpoint(path, tmp_path / "no" / "b.safetensors", "global", RULE)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "neuron"])
+def test_the_work_is_counted_while_it_is_done(tmp_path, scope):
+    values = weights()
+    path, calls = write(values, tmp_path / "a.safetensors"), []
+    out = tmp_path / "b.safetensors"
+    report = prune_checkpoint(path, out, scope, RULE, advance=lambda *call: calls.append(call))
+    work = 2 * sum(one.total for one in report.tensors)
+    assert {total for _, total in calls} == {work}
+    assert work / 2 < sum(done for done, _ in calls) <= work, "measured and written; an empty or zero tensor is not"
+    silent = tmp_path / "c.safetensors"
+    prune_checkpoint(path, silent, scope, RULE)
+    assert silent.read_bytes() == out.read_bytes()

@@ -141,8 +141,9 @@ def prune(arguments: Namespace) -> None:
     check_exists(arguments.checkpoint)
     options = {name: getattr(arguments, name) for name in ("exclude", "include", "key", "overwrite")}
     beside = companions(Path(arguments.checkpoint), arguments.out)
-    with progress(f"pruning {arguments.checkpoint}"):
-        report = prune_checkpoint(arguments.checkpoint, arguments.out, arguments.scope, arguments.rule, **options)
+    with progress(f"pruning {arguments.checkpoint}") as advance:
+        given = arguments.checkpoint, arguments.out, arguments.scope, arguments.rule
+        report = prune_checkpoint(*given, **options, advance=advance)
     if is_alphabetical(arguments.checkpoint):
         report = replace(report, tensors=sorted(report.tensors, key=natural))
     rows = []
@@ -163,7 +164,7 @@ def report(arguments: Namespace) -> None:
     """Show the rounds of a run. RUN is a folder with history.json, as the benchmarks write it, or such a file.
 
     Examples:
-      torch-sap report runs/test_resnet-digits-layer-0
+      torch-sap report runs/test_resnet-digits-global/sap-0
       torch-sap report runs/a --plot a.png --csv a.csv
     """
     check_outputs(arguments)
@@ -185,7 +186,7 @@ def compare(arguments: Namespace) -> None:
     """Compare runs by a metric and the share of remaining weights; settings in config.json that differ are shown.
 
     Examples:
-      torch-sap compare runs/*-layer-0 --plot layer.png
+      torch-sap compare runs/test_resnet-digits-global/* --plot runs.png
       torch-sap compare runs/a runs/b --metric accuracy --tolerance 0.02
     """
     check_outputs(arguments)

@@ -30,7 +30,7 @@ Examples:
   torch-sap scan test_resnet                               a timm model with random weights
   torch-sap scan model.safetensors --plot scan.png
   torch-sap prune model.safetensors -o pruned.safetensors
-  torch-sap report runs/test_resnet-digits-layer-0
+  torch-sap report runs/test_resnet-digits-global/sap-0
   torch-sap compare runs/a runs/b --plot runs.png
 
 torch-sap COMMAND --help explains a command.

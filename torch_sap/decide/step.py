@@ -81,12 +81,13 @@ def prune_step(
 
 
 def zero_step(
-    entries: Sequence[Entry], scope: Scope, rule: Hyperparameters
+    entries: Sequence[Entry], scope: Scope, rule: Hyperparameters, advance: Callable[[int], object] | None = None
 ) -> tuple[dict[str, GroupValues], PowerSums, list[int]]:
     """Prune unmasked CPU tensors in place, without a mask per entry: what goes is set to +0.0.
 
-    For tensors larger than memory, in files that are mapped. Returns the values of each group by its name, what the
-    pass before the pruning found, and the unpruned entries of each tensor. Raises as :func:`prune_step` does; some
+    For tensors larger than memory, in files that are mapped. ``advance`` is called with the number of entries that were
+    measured, and again when they were written, from several threads. Returns the values of each group by its name, what
+    the pass before the pruning found, and the unpruned entries of each tensor. Raises as :func:`prune_step` does; some
     tensors may have been written to then.
     """
 
@@ -95,15 +96,22 @@ def zero_step(
         kept = NUMPY.keep(keys, key, left, None, keep)
         bits = piece.out.view(f"i{piece.out.itemsize}")
         np.multiply(bits, keep.view(np.int8).reshape(bits.shape), out=bits)
+        if advance is not None:
+            advance(keys.size)
         return kept
 
     given = [replace(entry, out=entry.scores) for entry in entries]
-    groups, sums, kept = _step(given, scope, rule, NUMPY, zero)
+    groups, sums, kept = _step(given, scope, rule, NUMPY, zero, advance)
     return groups, sums, _count(entries, sums, kept, NUMPY)
 
 
 def _step(
-    entries: Sequence[Entry], scope: Scope, rule: Hyperparameters, backend: Backend, store: Store
+    entries: Sequence[Entry],
+    scope: Scope,
+    rule: Hyperparameters,
+    backend: Backend,
+    store: Store,
+    advance: Callable[[int], object] | None = None,
 ) -> tuple[dict[str, GroupValues], PowerSums, list[Any]]:
     """Measure, decide, and store what stays; the last result is the kept entries per tensor, None if nothing goes."""
     groups = split(entries, scope)
@@ -115,6 +123,8 @@ def _step(
     elif backend is NUMPY and apart:
         windows = [expected_window(group, rule) for group in groups]
         visits = [None if window is None else window.look for window in windows]
+    if advance is not None:
+        visits = [_counted(visit, advance) for visit in visits]
     sums, seen = visit_sums(entries, groups, rule.p, rule.q, backend, visits)
     values = group_values(sums, scope, rule)
     if scope == "global" and (alive := [e for e in entries if e.name not in sums.zero]):
@@ -147,6 +157,16 @@ def group_values(sums: PowerSums, scope: Scope, rule: Hyperparameters) -> dict[s
         name: GroupValues(d, index, rule.retain(index, d), rule.count(index, d))
         for (name, d), index in zip(sums.d(scope).items(), sums.index(scope).values(), strict=True)
     }
+
+
+def _counted(visit: Visit | None, advance: Callable[[int], object]) -> Visit:
+    """Visit, and report how many entries that were."""
+
+    def counted(piece: Piece, keys: Any, d: Any, sums: Any) -> Any:
+        advance(keys.size)
+        return None if visit is None else visit(piece, keys, d, sums)
+
+    return counted
 
 
 def _row_visit(rule: Hyperparameters, dtype: torch.dtype, backend: Backend, store: Store) -> Visit:

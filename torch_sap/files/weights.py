@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -231,7 +231,13 @@ def _choose(content: Any, path: Path, key: str | None) -> dict[str, Tensor]:
     own = _tensors(content)
     if key is not None:
         if key not in known:
-            raise ValueError(f"key must name a state_dict of {path}, one of {sorted(known)}, got key={key!r}")
+            if not known:
+                what = "is a state_dict itself" if _has_weights(own) else "holds no state_dict"
+                raise ValueError(
+                    f"key chooses among several state_dicts, but {path} {what}; leave it out, got key={key!r}"
+                )
+            names = ", ".join(map(repr, sorted(known)))
+            raise ValueError(f"key must name a state_dict of {path}, one of {names}, got key={key!r}")
         return known[key]
     if _has_weights(own) or not known:
         return own
@@ -259,6 +265,7 @@ def prune_checkpoint(
     include: Patterns = (),
     key: str | None = None,
     overwrite: bool = False,
+    advance: Callable[[int, int], object] | None = None,
 ) -> PruningReport:
     """Prune the weights of a checkpoint by SAP, once, and write a checkpoint of the same format.
 
@@ -268,7 +275,8 @@ def prune_checkpoint(
     transposed convolutions. ``out``
     is a folder if ``path`` is a folder or an index; ``key`` names one of several state_dicts. Several files are pruned
     together, and none is renamed before all are complete. What else belongs to the model in a folder is copied
-    (:func:`torch_sap.files.folder.companions`).
+    (:func:`torch_sap.files.folder.companions`). ``advance`` is called with the work done since the last
+    call, and with the total: entries to measure and to write.
 
     Raises:
         OSError: if a file cannot be read or written.
@@ -293,7 +301,9 @@ def prune_checkpoint(
             maps = {source: MappedFile(Path(copies[source]), writable=True) for source in mapped}
             in_copy = {(source, one.name): one for source, file in maps.items() for one in file.tensors}
             entries = [in_copy.get((one.path, one.name), one)._replace(axes=one.axes).entry() for one in weights]
-            groups, sums, remaining = zero_step(entries, scope, rule)
+            work = 2 * sum(entry.scores.numel() for entry in entries)
+            counted = None if advance is None else lambda done: advance(done, work)
+            groups, sums, remaining = zero_step(entries, scope, rule, counted)
             for file in maps.values():
                 file.flush()
             for source, copy in copies.items():
