@@ -125,6 +125,15 @@ def test_report(folder, capsys):
     assert [row["remaining"] for row in told["rounds"]] == [round.remaining for round in history]
 
 
+def test_report_has_no_column_of_what_was_never_measured(folder, capsys):
+    sap = torch_sap.SAP(torch.nn.Linear(8, 8))
+    torch_sap.iterative_sap(sap, lambda model: {"loss": 0.5}, eval_fn=lambda model: {"accuracy": 0.9}, iterations=1)
+    sap.history.to_json("history.json")
+    assert main(["report", "history.json"]) == 0
+    head = capsys.readouterr().out.splitlines()[1]
+    assert head.split("  ")[-3:] == ["loss", "accuracy", "pruned accuracy"]
+
+
 def test_compare(folder, capsys):
     first = make_run(folder / "a", config={"scope": "global", "lr": 0.1, "seed": 3})
     make_run(folder / "b", seed=1, config={"scope": "global", "lr": 0.2, "seed": 3})

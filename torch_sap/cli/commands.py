@@ -174,7 +174,9 @@ def report(arguments: Namespace) -> None:
     rows = [{**round.row(), "density": round.density} for round in run.history]
     titles = {"round": "round", "remaining": "remaining", "density": "remaining %", "pqi": "PQI"}
     names = dict.fromkeys(name for round in run.history for name in round.metrics)
-    titles |= {column: column.replace("_", " ") for name in names for column in (name, f"pruned_{name}")}
+    measured = {column for row in rows for column in row}  # train_fn's metrics are not of the pruned model
+    columns = [column for name in names for column in (name, f"pruned_{name}") if column in measured]
+    titles |= {column: column.replace("_", " ") for column in columns}
     shown = choose_metric(list(names), arguments.metric)
     spare = [*(f"pruned_{name}" for name in reversed(names)), *(name for name in reversed(names) if name != shown)]
     table = Table(rows, titles, run.name, spare=[*spare, "pqi", "remaining"])

@@ -44,7 +44,7 @@ def plot_scan(scan: Scan, path: str | os.PathLike[str]) -> None:
     figure.colorbar(color, ax=weights, label="PQ Index")
     for number, scope in enumerate(get_args(Scope)):
         name, style = f"remaining_{scope}", {"color": COLORS[number], "marker": MARKERS[number], "linestyle": "none"}
-        label = f"{scope} scope (all layers: {getattr(scan.overall, name):.1%})"
+        label = f"{scope} scope, all: {getattr(scan.overall, name):.1%}"
         remaining.plot(places, [100 * getattr(layer, name) for layer in scan.layers], label=label, **style)
     remaining.set_ylabel("remaining (%)")
     remaining.grid(alpha=0.3)
