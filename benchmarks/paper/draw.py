@@ -107,7 +107,7 @@ def cifar10(histories: Histories, base: Run, results: Path) -> Drawing:
     own = _grouped_by_method(tables.finished(histories, experiments.cifar10(base)))
     return (
         {
-            f"{title(base)} accuracy": tables.accuracy_table(own),
+            f"{title(base)} accuracy": tables.accuracy_table({run: h for run, h in own.items() if run.source is None}),
             f"{title(base)} published": published_table(own, published),
             f"{title(base)} shares": share_table(own),
             f"{title(base)} phases": tables.phase_table(
