@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from speed import machine, write_csv
+from style import COLORS, DPI, LINES, MARKERS, STYLE, WIDTH
 from torch import Tensor, nn
 
 import torch_sap
@@ -175,27 +176,37 @@ def measure(case: str, sparsity: float, batch: int, folder: Path | None, seconds
 
 def plot(rows: list[dict[str, Any]], path: Path, description: str) -> None:
     """Time relative to dense against sparsity, a panel for each case and batch."""
+    import matplotlib.style
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
     cases, batches = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "batch"))
-    figure = Figure(figsize=(4.2 * len(cases), 3.4 * len(batches)), layout="constrained")
-    panels = figure.subplots(len(batches), len(cases), squeeze=False, sharex=True)
-    for line, batch in zip(panels, batches, strict=True):
-        for axes, case in zip(line, cases, strict=True):
-            here = [row for row in rows if (row["case"], row["batch"]) == (case, batch)]
-            for name in dict.fromkeys(row["contestant"] for row in here if row["contestant"] != "dense"):
-                points = [(100 * r["sparsity"], r["ratio_to_dense"]) for r in here if r["contestant"] == name]
-                axes.semilogy(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-            axes.axhline(1, color="black", linewidth=0.8)
-            axes.set_title(f"{case}, batch {batch}", fontsize="medium")
-            axes.grid(alpha=0.3, which="both")
-    for axes in panels[-1]:
-        axes.set_xlabel("sparsity (%)")
-    for line in panels:
-        line[0].set_ylabel("time / time of dense")
-    panels[0][0].legend()
-    figure.suptitle(description, fontsize="x-small")
-    figure.savefig(path, dpi=110)
+    names = [name for name in dict.fromkeys(row["contestant"] for row in rows) if name != "dense"]
+    with matplotlib.style.context(STYLE, after_reset=True):
+        figure = Figure(figsize=(WIDTH, 2.6 * len(batches)), layout="constrained")
+        panels = figure.subplots(len(batches), len(cases), squeeze=False, sharex=True, sharey=True)
+        for line, batch in zip(panels, batches, strict=True):
+            for axes, case in zip(line, cases, strict=True):
+                for name, color, style, marker in zip(names, COLORS, LINES, MARKERS, strict=False):
+                    here = [
+                        row for row in rows if (row["case"], row["batch"], row["contestant"]) == (case, batch, name)
+                    ]
+                    points = [row["sparsity"] for row in here], [row["ratio_to_dense"] for row in here]
+                    axes.semilogy(*points, color=color, linestyle=style, marker=marker, markersize=4, label=name)
+                axes.axhline(1, color="black", linewidth=0.8)
+                axes.set_title(f"{case}, batch {batch}", fontsize="small")
+                axes.grid(alpha=0.3)
+        panels[0][0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0][0].yaxis.set_major_formatter("{x:g}")
+        panels[0][0].yaxis.set_minor_formatter(NullFormatter())
+        panels[0][0].xaxis.set_major_formatter(PercentFormatter(1))
+        for axes in panels[-1]:
+            axes.set_xlabel("sparsity")
+        for line in panels:
+            line[0].set_ylabel("time / time of dense")
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+        figure.suptitle(description, fontsize="x-small")
+        figure.savefig(path, dpi=DPI)
 
 
 def main() -> None:
