@@ -156,6 +156,7 @@ def draw(histories: Histories, path: Path) -> None:
         left.set_ylabel("test accuracy")
         left.set_ylim(dense - 8 * POINT, min(1, dense + 2 * POINT))
         right.set_yscale("log")
+        right.set_ylim(bottom=right.get_ylim()[0] / 4)  # room for the legend
         right.set_xlabel("round")
         right.set_ylabel("share of the weights")
         for axis in (left.xaxis, right.yaxis):
@@ -163,9 +164,9 @@ def draw(histories: Histories, path: Path) -> None:
             axis.set_ticks([], minor=True)
             axis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-        for axes, place in ((left, "lower left"), (right, "upper right")):
+        for axes in (left, right):
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="small", loc=place)
+            axes.legend(fontsize="small", loc="lower left")
         figure.savefig(path, dpi=DPI)
 
 

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from style import COLORS, DPI, LINES, MARKERS, STYLE, WIDTH
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -284,22 +285,40 @@ def write_csv(rows: list[dict[str, Any]], out: Path, description: str) -> None:
 
 
 def write(rows: list[dict[str, Any]], out: Path, description: str) -> None:
-    """The rows as CSV (with the machine in every row) and as a figure, time against weights."""
-    from matplotlib.figure import Figure
-
+    """The rows as CSV (with the machine in every row) and as a figure."""
     write_csv(rows, out, description)
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    scopes = list(dict.fromkeys(row["scope"] for row in rows))
-    for axes, scope in zip(np.atleast_1d(figure.subplots(1, len(scopes), sharey=True)), scopes, strict=True):
-        here = [row for row in rows if row["sparsity"] == 0 and row["scope"] == scope]
-        for key in dict.fromkeys(row["contestant"] for row in here):
-            points = sorted((row["weights"], row["milliseconds"]) for row in here if row["contestant"] == key)
-            axes.loglog(*zip(*points, strict=True), "--" if key == "floor" else "-", marker="o", label=key)
-        axes.set(title=f"{scope} scope, first step", xlabel="weights", ylabel="milliseconds")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
-    figure.suptitle(description, fontsize="x-small")
-    figure.savefig(out.with_suffix(".png"), dpi=110)
+    plot(rows, out.with_suffix(".png"), description)
+
+
+def plot(rows: list[dict[str, Any]], path: Path, description: str) -> None:
+    """Time of a first step against the number of weights, a panel for each scope."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    first = [row for row in rows if row["sparsity"] == 0]
+    scopes, names = (list(dict.fromkeys(row[key] for row in first)) for key in ("scope", "contestant"))
+    with matplotlib.style.context(STYLE, after_reset=True):
+        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+        panels = figure.subplots(1, len(scopes), sharey=True, squeeze=False)[0]
+        for axes, scope in zip(panels, scopes, strict=True):
+            for name, color, style, marker in zip(names, COLORS, LINES, MARKERS, strict=False):
+                here = [row for row in first if (row["scope"], row["contestant"]) == (scope, name)]
+                points = sorted((row["weights"] / 1e6, row["milliseconds"]) for row in here)
+                if points:
+                    axes.loglog(*zip(*points, strict=True), color=color, linestyle=style, marker=marker, label=name)
+            axes.set_title(f"{scope} scope, first step", fontsize="small")
+            axes.set_xlabel("million weights")
+            axes.tick_params(axis="x", labelsize="x-small")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel("milliseconds")
+        panels[0].yaxis.set_major_formatter("{x:,.0f}")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+        figure.suptitle(description, fontsize="x-small")
+        figure.savefig(path, dpi=DPI)
 
 
 if __name__ == "__main__":

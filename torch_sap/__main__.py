@@ -18,13 +18,13 @@ def run() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not interrupt the exit
         print("torch-sap: stopped", file=sys.stderr)
         code = INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe: it has what it wanted
+        code = 0
     except SystemExit as leaving:  # argparse has printed help or an error
         code = int(leaving.code or 0)
-    except BrokenPipeError:  # the reader, such as head, closed the pipe before all was written
-        code = 0
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # the same at the end; nothing may be left to be flushed at the exit
+    except BrokenPipeError:  # nothing is left to be flushed at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 

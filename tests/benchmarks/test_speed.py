@@ -41,3 +41,23 @@ def test_overhead_finds_a_pruned_entry_that_is_not_zero():
         model[0].weight_orig.fill_(1.0)
     with pytest.raises(AssertionError, match="not zero"):
         overhead.assert_zeros(model)
+
+
+def test_the_picture_tells_the_contestants_apart_without_color(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **settings: drawn.append(figure))
+    contestants = ("torch_sap", "torch", "literal", "floor")
+    rows = [
+        {"scope": scope, "contestant": name, "weights": weights, "milliseconds": weights * place, "sparsity": 0.0}
+        for scope in ("global", "layer")
+        for place, name in enumerate(contestants, 1)
+        for weights in (10, 20)
+        if (scope, name) != ("layer", "floor")
+    ]
+    speed.plot(rows, tmp_path / "speed.png", "this machine")
+    lines = [axes.get_lines() for axes in drawn[0].axes]
+    assert [[line.get_label() for line in panel] for panel in lines] == [list(contestants), list(contestants[:3])]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines[0]}) == len(contestants)
