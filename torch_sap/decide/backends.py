@@ -1,7 +1,8 @@
 """Backends: the arithmetic on many numbers, for the CPU (NumPy) and for other devices (PyTorch).
 
-:func:`torch_sap.decide.triton_backend.backend_of` chooses once per step; nothing else asks where a tensor lies. NumPy's loops on pieces that fit the
-cache are several times faster than PyTorch's on a CPU. On a device everything is queued, and read once at the end.
+:func:`torch_sap.decide.triton_backend.backend_of` chooses once per step; nothing else asks where a tensor lies. NumPy's
+loops on pieces that fit the cache are several times faster than PyTorch's on a CPU. On a device everything is queued,
+and read once at the end.
 
 The tie rule stands in ``keep``: of equal magnitudes those go that come first in order of position. It makes the result
 the same on every device, in every thread and process, and for every size of the pieces.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,10 +23,7 @@ from torch import Tensor
 from torch_sap.decide import backends
 from torch_sap.decide.backends import NUMPY, TORCH, Backend, Torch
 from torch_sap.decide.groups import Entry, Group
-from torch_sap.decide.keys import INTEGER_OF, common_dtype, key_bits
-
-if TYPE_CHECKING:
-    from torch_sap.decide.step import GroupValues
+from torch_sap.decide.keys import common_dtype, key_bits
 
 Int64 = NDArray[np.int64]
 
@@ -38,6 +35,19 @@ BLOCK, BLOCKS = 2**11, 2**5
 
 ROW_BLOCK = 2**10
 """Entries of one row that a program works on at once."""
+
+
+class Counts(Protocol):
+    """Of one group, or of the rows of one tensor (arrays with one value per group); see step.GroupValues."""
+
+    @property
+    def d(self) -> Int64:
+        """Unpruned entries."""
+
+    @property
+    def c(self) -> Int64:
+        """Entries to prune."""
+
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +75,7 @@ def backend_of(entries: Sequence[Entry]) -> Backend:
 @lru_cache
 def usable(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device. They need the package and, in most of its versions, a C compiler."""
-    if device.type != "cuda" or not find_spec("triton"):
+    if not (device.type == "cuda" and torch.cuda.is_available() and find_spec("triton")):
         return False
     values = torch.ones(2, device=device)
     table = [[values.data_ptr(), torch.zeros(2, dtype=torch.bool, device=device).data_ptr(), 2, 4, 0]]
@@ -95,7 +105,7 @@ def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
 def send(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
     """Copy arrays of numbers to a device in one go, each aligned to 16 bytes."""
     ends = np.cumsum([-(-array.nbytes // 16) * 16 for array in arrays]).tolist()
-    buffer = np.zeros(ends[-1], np.uint8)
+    buffer = np.zeros(max(16, ends[-1]), np.uint8)  # an empty tensor has no strides
     for start, array in zip([0, *ends], arrays, strict=False):
         buffer[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
     sent = torch.from_numpy(buffer).to(device, non_blocking=True)
@@ -196,14 +206,17 @@ class Launches:
         histograms = len(self.groups) * self._types["PASSES"] * 2 ** self._bits["BITS"]
         return int(histograms + 2 * self._flat_programs.sum())
 
-    def write(self, values: Mapping[str, GroupValues], left_out: Mapping[str, int]) -> dict[str, int | None]:
+    def write(self, values: Mapping[str, Counts], left_out: Mapping[str, int]) -> dict[str, int | None]:
         """Write what stays to the outputs, after :meth:`tables`; how many entries stay by name, None if nothing goes.
 
         ``left_out`` are tensors that are left alone though they were counted, and their unpruned entries, all zeros.
         """
         going = {group.name for group in self.groups if values[group.name].c.any()}
         owners = [(number, entry) for number, entry in self.entries if size(entry)]
-        kept: dict[str, int | None] = {entry.name: None for _, entry in self.entries}
+        kept: dict[str, int | None] = {
+            entry.name: 0 if self.groups[number].name in going and not size(entry) else None
+            for number, entry in self.entries
+        }
         if not going:
             return kept
         alive = [self.groups[n].name in going and entry.name not in left_out for n, entry in owners]
@@ -221,16 +234,16 @@ class Launches:
             out.copy_(copy)
         return kept
 
-    def _write_rows(self, values: Mapping[str, GroupValues], owners: Any, alive: Sequence[bool]) -> None:
+    def _write_rows(self, values: Mapping[str, Counts], owners: Any, alive: Sequence[bool]) -> None:
         count = np.concatenate([values[entry.name].c for _, entry in owners])
         lives = dict(zip((id(entry) for _, entry in owners), alive, strict=True))
         chosen = np.array([0 if lives[owner] else -1 for owner in self._owners])
-        item_of, chosen, count = send([numbers(self._row_counts), chosen, count], self.device)
+        item_of, groups, to_go = send([numbers(self._row_counts), chosen, count], self.device)
         types = {**self._types, "BLOCK": ROW_BLOCK}
-        run(self._kernels.write_rows, len(item_of), self._rows, item_of, chosen, count, **types)
+        run(self._kernels.write_rows, len(item_of), self._rows, item_of, groups, to_go, **types)
 
     def _write_groups(
-        self, values: Mapping[str, GroupValues], owners: Any, alive: Sequence[bool], foreign: int
+        self, values: Mapping[str, Counts], owners: Any, alive: Sequence[bool], foreign: int
     ) -> NDArray[np.int64]:
         table, item_of = self._flat
         programs, passes, bins = self._flat_programs, self._types["PASSES"], 2 ** self._bits["BITS"]

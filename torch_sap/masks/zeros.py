@@ -23,6 +23,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from torch_sap.decide.keys import INTEGER_OF
 from torch_sap.distributed.sharded import local, same_placement
+from torch_sap.masks.zeros_cuda import is_on_gpu, store_zeros_
 
 CHUNK = 2**20
 """Entries that are multiplied at once on the CPU, where PyTorch makes an integer copy of the mask first."""
@@ -38,14 +39,16 @@ def restore_zeros_(pairs: Iterable[Pair]) -> None:
 
     The bits are multiplied as integers, all tensors in one call: on a CPU that is several times faster per entry than
     ``masked_fill_``. Autograd does not see it: version counters stay, so a forward may do this between another forward
-    and its backward. Each process writes its parts of DTensors.
+    and its backward. Each process writes its parts of DTensors. On a GPU one kernel stores the zeros and reads only the
+    masks (:mod:`torch_sap.masks.zeros_cuda`).
     """
     bits: list[Tensor] = []
     masks: list[Tensor] = []
     try:
-        for tensor, mask in pairs:
-            if type(tensor) not in _PLAIN:
-                tensor, mask = local(tensor), local(mask)
+        here = [pair if type(pair[0]) in _PLAIN else (local(pair[0]), local(pair[1])) for pair in pairs]
+        if on_gpu := [pair for pair in here if is_on_gpu(pair[0])]:
+            here = [pair for pair in here if not is_on_gpu(pair[0])] + store_zeros_(on_gpu)
+        for tensor, mask in here:
             of_tensor = tensor.data.view(INTEGER_OF[tensor.dtype])
             entries = tensor.numel()
             if entries != mask.numel():  # which could be broadcast
