@@ -32,10 +32,11 @@ OPTIMIZERS = {
 each_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
-@pytest.mark.parametrize("chunk", [5, 2**22])
+@pytest.mark.parametrize(("small", "chunk"), [(0, 5), (0, 2**22), (2**9, 2**22)])
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last", "with gaps"])
 @pytest.mark.parametrize("dtype", keys.INTEGER_OF)
-def test_any_value_becomes_positive_zero(dtype, memory, chunk, monkeypatch):
+def test_any_value_becomes_positive_zero(dtype, memory, small, chunk, monkeypatch):
+    monkeypatch.setattr(zeros, "SMALL", small)
     monkeypatch.setattr(zeros, "CHUNK", chunk)
     tensor = torch.randn(3, 4, 2, 6).to(dtype)
     if memory == "channels_last":

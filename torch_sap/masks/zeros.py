@@ -23,10 +23,15 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from torch_sap.decide.keys import INTEGER_OF
 from torch_sap.distributed.sharded import local, same_placement
-from torch_sap.masks.zeros_cuda import is_on_gpu, store_zeros_
+from torch_sap.masks.zeros_cuda import store_zeros_
 
 CHUNK = 2**20
 """Entries that are multiplied at once on the CPU, where PyTorch makes an integer copy of the mask first."""
+
+SMALL = 2**9
+"""Entries of a CPU tensor up to which calls count, not entries: one call takes less time than views and a conversion."""
+
+_ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in INTEGER_OF}
 
 Pair = tuple[Tensor, Tensor]
 """A tensor and its bool mask."""
@@ -44,21 +49,26 @@ def restore_zeros_(pairs: Iterable[Pair]) -> None:
     """
     bits: list[Tensor] = []
     masks: list[Tensor] = []
+    on_gpu: list[Pair] = []
     try:
-        here = [pair if type(pair[0]) in _PLAIN else (local(pair[0]), local(pair[1])) for pair in pairs]
-        if on_gpu := [pair for pair in here if is_on_gpu(pair[0])]:
-            here = [pair for pair in here if not is_on_gpu(pair[0])] + store_zeros_(on_gpu)
-        for tensor, mask in here:
-            of_tensor = tensor.data.view(INTEGER_OF[tensor.dtype])
-            entries = tensor.numel()
-            if entries != mask.numel():  # which could be broadcast
+        for tensor, mask in pairs:
+            if type(tensor) not in _PLAIN:
+                tensor, mask = local(tensor), local(mask)
+            if (size := tensor.numel()) != mask.numel():  # which could be broadcast
                 raise RuntimeError(f"mask of shape {tuple(mask.shape)} for a tensor of shape {tuple(tensor.shape)}")
-            if entries > CHUNK and tensor.is_cpu and (order := _shared_order(tensor, mask)) is not None:
-                bits.extend(of_tensor.permute(order).view(-1).split(CHUNK))
+            if tensor.is_cuda and type(tensor) in _PLAIN:  # one of a tracer has no address
+                on_gpu.append((tensor, mask))
+            elif size <= SMALL and tensor.is_cpu:
+                torch.where(mask, data := tensor.data, _ZEROS[tensor.dtype], out=data)
+            elif size > CHUNK and tensor.is_cpu and (order := _shared_order(tensor, mask)) is not None:
+                bits.extend(tensor.data.view(INTEGER_OF[tensor.dtype]).permute(order).view(-1).split(CHUNK))
                 masks.extend(mask.permute(order).view(-1).split(CHUNK))
             else:
-                bits.append(of_tensor)
+                bits.append(tensor.data.view(INTEGER_OF[tensor.dtype]))
                 masks.append(mask)
+        for tensor, mask in store_zeros_(on_gpu) if on_gpu else ():
+            bits.append(tensor.data.view(INTEGER_OF[tensor.dtype]))
+            masks.append(mask)
         if bits:
             torch._foreach_mul_(bits, masks)
     except (RuntimeError, KeyError):

@@ -35,11 +35,6 @@ class Table(NamedTuple):
     """Numbers of the pairs that the kernel cannot take: memory in another order than the mask's, or with gaps."""
 
 
-def is_on_gpu(tensor: Tensor) -> bool:
-    """Whether a tensor has an address on a GPU: a fake one, of a tracer, has none."""
-    return tensor.is_cuda and type(tensor) in (Tensor, torch.nn.Parameter)
-
-
 def store_zeros_(pairs: list[Pair]) -> list[Pair]:
     """Set entries of tensors on GPUs to +0.0 where their masks are False, and return the pairs that are left to do.
 
