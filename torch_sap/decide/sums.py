@@ -51,7 +51,7 @@ class PowerSums:
     ) -> None:
         self.p, self.q, self._matrices = p, q, dict(zip(names, matrices, strict=True))
         layers = [
-            np.hstack([self._join(rows) for rows in np.split(table, count, 1)])
+            self._join(table) if count == 1 else np.hstack([self._join(rows) for rows in np.split(table, count, 1)])
             for table, count in zip(tables, matrices, strict=True)
         ]
         self.remaining = [int(layer[0].sum()) for layer in layers]
@@ -65,13 +65,12 @@ class PowerSums:
 
     def _join(self, table: Float64) -> Float64:
         """The table of one group of all rows, of shape (4, 1), added without rounding."""
-        scale, sums = table[3].max(initial=-np.inf, where=table[2] > 0), table[1:3]
-        if not np.isfinite(scale) or not table[3].any():
-            scale = 0.0
-        else:
+        scale, sums = 0.0, table[1:3]
+        if table[3].any() and np.isfinite(largest := table[3].max(initial=-np.inf, where=table[2] > 0)):
+            scale = largest
             with np.errstate(under="ignore"):
                 sums = sums * np.exp2(np.minimum(table[3] - scale, 0) * np.array([[self.p], [self.q]]))
-        return np.array([[table[0].sum()], [math.fsum(sums[0])], [math.fsum(sums[1])], [scale]])
+        return np.array([[table[0].sum()], [math.fsum(sums[0].tolist())], [math.fsum(sums[1].tolist())], [scale]])
 
     def updated(self, other: PowerSums) -> PowerSums:
         """The same with the tables of another one in the place of those of its tensors."""

@@ -29,7 +29,7 @@ CHUNK = 2**20
 """Entries that are multiplied at once on the CPU, where PyTorch makes an integer copy of the mask first."""
 
 SMALL = 2**9
-"""Entries of a CPU tensor up to which calls count, not entries: one call takes less time than views and a conversion."""
+"""Entries of a CPU tensor up to which one call takes less time than views, a conversion of the mask, and a product."""
 
 _ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in INTEGER_OF}
 
