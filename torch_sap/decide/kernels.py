@@ -157,7 +157,7 @@ def _narrowed(histograms, chosen, group, done, PASSES: tl.constexpr, BITS: tl.co
     return low, rank, equal
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def measure(
     table,
     item_of,
@@ -214,7 +214,7 @@ def measure(
     out = sums + tl.load(item + _SLOT) + segment * rows + row
     tl.store(out, tl.sum(d, 1).to(tl.float64), mask=row < rows)
     tl.store(out + total, tl.sum(sum_p, 1), mask=row < rows)
-    tl.store(out + 2 * total, tl.sum(sum_q, 1), mask=row < rows)
+    tl.store(out + total + total, tl.sum(sum_q, 1), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["done"])

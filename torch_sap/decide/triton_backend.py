@@ -202,7 +202,7 @@ class Launches:
     def _scratch_size(self) -> int:
         """Histograms of all groups and passes, and two numbers per program."""
         histograms = len(self.groups) * self._types["PASSES"] * 2 ** self._bits["BITS"]
-        return int(histograms + 2 * self._flat_programs.sum())
+        return int(histograms + 2 * aligned(self._flat_programs.sum()))
 
     def write(self, values: Mapping[str, Counts], left_out: Mapping[str, int]) -> dict[str, int | None]:
         """Write what stays to the outputs, after :meth:`tables`; how many entries stay by name, None if nothing goes.
@@ -245,7 +245,8 @@ class Launches:
     ) -> NDArray[np.int64]:
         table, item_of = self._flat
         programs, passes, bins = self._flat_programs, self._types["PASSES"], 2 ** self._bits["BITS"]
-        histograms, kept, ties = self._zeros.split([len(self.groups) * passes * bins, len(item_of), len(item_of)])
+        per_program = aligned(len(item_of))
+        histograms, kept, ties = self._zeros.split([len(self.groups) * passes * bins, per_program, per_program])
         group_of = np.array([number for number, _ in owners])
         chosen = np.zeros((len(self.groups), 3), np.int64)
         chosen[:, 0] = [int(values[group.name].c[group.place]) for group in self.groups]
@@ -258,7 +259,7 @@ class Launches:
             run(self._kernels.narrow, len(item_of), *given, done, **types)
         run(self._kernels.write, len(item_of), *given, kept, ties, **types)
         run(self._kernels.take_ties, len(item_of), *given, kept, ties, **types)
-        return np.add.reduceat(backends._read(kept), starts(programs))
+        return np.add.reduceat(backends._read(kept)[: len(item_of)], starts(programs))
 
     def _table(self, items: Sequence[tuple[int, ...]]) -> Int64:
         table = np.zeros((len(items), self._kernels.COLUMNS), np.int64)
@@ -329,6 +330,11 @@ def joined_dims(tensors: Sequence[Tensor | None], rows: int) -> Iterator[tuple[i
             last = dim
     if last is not None:
         yield last  # type: ignore[misc]
+
+
+def aligned(count: int) -> int:
+    """As many int64 numbers or one more, a multiple of 16 bytes: Triton compiles anew for another alignment."""
+    return count + count % 2
 
 
 def size(entry: Entry) -> int:
