@@ -26,7 +26,6 @@ from torch_sap.decide.triton_backend import TRITON
 from torch_sap.masks import guards, zeros, zeros_cuda
 from torch_sap.masks import mask as masks
 
-pytest.importorskip("triton")
 fast_interpreter.install()
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

@@ -118,6 +118,9 @@ def send(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
 class Launches:
     """One pass after the other over the entries of some groups.
 
+    Columns of a table are numbered as in :mod:`torch_sap.decide.kernels`: 3 to 5 are the sizes (for a table of rows, 3
+    is their number), 17 the first program, 18 the place of the sums, 19 the first row.
+
     Args:
         groups: Groups of one step, all by row or none.
     """
