@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import torch_sap
 from torch_sap.decide import triton_backend
 from torch_sap.decide.backends import NUMPY, TORCH
 from torch_sap.decide.groups import Entry
@@ -19,7 +20,8 @@ SUPPORT = Path(__file__).parents[1] / "support"
 
 def run_apart(command, **environment):
     """Run Python in a process of its own: Triton reads its environment when it is imported."""
-    given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    package = str(Path(torch_sap.__file__).parents[1])
+    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": package, **environment}
     return subprocess.run([sys.executable, *command], env=given, capture_output=True, text=True)
 
 
