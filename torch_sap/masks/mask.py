@@ -25,8 +25,9 @@ from torch_sap.distributed.replicas import check_agreement, groups_of_copies
 from torch_sap.distributed.sharded import is_dtensor, local, place, same_placement
 from torch_sap.masks.parameters import Prunable
 from torch_sap.masks.plain import save_plainly
+from torch_sap.masks.small import Pair
 from torch_sap.masks.standardized import fold_, mask_standardized
-from torch_sap.masks.zeros import MARK, MaskedGradient, Pair, forget, renew_hooks, restore_zeros_, unwatch, watch
+from torch_sap.masks.zeros import MARK, MaskedGradient, forget, renew_hooks, restore_zeros_, unwatch, watch
 
 OFFLOADED = "call accelerate.hooks.remove_hook_from_submodules(model), then torch_sap.remove(model)"
 """What to do about a pruned model that accelerate has offloaded."""
@@ -457,9 +458,16 @@ def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) ->
 
     def hold() -> None:
         reshard(module for prunable in prunables for module, _ in prunable.holders)  # a forward may have gathered them
+        known: list[Pair] = []
         for prunable, mask in zip(prunables, whole, strict=True):
             for module, name in prunable.holders:
-                hold_mask(module, name, mask, prunable.name)
+                hold_mask(module, name, mask, prunable.name, known)
+        plain = [pair for pair in known if not is_dtensor(pair[0])]
+        if plain:
+            torch._foreach_copy_(*map(list, zip(*plain, strict=True)))  # type: ignore[arg-type]
+        for buffer, mask in known:
+            if is_dtensor(buffer):
+                buffer.copy_(mask)
         pairs = [(prunable.weight, prunable.mask) for prunable in prunables]
         restore_zeros_((weight, mask) for weight, mask in pairs if mask is not None and same_placement(weight, mask))
 
@@ -478,18 +486,23 @@ def finish(change: Callable[[], object]) -> None:
         raise
 
 
-def hold_mask(module: nn.Module, name: str, mask: Tensor, path: str) -> InPlaceMask:
+def hold_mask(module: nn.Module, name: str, mask: Tensor, path: str, known: list[Pair] | None = None) -> InPlaceMask:
     """Give a tensor of a module, pruned or not, a mask that is held in place, and return its hook.
 
-    The mask becomes the buffer, unless there is a bool one already, which gets its values. Errors name the tensor by
-    its path.
+    The mask becomes the buffer, unless there is a bool one already, which gets its values, or is added to ``known``
+    with them, for the caller to copy them all at once. Errors name the tensor by its path.
     """
     mask_standardized(module)
     hooks = hooks_of(module, name)
     ours = [hook for hook in hooks if isinstance(hook, InPlaceMask)]
     if ours and len(hooks) == 1:
         ours[0].attached(module)  # a mask from before the model was sharded is sharded too
-        module._buffers[name + "_mask"].copy_(mask)  # type: ignore[union-attr]
+        buffer = module._buffers[name + "_mask"]
+        assert buffer is not None
+        if known is None:
+            buffer.copy_(mask)
+        else:
+            known.append((buffer, mask))
         ours[0].prunings += 1
         ours[0].copied_from = None
         return ours[0]

@@ -39,13 +39,13 @@ def restore_small_(pairs: Sequence[Pair]) -> None:
         _restore_stacked(tensors, masks)
 
 
-def _restore_stacked(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+def _restore_stacked(tensors: list[Tensor], masks: list[Tensor]) -> None:
     with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD):  # as ``.data`` of each, in less time
-        stacked, of_all = torch.stack(tensors), torch.stack(masks)  # type: ignore[arg-type]
+        stacked, of_all = torch.stack(tensors), torch.stack(masks)
         if stacked.shape != of_all.shape:
             raise RuntimeError(f"masks of {tuple(of_all.shape[1:])} for tensors of {tuple(stacked.shape[1:])}")
         stacked.view(INTEGER_OF[stacked.dtype]).mul_(of_all)
-        torch.unbind_copy(stacked, out=tensors)  # type: ignore[call-overload]
+        torch.unbind_copy(stacked, out=tensors)
 
 
 class Changes:
@@ -89,7 +89,7 @@ class Small:
             and all(map(is_, map(dict.get, self._buffers, self._mask_keys), self.masks))
         )
 
-    def restore(self, tensors: Sequence[Any]) -> bool:
+    def restore(self, tensors: list[Any]) -> bool:
         """Restore the zeros of tensors with the masks; False if that cannot be done with all of them."""
         if not self.holds() or any(map(is_, tensors, repeat(None))):
             return False

@@ -177,7 +177,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _restore_stepped(keepers, stepped)
     small = Small(keeper for keeper in keepers if id(keeper.weight) in stepped)
     done = set(small.keepers)
-    others = [k for k in keepers if k not in done and (k.sharded or id(k.weight) in stepped)]
+    others = [each for each in keepers if each not in done and (each.sharded or id(each.weight) in stepped)]
     _stepped[optimizer] = Stepped(parameters, small, others)
 
 
@@ -277,9 +277,10 @@ def _mask_one_by_one(arrived: Iterable[MaskedGradient]) -> None:
     pairs = []
     for hook in arrived:
         keeper = hook.keeper()
-        found = None if keeper is None else keeper.find()
-        if found is None:
-            if keeper is None or keeper.module is None:
+        if keeper is None:
+            raise hook.lost()
+        if (found := keeper.find()) is None:
+            if keeper.module is None:
                 raise hook.lost()
             continue
         if (weight := keeper.weight) is None or (gradient := weight.grad) is None:
