@@ -23,7 +23,7 @@ from torch_sap.decide.keys import INTEGER_OF
 from torch_sap.decide.step import prune_step
 from torch_sap.decide.sums import power_sums
 from torch_sap.decide.triton_backend import TRITON
-from torch_sap.masks import guards, zeros, zeros_cuda
+from torch_sap.masks import guards, small, zeros, zeros_cuda
 from torch_sap.masks import mask as masks
 
 fast_interpreter.install()
@@ -167,6 +167,7 @@ def as_on_gpu(monkeypatch):
     monkeypatch.setattr("torch_sap.decide.sums.backend_of", lambda entries: TRITON)
     for module in (zeros, masks, guards):
         monkeypatch.setattr(module, "restore_zeros_", on_gpu)
+    monkeypatch.setattr(small, "FEW", 2**60)  # small tensors on a CPU have a way of their own
     monkeypatch.setattr(zeros_cuda, "usable", lambda device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     zeros_cuda._table.cache_clear()
