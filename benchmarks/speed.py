@@ -7,7 +7,7 @@
 
 All contestants prune the same number of entries of fresh copies of the same model, in turn, in one process; what is
 reported are medians over the rounds of turns, and medians of each round's ratio to torch_sap. Extra memory is the peak
-of resident memory (of allocated memory on a GPU) above what the model took, in a process of its own for each.
+of resident memory above what the model took, in a process of its own for each (on a GPU of allocated memory).
 
 - global: `torch.nn.utils.prune.global_unstructured` with L1Unstructured and the count that torch_sap found;
 - layer: `torch.nn.utils.prune.l1_unstructured`, tensor by tensor, with the counts that torch_sap found;
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,16 @@ CONTESTANTS = ["torch_sap", "torch", "literal", "floor"]
 Contestant = Callable[[nn.Module], Any]
 
 
+@lru_cache(maxsize=1)
+def untrained(name: str, device: str) -> nn.Module:
+    """An untrained timm model, made once."""
+    torch.manual_seed(0)
+    return timm.create_model(name).to(device)  # type: ignore[no-any-return]
+
+
 def build(name: str, sparsity: float, device: str) -> nn.Module:
     """An untrained timm model; its smallest weights are pruned already if a sparsity is given."""
-    torch.manual_seed(0)
-    model = timm.create_model(name).to(device)
+    model = copy.deepcopy(untrained(name, device))
     if sparsity:
         parameters = torch_sap.prunable_parameters(model)
         with torch.no_grad():
@@ -199,7 +206,9 @@ def measure(
 
 
 def peak_memory(name: str, scope: str, sparsity: float, device: str, contestant: str) -> float:
-    """Peak memory of one call above what was there before, in MiB, measured in a process of its own."""
+    """Peak memory of one call above what was there before, in MiB; for the CPU measured in a process of its own."""
+    if device != "cpu":
+        return extra_memory(name, scope, sparsity, device, contestant)
     arguments = json.dumps([name, scope, sparsity, device, contestant])
     done = subprocess.run(
         [sys.executable, __file__, "--memory-of", arguments], capture_output=True, text=True, check=True
@@ -207,8 +216,8 @@ def peak_memory(name: str, scope: str, sparsity: float, device: str, contestant:
     return float(done.stdout.split()[-1])
 
 
-def print_memory(name: str, scope: str, sparsity: float, device: str, contestant: str) -> None:
-    """What :func:`peak_memory` runs."""
+def extra_memory(name: str, scope: str, sparsity: float, device: str, contestant: str) -> float:
+    """Peak memory of one call in this process above what was there before, in MiB."""
     report = FUNCTIONS[scope](start_state(name, sparsity, device, "torch_sap"))
     entrant = contestants(scope, report)[contestant]
     model = start_state(name, sparsity, device, contestant)
@@ -217,12 +226,11 @@ def print_memory(name: str, scope: str, sparsity: float, device: str, contestant
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             entrant(model)
-            print((torch.cuda.max_memory_allocated() - before) / 2**20)
-            return
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = resident("VmRSS")
         entrant(model)
-        print((resident("VmHWM") - before) / 1024)
+        return (resident("VmHWM") - before) / 1024
 
 
 def resident(field: str) -> int:
@@ -253,7 +261,7 @@ def main() -> None:
     parser.add_argument("--memory-of", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
-        print_memory(*arguments.memory_of)
+        print(extra_memory(*arguments.memory_of))
         return
     if arguments.quick:
         arguments.models, arguments.scopes, arguments.rounds = ["resnet50"], ["global"], 3

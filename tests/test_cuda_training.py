@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torch_sap
+from torch_sap.masks import zeros_cuda
 
 pytestmark = needs_gpu
 
@@ -103,6 +104,73 @@ def test_a_training_step_captured_in_a_cuda_graph_keeps_the_zeros():
         graph.replay()
     assert not torch.equal(before, model[0].weight)
     assert_held(model)
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_captured_step_does_not_need_the_tables_that_are_kept(set_to_none):
+    """A graph holds addresses; the tables that were there when it was captured may be gone when it is replayed."""
+    model = mlp().cuda()
+    torch_sap.global_unstructured(model, eta_r=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1)
+    inputs = torch.randn(16, 6, device="cuda")
+
+    def train():
+        optimizer.zero_grad(set_to_none=set_to_none)
+        model(inputs).square().mean().backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            train()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train()
+    zeros_cuda._table.cache_clear()
+    others = [torch.full((1000,), 3.0, device="cuda") for _ in range(200)]
+    for _ in range(5):
+        graph.replay()
+    assert_held(model)
+    assert all(bool((other == 3).all()) for other in others)
+
+
+@pytest.mark.parametrize("make", [resnet, vit])
+def test_zeros_of_all_tensors_are_stored_in_one_launch_each_time(make):
+    model = make().cuda()
+    torch_sap.layer_unstructured(model, eta_r=0.5)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    for seed in range(3):
+        step(model, optimizer, batch(seed))
+    inputs = batch(3)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        step(model, optimizer, inputs)
+        torch.cuda.synchronize()
+    names = [event.name for event in found.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    assert sum("store_zeros" in name for name in names) == 3
+    assert sum("HtoD" in name for name in names) <= 2
+    assert_held(model)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_at_any_address(dtype, offset):
+    """As in the buckets of DistributedDataParallel."""
+    memory = torch.full((40_000,), float("nan"), dtype=dtype, device="cuda")
+    sizes, start, pairs = [(33, 7), (1, 1), (70, 300), (5, 3, 3, 3)], offset, []
+    for shape in sizes:
+        size = torch.Size(shape).numel()
+        pairs.append((memory[start : start + size].view(shape), torch.rand(shape, device="cuda") > 0.5))
+        start += size + offset
+    outside = torch.ones_like(memory, dtype=torch.bool)
+    for tensor, mask in pairs:
+        first = (tensor.data_ptr() - memory.data_ptr()) // memory.itemsize
+        outside[first : first + tensor.numel()] = mask.reshape(-1)
+    assert not zeros_cuda.store_zeros_(pairs)
+    assert bool(memory[outside].isnan().all())
+    assert not torch.count_nonzero(memory[~outside])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

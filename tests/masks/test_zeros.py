@@ -32,22 +32,45 @@ OPTIMIZERS = {
 each_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
-@pytest.mark.parametrize("chunk", [5, 2**22])
+@pytest.mark.parametrize(("size", "chunk"), [(0, 5), (0, 2**22), (2**9, 2**22)])
+@pytest.mark.parametrize("count", [1, 20])
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last", "with gaps"])
 @pytest.mark.parametrize("dtype", keys.INTEGER_OF)
-def test_any_value_becomes_positive_zero(dtype, memory, chunk, monkeypatch):
+def test_any_value_becomes_positive_zero(dtype, memory, count, size, chunk, monkeypatch):
+    monkeypatch.setattr(zeros, "SIZE", size)
     monkeypatch.setattr(zeros, "CHUNK", chunk)
-    tensor = torch.randn(3, 4, 2, 6).to(dtype)
-    if memory == "channels_last":
-        tensor = tensor.contiguous(memory_format=torch.channels_last)
-    elif memory == "with gaps":
-        tensor = tensor[..., ::2]
-    mask = torch.rand(tensor.shape) > 0.5
-    kept = tensor[mask].clone()
-    tensor[~mask] = torch.tensor([float("nan"), float("-inf"), -0.0, 1.0]).to(dtype).repeat(99)[: int((~mask).sum())]
-    zeros.restore_zeros_([(tensor, mask)])
-    assert torch.equal(tensor[mask], kept)
-    assert not torch.count_nonzero(tensor[~mask].view(keys.INTEGER_OF[dtype]))
+    bad = torch.tensor([float("nan"), float("-inf"), -0.0, 1.0]).to(dtype).repeat(99)
+    pairs, kept = [], []
+    for _ in range(count):
+        tensor = torch.randn(3, 4, 2, 6).to(dtype)
+        if memory == "channels_last":
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        elif memory == "with gaps":
+            tensor = tensor[..., ::2]
+        mask = torch.rand(tensor.shape) > 0.5
+        kept.append(tensor[mask].clone())
+        tensor[~mask] = bad[: int((~mask).sum())]
+        pairs.append((tensor, mask))
+    zeros.restore_zeros_(pairs)
+    for (tensor, mask), own in zip(pairs, kept, strict=True):
+        assert torch.equal(tensor[mask], own)
+        assert not torch.count_nonzero(tensor[~mask].view(keys.INTEGER_OF[dtype]))
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_masks_of_another_shape_are_refused(count):
+    """One of shape (1, 6) could be broadcast with a tensor of shape (6, 1)."""
+    with pytest.raises(RuntimeError, match=r"mask of shape \(1, 6\) for a tensor of shape \(6, 1\)"):
+        zeros.restore_zeros_([(torch.ones(6, 1), torch.zeros(1, 6, dtype=torch.bool)) for _ in range(count)])
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_autograd_does_not_see_it(count):
+    weights = [nn.Parameter(torch.randn(3, 4)) for _ in range(count)]
+    loss = sum(weight.square().sum() for weight in weights)
+    zeros.restore_zeros_([(weight, torch.rand(3, 4) > 0.5) for weight in weights])
+    loss.backward()
+    assert all(weight._version == 0 and weight.is_leaf and weight.requires_grad for weight in weights)
 
 
 def assert_same_weights(model, dense):

@@ -1,7 +1,8 @@
 """Backends: the arithmetic on many numbers, for the CPU (NumPy) and for other devices (PyTorch).
 
-:func:`backend_of` chooses once per step; nothing else asks where a tensor lies. NumPy's loops on pieces that fit the
-cache are several times faster than PyTorch's on a CPU. On a device everything is queued, and read once at the end.
+:func:`torch_sap.decide.triton_backend.backend_of` chooses once per step; nothing else asks where a tensor lies. NumPy's
+loops on pieces that fit the cache are several times faster than PyTorch's on a CPU. On a device everything is queued,
+and read once at the end.
 
 The tie rule stands in ``keep``: of equal magnitudes those go that come first in order of position. It makes the result
 the same on every device, in every thread and process, and for every size of the pieces.
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.decide.groups import SLICES, Entry
+from torch_sap.decide.groups import SLICES
 from torch_sap.decide.keys import INTEGER_OF, as_array, key_bits
 from torch_sap.decide.threads import map_pieces, scratch
 
@@ -258,11 +259,6 @@ class Torch:
 
 Backend = NumPy | Torch
 NUMPY, TORCH = NumPy(), Torch()
-
-
-def backend_of(entries: Sequence[Entry]) -> Backend:
-    """NumPy if all tensors are on the CPU, otherwise PyTorch."""
-    return NUMPY if all(entry.scores.is_cpu for entry in entries) else TORCH
 
 
 def _read(tensor: Tensor) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ Source: Algorithm 1 of Diao et al., ICLR 2023 (arXiv 2302.05601).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
 from typing import Any, NamedTuple
@@ -15,12 +15,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_sap.decide.backends import NUMPY, Backend, backend_of
+from torch_sap.decide.backends import NUMPY, Backend
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.decide.groups import Entry, Group, Piece, Scope, pieces, split
-from torch_sap.decide.sums import PowerSums, Visit, distinct, index_from_sums, join_blocks, out_of_range, visit_sums
+from torch_sap.decide.sums import (
+    PowerSums,
+    Visit,
+    distinct,
+    index_from_sums,
+    join_blocks,
+    joined_sums,
+    out_of_range,
+    visit_sums,
+)
 from torch_sap.decide.threads import scratch
 from torch_sap.decide.threshold import NOTHING, Window, apply, expected_window, find, last_to_go
+from torch_sap.decide.triton_backend import Triton, backend_of
+
+DEVICE_ERROR = 1e-13
+"""Relative difference between sums of the CPU and of a device, at most."""
 
 Store = Callable[[Piece, Any, Any, Any], Any]
 """Called with a piece, its keys as rows, the last key to go of each row, and how many entries with just that key go
@@ -115,6 +128,8 @@ def _step(
 ) -> tuple[dict[str, GroupValues], PowerSums, list[Any]]:
     """Measure, decide, and store what stays; the last result is the kept entries per tensor, None if nothing goes."""
     groups = split(entries, scope)
+    if isinstance(backend, Triton):
+        return _step_at_once(entries, groups, scope, rule, backend)
     visits: list[Visit | None] = [None] * len(groups)
     windows: list[Window | None] = [None] * len(groups)
     apart = all(entry.part is None for entry in entries)
@@ -149,6 +164,40 @@ def _step(
         for entry, number in zip(group.entries, numbers, strict=True):
             kept[entry.name] = number if kept[entry.name] is None else kept[entry.name] + number
     return values, sums, list(kept.values())
+
+
+def _step_at_once(
+    entries: Sequence[Entry], groups: Sequence[Group], scope: Scope, rule: Hyperparameters, backend: Triton
+) -> tuple[dict[str, GroupValues], PowerSums, list[Any]]:
+    """The same on a device, with one launch for all tensors in each pass; what stays is stored as masks."""
+    launches = backend.start(groups)
+    sums = joined_sums(entries, groups, launches.tables(rule.p, rule.q), rule.p, rule.q, backend)
+    values = group_values(sums, scope, rule)
+    if unsure := _undecided(values, rule):
+        here = entries if scope == "global" else [entry for entry in entries if entry.name in unsure]
+        on_cpu = [replace(e, scores=e.scores.cpu(), mask=e.mask if e.mask is None else e.mask.cpu()) for e in here]
+        exact, _ = visit_sums(on_cpu, split(on_cpu, scope), rule.p, rule.q, NUMPY)
+        sums = sums.updated(exact)
+        values = group_values(sums, scope, rule)
+    left_out = sums.zero if scope == "global" and len(sums.zero) < len(entries) else set()
+    counted = dict(zip((entry.name for entry in entries), sums.remaining, strict=True))
+    kept = launches.write(values, {name: counted[name] for name in left_out})
+    return values, sums, [kept[entry.name] for entry in entries]
+
+
+def _undecided(values: Mapping[str, GroupValues], rule: Hyperparameters) -> set[str]:
+    """Names of groups whose count may depend on the last bits of their sums, which differ between devices."""
+    found = set()
+    for name, group in values.items():
+        error = DEVICE_ERROR * (1 / rule.p + 1 / rule.q) + 1e-9 / np.maximum(group.d, 1)  # relative, of 1 - I
+        number = rule.gamma * (group.d - group.r)
+        error_of_number = rule.gamma * group.r * error * 2 * rule.p * rule.q / (rule.q - rule.p)
+        near = np.flatnonzero(np.abs(number - np.rint(number)) <= error_of_number)
+        index, d, error = group.index[near], group.d[near], error[near]
+        few, many = (rule.count(1 - (1 - index) * (1 + sign * error), d) for sign in (1, -1))
+        if (few != many).any():
+            found.add(name)
+    return found
 
 
 def group_values(sums: PowerSums, scope: Scope, rule: Hyperparameters) -> dict[str, GroupValues]:

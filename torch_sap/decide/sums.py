@@ -9,16 +9,17 @@ Source: Definition 1 of Diao et al., ICLR 2023 (arXiv 2302.05601).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torch_sap.decide.backends import Backend, backend_of
+from torch_sap.decide.backends import Backend
 from torch_sap.decide.groups import Entry, Group, Piece, Scope, Shard, pieces, split
 from torch_sap.decide.keys import INTEGER_OF
+from torch_sap.decide.triton_backend import Triton, backend_of
 
 Float64 = NDArray[np.float64]
 
@@ -48,9 +49,9 @@ class PowerSums:
     def __init__(
         self, names: Sequence[str], p: float, q: float, tables: Sequence[Float64], matrices: Sequence[int]
     ) -> None:
-        self.p, self.q = p, q
+        self.p, self.q, self._matrices = p, q, dict(zip(names, matrices, strict=True))
         layers = [
-            np.hstack([self._join(rows) for rows in np.split(table, count, 1)])
+            self._join(table) if count == 1 else np.hstack([self._join(rows) for rows in np.split(table, count, 1)])
             for table, count in zip(tables, matrices, strict=True)
         ]
         self.remaining = [int(layer[0].sum()) for layer in layers]
@@ -64,13 +65,17 @@ class PowerSums:
 
     def _join(self, table: Float64) -> Float64:
         """The table of one group of all rows, of shape (4, 1), added without rounding."""
-        scale, sums = table[3].max(initial=-np.inf, where=table[2] > 0), table[1:3]
-        if not np.isfinite(scale) or not table[3].any():
-            scale = 0.0
-        else:
+        scale, sums = 0.0, table[1:3]
+        if table[3].any() and np.isfinite(largest := table[3].max(initial=-np.inf, where=table[2] > 0)):
+            scale = largest
             with np.errstate(under="ignore"):
                 sums = sums * np.exp2(np.minimum(table[3] - scale, 0) * np.array([[self.p], [self.q]]))
-        return np.array([[table[0].sum()], [math.fsum(sums[0])], [math.fsum(sums[1])], [scale]])
+        return np.array([[table[0].sum()], [math.fsum(sums[0].tolist())], [math.fsum(sums[1].tolist())], [scale]])
+
+    def updated(self, other: PowerSums) -> PowerSums:
+        """The same with the tables of another one in the place of those of its tensors."""
+        tables = {**self._tables["neuron"], **other._tables["neuron"]}
+        return PowerSums(list(tables), self.p, self.q, list(tables.values()), list(self._matrices.values()))
 
     def d(self, scope: Scope) -> dict[str, NDArray[np.int64]]:
         """Unpruned entries of each group of a scope, by the group's name; arrays with one value per group."""
@@ -107,6 +112,8 @@ def visit_sums(
     ``visits`` has one function per group, or None. Returned are the sums and, by the id of each entry of a group, what
     its visits returned, in order of position. Raises a ValueError that names an entry with NaN or infinity.
     """
+    if isinstance(backend, Triton):
+        return joined_sums(entries, groups, backend.start(groups).tables(p, q), p, q, backend), {}
     work = [
         (number, entry, piece)
         for number, group in enumerate(groups)
@@ -128,14 +135,32 @@ def visit_sums(
     for (_, entry, piece), d, sums, (*_, result) in zip(work, read[::2], read[1::2], found, strict=True):
         parts[id(entry)].append((piece, d, sums))
         seen[id(entry)].append(result)
+    of_parts = {id(entry): _table(entry.row_count, parts[id(entry)]) for entry in in_groups}
+    return joined_sums(entries, groups, of_parts, p, q, backend), seen
+
+
+def joined_sums(
+    entries: Sequence[Entry],
+    groups: Sequence[Group],
+    of_parts: Mapping[int, Float64],
+    p: float,
+    q: float,
+    backend: Backend,
+) -> PowerSums:
+    """Join the tables of the entries of groups (by their ids), of this process and all others.
+
+    Raises:
+        ValueError: if an entry has NaN or infinity; it is named.
+    """
     of_tensor: dict[str, list[Float64]] = {entry.name: [np.zeros((4, 0))] for entry in entries}
-    for entry in in_groups:
-        of_tensor[entry.name].append(_table(entry.row_count, parts[id(entry)]))
+    for group in groups:
+        for entry in group.entries:
+            of_tensor[entry.name].append(of_parts[id(entry)])
     tables = _merged(entries, [np.hstack(of_tensor[entry.name]) for entry in entries])
     for entry, table in zip(entries, tables, strict=True):
         if (unsafe := out_of_range(table[1:3], table[0], entry.scores.dtype, q)).any():
             table[:, unsafe] = _scaled_table(entry, p, q, backend)[:, unsafe]
-    return PowerSums([e.name for e in entries], p, q, tables, [e.matrix_count for e in entries]), seen
+    return PowerSums([e.name for e in entries], p, q, tables, [e.matrix_count for e in entries])
 
 
 def _table(row_count: int, parts: Sequence[tuple[Piece, Any, Any]]) -> Float64:

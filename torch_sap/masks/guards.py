@@ -21,6 +21,7 @@ from torch_sap.distributed.fsdp import is_fsdp
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import local
 from torch_sap.masks.mask import InPlaceMask, is_replica, runs_eagerly
+from torch_sap.masks.small import Attached
 from torch_sap.masks.zeros import restore_zeros_
 
 Held = list[tuple[InPlaceMask, nn.Module]]
@@ -37,11 +38,13 @@ class Guard:
 
     def __init__(self, held: Held, tree: Tree, *, is_root: bool) -> None:
         self.held, self.tree, self.is_root = held, tree, is_root
+        self._attached: Attached | None = None
+        self._others = held
         self._covering: Held = []
         self._handle: RemovableHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_covering": [], "_handle": None}
+        return {**vars(self), "_attached": None, "_others": self.held, "_covering": [], "_handle": None}
 
     def before(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
@@ -56,8 +59,7 @@ class Guard:
         todo = self.held if self.is_root else [pair for pair in self.held if not pair[0].covered]
         if todo:
             if runs_eagerly():
-                found = [hook.attached(inner) for hook, inner in todo]
-                restore_zeros_([pair for pair in found if pair is not None])
+                self._restore(todo)
             else:
                 for hook, inner in todo:
                     hook.trace(inner)
@@ -69,6 +71,18 @@ class Guard:
                 self._handle = module.register_forward_hook(self.after, always_call=True)
         elif not compiling:
             self.link(module, inputs)
+
+    def _restore(self, todo: Held) -> None:
+        """Restore the zeros of a forward; a root knows the small tensors from the last one."""
+        known = self._attached if self.is_root else None
+        if known is not None and known.restore(known.weights):
+            todo = self._others
+        found = [hook.attached(inner) for hook, inner in todo]
+        restore_zeros_([pair for pair in found if pair is not None])
+        if self.is_root and todo is self.held:
+            self._attached = known = Attached(hook for hook, inner in todo if hook.module is inner)
+            done = set(known.keepers)
+            self._others = [(hook, inner) for hook, inner in todo if hook not in done]
 
     def after(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Forward hook, permanent on a root and temporary on another outermost module."""
@@ -93,7 +107,7 @@ class Guard:
         parents, names, children = self.tree
         if tuple(map(dict.get, parents, names)) != children:
             check_layers(module, self)
-            self.held, self.tree = _held(module, {}), _tree(module)
+            self.held, self.tree, self._attached = _held(module, {}), _tree(module), None
         first = self.held[0][0] if self.held else None
         if first is not None and first.copied_from is not None:
             source = first.copied_from()

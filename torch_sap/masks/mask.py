@@ -25,8 +25,9 @@ from torch_sap.distributed.replicas import check_agreement, groups_of_copies
 from torch_sap.distributed.sharded import is_dtensor, local, place, same_placement
 from torch_sap.masks.parameters import Prunable
 from torch_sap.masks.plain import save_plainly
+from torch_sap.masks.small import Pair
 from torch_sap.masks.standardized import fold_, mask_standardized
-from torch_sap.masks.zeros import MARK, MaskedGradient, Pair, renew_hooks, restore_zeros_, unwatch, watch
+from torch_sap.masks.zeros import MARK, MaskedGradient, forget, renew_hooks, restore_zeros_, unwatch, watch
 
 OFFLOADED = "call accelerate.hooks.remove_hook_from_submodules(model), then torch_sap.remove(model)"
 """What to do about a pruned model that accelerate has offloaded."""
@@ -45,7 +46,7 @@ class InPlaceMask(prune.BasePruningMethod):
         self._dicts = dicts  # the module's parameters and buffers, for a layer that takes its place (adopt)
         self._weight_key, self._mask_key = name + "_orig", name + "_mask"
         # a strong reference would be a cycle, and memory that waits for the collector
-        self._module: Callable[[], nn.Module | None] = (lambda: None) if module is None else weakref.ref(module)
+        self._module: Callable[[], nn.Module | None] = (lambda: None) if module is None else weakref.ref(module, forget)
         self.number = -1  # in the forward pre-hooks of the module
         self.weight: Tensor | None = None  # the Parameter whose gradients are masked
         self.covered = False  # a running forward around the module has restored the zeros
@@ -136,6 +137,7 @@ class InPlaceMask(prune.BasePruningMethod):
             if weight is self.weight:
                 renew_hooks(weight)
             self.weight = weight
+            forget()
         if weight.requires_grad and self._gradient is None:
             self._gradient = MaskedGradient(weight, self)
         self._mark = weight.__dict__.get(MARK)
@@ -197,14 +199,16 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
+        weight = module._parameters.get(self._weight_key)
+        if self.covered and weight is self.weight is not None:
+            return
         if is_replica(module):
             self.link_replica(module)
             return
-        weight = module._parameters.get(self._weight_key)
         if weight is None:
             self.adopt(module)(module, inputs)
             return
-        if self.covered and (weight is self.weight or self._lent is not None or not runs_eagerly()):
+        if self.covered and (self._lent is not None or not runs_eagerly()):
             return
         if self.covered and self.sharded and isinstance(weight, nn.Parameter):  # gathered by FSDP
             link(module, self._tensor_name, weight)
@@ -234,9 +238,14 @@ class InPlaceMask(prune.BasePruningMethod):
         return hold_mask(module, self._tensor_name, mask, self.path)
 
     @property
-    def is_orphan(self) -> bool:
-        """Whether the pruned module is gone."""
-        return self._module() is None
+    def module(self) -> nn.Module | None:
+        """The pruned module; None if it is gone."""
+        return self._module()
+
+    @property
+    def masks_gradient(self) -> bool:
+        """Whether a hook masks the gradient of the weight."""
+        return self._gradient is not None
 
     @staticmethod
     def lost(path: str, module: nn.Module | None = None) -> RuntimeError:
@@ -345,6 +354,7 @@ class InPlaceMask(prune.BasePruningMethod):
     def _release_gradient(self) -> None:
         if self._gradient is not None:
             self._gradient.handle.remove()
+            forget()
         self._gradient = None
 
 
@@ -448,9 +458,16 @@ def hold_masks(prunables: Sequence[Prunable], masks: Sequence[Tensor | None]) ->
 
     def hold() -> None:
         reshard(module for prunable in prunables for module, _ in prunable.holders)  # a forward may have gathered them
+        known: list[Pair] = []
         for prunable, mask in zip(prunables, whole, strict=True):
             for module, name in prunable.holders:
-                hold_mask(module, name, mask, prunable.name)
+                hold_mask(module, name, mask, prunable.name, known)
+        plain = [pair for pair in known if not is_dtensor(pair[0])]
+        if plain:
+            torch._foreach_copy_(*map(list, zip(*plain, strict=True)))  # type: ignore[arg-type]
+        for buffer, mask in known:
+            if is_dtensor(buffer):
+                buffer.copy_(mask)
         pairs = [(prunable.weight, prunable.mask) for prunable in prunables]
         restore_zeros_((weight, mask) for weight, mask in pairs if mask is not None and same_placement(weight, mask))
 
@@ -469,18 +486,23 @@ def finish(change: Callable[[], object]) -> None:
         raise
 
 
-def hold_mask(module: nn.Module, name: str, mask: Tensor, path: str) -> InPlaceMask:
+def hold_mask(module: nn.Module, name: str, mask: Tensor, path: str, known: list[Pair] | None = None) -> InPlaceMask:
     """Give a tensor of a module, pruned or not, a mask that is held in place, and return its hook.
 
-    The mask becomes the buffer, unless there is a bool one already, which gets its values. Errors name the tensor by
-    its path.
+    The mask becomes the buffer, unless there is a bool one already, which gets its values, or is added to ``known``
+    with them, for the caller to copy them all at once. Errors name the tensor by its path.
     """
     mask_standardized(module)
     hooks = hooks_of(module, name)
     ours = [hook for hook in hooks if isinstance(hook, InPlaceMask)]
     if ours and len(hooks) == 1:
         ours[0].attached(module)  # a mask from before the model was sharded is sharded too
-        module._buffers[name + "_mask"].copy_(mask)  # type: ignore[union-attr]
+        buffer = module._buffers[name + "_mask"]
+        assert buffer is not None
+        if known is None:
+            buffer.copy_(mask)
+        else:
+            known.append((buffer, mask))
         ours[0].prunings += 1
         ours[0].copied_from = None
         return ours[0]

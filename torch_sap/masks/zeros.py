@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,11 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from torch_sap.decide.keys import INTEGER_OF
 from torch_sap.distributed.sharded import local, same_placement
+from torch_sap.masks.small import SIZE, Changes, Pair, Small, restore_small_
+from torch_sap.masks.zeros_cuda import store_zeros_
 
 CHUNK = 2**20
 """Entries that are multiplied at once on the CPU, where PyTorch makes an integer copy of the mask first."""
-
-Pair = tuple[Tensor, Tensor]
-"""A tensor and its bool mask."""
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -38,36 +37,55 @@ def restore_zeros_(pairs: Iterable[Pair]) -> None:
 
     The bits are multiplied as integers, all tensors in one call: on a CPU that is several times faster per entry than
     ``masked_fill_``. Autograd does not see it: version counters stay, so a forward may do this between another forward
-    and its backward. Each process writes its parts of DTensors.
+    and its backward. Each process writes its parts of DTensors. On a GPU one kernel stores the zeros and reads only the
+    masks (:mod:`torch_sap.masks.zeros_cuda`).
     """
-    bits: list[Tensor] = []
-    masks: list[Tensor] = []
+    alike: dict[Any, list[Pair]] = defaultdict(list)
+    on_gpu: list[Pair] = []
+    others: list[Pair] = []
     try:
-        for tensor, mask in pairs:
+        for pair in pairs:
+            tensor, mask = pair
             if type(tensor) not in _PLAIN:
-                tensor, mask = local(tensor), local(mask)
-            of_tensor = tensor.data.view(INTEGER_OF[tensor.dtype])
-            entries = tensor.numel()
-            if entries != mask.numel():  # which could be broadcast
-                raise RuntimeError(f"mask of shape {tuple(mask.shape)} for a tensor of shape {tuple(tensor.shape)}")
-            if entries > CHUNK and tensor.is_cpu and (order := _shared_order(tensor, mask)) is not None:
-                bits.extend(of_tensor.permute(order).view(-1).split(CHUNK))
-                masks.extend(mask.permute(order).view(-1).split(CHUNK))
+                tensor, mask = pair = local(tensor), local(mask)
+            if (shape := tensor.shape) != mask.shape:  # which could be broadcast
+                raise RuntimeError(f"mask of shape {tuple(mask.shape)} for a tensor of shape {tuple(shape)}")
+            if tensor.is_cpu:
+                alike[shape, tensor.dtype].append(pair)
+            elif tensor.is_cuda and type(tensor) in _PLAIN:  # one of a tracer has no address
+                on_gpu.append(pair)
             else:
-                bits.append(of_tensor)
-                masks.append(mask)
-        if bits:
-            torch._foreach_mul_(bits, masks)
+                others.append(pair)
+        for (shape, _), group in alike.items():
+            if shape.numel() > SIZE:
+                others += group
+            else:
+                restore_small_(group)
+        if others or on_gpu:
+            _multiply_bits(others + (store_zeros_(on_gpu) if on_gpu else []))
     except (RuntimeError, KeyError):
         for keeper in list(_keepers.values()):  # somebody has changed a weight: name it
             keeper.check()
         raise
 
 
+def _multiply_bits(pairs: Sequence[Pair]) -> None:
+    bits: list[Tensor] = []
+    masks: list[Tensor] = []
+    for tensor, mask in pairs:
+        of_tensor = tensor.data.view(INTEGER_OF[tensor.dtype])
+        if tensor.numel() > CHUNK and tensor.is_cpu and (order := _shared_order(tensor, mask)) is not None:
+            bits.extend(of_tensor.permute(order).view(-1).split(CHUNK))
+            masks.extend(mask.permute(order).view(-1).split(CHUNK))
+        else:
+            bits.append(of_tensor)
+            masks.append(mask)
+    if bits:
+        torch._foreach_mul_(bits, masks)
+
+
 def _shared_order(tensor: Tensor, mask: Tensor) -> list[int] | None:
     """Dimension order in which both tensors are contiguous; None if there is none."""
-    if tensor.shape != mask.shape:
-        return None
     if tensor.is_contiguous() and mask.is_contiguous():
         return list(range(tensor.dim()))
     order = sorted(range(tensor.dim()), key=lambda dim: tensor.stride()[dim], reverse=True)
@@ -81,11 +99,36 @@ _keepers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 def watch(keeper: Any) -> None:
     """Start restoring the zeros of a weight after optimizer steps."""
     _keepers[id(keeper)] = keeper
+    forget()
 
 
 def unwatch(keeper: Any) -> None:
     """Stop restoring them."""
     _keepers.pop(id(keeper), None)
+    forget()
+
+
+class Stepped(NamedTuple):
+    """What a step of an optimizer has to restore: small tensors of its own, and those of other keepers."""
+
+    parameters: list[int]
+    small: Small
+    others: list[Any]
+
+
+_stepped: weakref.WeakKeyDictionary[Optimizer, Stepped] = weakref.WeakKeyDictionary()
+_of_gradients: dict[tuple[MaskedGradient, ...], tuple[Small, list[MaskedGradient]] | None] = {}
+"""By the gradients of a backward, in their order, the small ones and the others; None for those that came once."""
+
+BACKWARDS = 2**6
+"""Different backwards that are remembered."""
+
+
+def forget(_: Any = None) -> None:
+    """Look all keepers up anew: one has come or gone, or found another weight."""
+    Changes.count += 1
+    _stepped.clear()
+    _of_gradients.clear()
 
 
 _small_eps: weakref.WeakKeyDictionary[Optimizer, list[tuple[dict[str, Any], float]]] = weakref.WeakKeyDictionary()
@@ -122,19 +165,37 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _keepers:
         return
     _lower_eps(optimizer)
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = list(map(id, itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)))
+    known = _stepped.get(optimizer)
+    if known is not None and known.parameters == parameters and known.small.restore(known.small.weights):
+        for keeper in known.small.keepers:
+            keeper.covered = False
+        if known.others:
+            _restore_stepped(known.others, set(parameters))
+        return
+    keepers, stepped = list(_keepers.values()), set(parameters)
+    _restore_stepped(keepers, stepped)
+    small = Small(keeper for keeper in keepers if id(keeper.weight) in stepped)
+    done = set(small.keepers)
+    others = [each for each in keepers if each not in done and (each.sharded or id(each.weight) in stepped)]
+    _stepped[optimizer] = Stepped(parameters, small, others)
+
+
+def _restore_stepped(keepers: Iterable[Any], stepped: set[int]) -> None:
     pairs = []
-    for reference in _keepers.valuerefs():
-        keeper = reference()
-        if keeper is None or (found := keeper.find()) is None:
+    for keeper in keepers:
+        if (found := keeper.find()) is None:
             continue
         keeper.covered = False  # left by a forward that KeyboardInterrupt has ended
         weight, mask = found
         if id(weight) in stepped:
             keeper.copied_from = None  # the copy is trained
-        if keeper.sharded and keeper.weight is not None and id(keeper.weight) in stepped:
-            weight = keeper.weight  # the sharded Parameter, while FSDP has put the gathered one in its place
-        if id(weight) in stepped and (not keeper.sharded or same_placement(weight, mask)):
+        if keeper.sharded:
+            if keeper.weight is not None and id(keeper.weight) in stepped:
+                weight = keeper.weight  # the sharded Parameter, while FSDP has put the gathered one in its place
+            if not same_placement(weight, mask):
+                continue
+        if id(weight) in stepped:
             pairs.append((weight, mask))
     restore_zeros_(pairs)
 
@@ -147,6 +208,7 @@ _arrived: dict[int, list[MaskedGradient]] = {}
 tensor; a task's number is never used again."""
 
 _queue_callback: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback
+_current_task: Callable[[], int] = torch._C._current_graph_task_id
 
 
 MARK = "_torch_sap_mark"
@@ -179,9 +241,9 @@ class MaskedGradient:
         The callback queues itself once more, so that it comes after that of DistributedDataParallel, which copies
         reduced gradients back.
         """
-        task = torch._C._current_graph_task_id()
+        task = _current_task()
         if task == -1:
-            _mask_gradients([self])
+            _mask_one_by_one([self])
             return
         if (arrived := _arrived.get(task)) is not None:
             arrived.append(self)
@@ -193,15 +255,35 @@ class MaskedGradient:
             _queue_callback(lambda: _queue_callback(lambda: _mask_gradients(_arrived.pop(task, []))))
 
 
-def _mask_gradients(arrived: Iterable[MaskedGradient]) -> None:
+def _mask_gradients(arrived: Sequence[MaskedGradient]) -> None:
+    key = tuple(arrived)
+    if (known := _of_gradients.get(key)) is not None:
+        small, others = known
+        if small.restore([weight.grad for weight in small.weights]):
+            _mask_one_by_one(others)
+            return
+    _mask_one_by_one(arrived)
+    if key in _of_gradients:
+        small = Small(keeper for hook in arrived if (keeper := hook.keeper()) is not None)
+        done = set(small.keepers)
+        _of_gradients[key] = small, [hook for hook in arrived if hook.keeper() not in done]
+    else:
+        if len(_of_gradients) >= BACKWARDS:
+            _of_gradients.clear()
+        _of_gradients[key] = None
+
+
+def _mask_one_by_one(arrived: Iterable[MaskedGradient]) -> None:
     pairs = []
     for hook in arrived:
         keeper = hook.keeper()
-        if keeper is None or keeper.is_orphan:
+        if keeper is None:
             raise hook.lost()
-        if (weight := keeper.weight) is None or (gradient := weight.grad) is None:
-            continue
         if (found := keeper.find()) is None:
+            if keeper.module is None:
+                raise hook.lost()
+            continue
+        if (weight := keeper.weight) is None or (gradient := weight.grad) is None:
             continue
         mask = found[1]
         if gradient.is_sparse or (keeper.sharded and not same_placement(gradient, mask)):
