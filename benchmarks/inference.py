@@ -176,16 +176,10 @@ def measure(case: str, sparsity: float, batch: int, folder: Path | None, seconds
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Time relative to dense against sparsity, a panel for each case and batch."""
-<<<<<<< HEAD
     from matplotlib import style
-=======
-    import matplotlib.style
->>>>>>> first
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
     cases, batches = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "batch"))
-<<<<<<< HEAD
     with style.context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.3 * len(batches) + 0.4), layout="constrained")
         panels = figure.subplots(len(batches), len(cases), squeeze=False, sharex=True, sharey=True)
@@ -206,33 +200,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         figure.supxlabel("pruned weights", fontsize="medium")
         figure.supylabel("time / time of dense", fontsize="medium")
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-=======
-    names = [name for name in dict.fromkeys(row["contestant"] for row in rows) if name != "dense"]
-    with matplotlib.style.context(STYLE, after_reset=True):
-        figure = Figure(figsize=(WIDTH, 2.6 * len(batches)), layout="constrained")
-        panels = figure.subplots(len(batches), len(cases), squeeze=False, sharex=True, sharey=True)
-        for line, batch in zip(panels, batches, strict=True):
-            for axes, case in zip(line, cases, strict=True):
-                for name, color, style, marker in zip(names, COLORS, LINES, MARKERS, strict=False):
-                    here = [
-                        row for row in rows if (row["case"], row["batch"], row["contestant"]) == (case, batch, name)
-                    ]
-                    points = [row["sparsity"] for row in here], [row["ratio_to_dense"] for row in here]
-                    axes.semilogy(*points, color=color, linestyle=style, marker=marker, markersize=4, label=name)
-                axes.axhline(1, color="black", linewidth=0.8)
-                axes.set_title(f"{case}, batch {batch}", fontsize="small")
-                axes.grid(alpha=0.3)
-        panels[0][0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panels[0][0].yaxis.set_major_formatter("{x:g}")
-        panels[0][0].yaxis.set_minor_formatter(NullFormatter())
-        panels[0][0].xaxis.set_major_formatter(PercentFormatter(1))
-        for axes in panels[-1]:
-            axes.set_xlabel("sparsity")
-        for line in panels:
-            line[0].set_ylabel("time / time of dense")
-        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
-        figure.suptitle(description, fontsize="x-small")
->>>>>>> first
         figure.savefig(path, dpi=DPI)
 
 

@@ -364,12 +364,13 @@ def test_published_curves_beside_ours(adaptive_runs, tmp_path):
 
 
 def test_the_clipping_of_the_authors_counts_the_gradient_of_pruned_weights(monkeypatch, tmp_path):
-    plain, twin = complete(TINY, tmp_path), complete(replace(TINY, authors="clip"), tmp_path)
+    trained = replace(TINY, epochs=4)  # long enough for gradients that are clipped
+    plain, twin = complete(trained, tmp_path), complete(replace(trained, authors="clip"), tmp_path)
     assert twin[0].metrics == plain[0].metrics
     assert twin[2].metrics != plain[2].metrics
     recipe = paper_runs.Recipe
     monkeypatch.setattr(paper_runs, "Recipe", lambda *a, **k: recipe(*a, **k, clip=1e9))
-    found = [complete(replace(TINY, authors=authors), tmp_path / "unclipped") for authors in ("", "clip")]
+    found = [complete(replace(trained, authors=authors), tmp_path / "unclipped") for authors in ("", "clip")]
     assert histories_are_equal(*found)
 
 

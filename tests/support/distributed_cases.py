@@ -133,9 +133,9 @@ def stepper_and_rewinding():
         rounds = []
         for stepper, batch in zip(steppers, (data(), mine(data())), strict=True):
             for _ in range(2):
-                stepper.optimizer.zero_grad()
+                stepper.starts.optimizer.zero_grad()
                 stepper.model(batch).square().mean().backward()
-                stepper.optimizer.step()
+                stepper.starts.optimizer.step()
             rounds.append(stepper.step(eval_fn=lambda model: model(data()).square().mean().item()))
         assert rounds[0].tensors_after == rounds[1].tensors_after
         assert abs(rounds[0].pruned_metrics["metric"] - rounds[1].pruned_metrics["metric"]) < 1e-6
