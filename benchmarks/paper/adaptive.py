@@ -135,7 +135,7 @@ def dense_table(histories: Histories) -> str:
         run = next(iter(members))
         metrics = [history[0].metrics for history in members.values()]
         for p, q in NORMS:
-            line = [f"{run.model}, {run.data}", f"{run.weight_decay:g}", f"{p:g}, {q:g}"]
+            line = [_network(run), f"{run.weight_decay:g}", f"{p:g}, {q:g}"]
             index = [_indices(metrics, epoch, p, q) for epoch in SHOWN_EPOCHS]
             line += [f"{found['global']:.3f}" for found in (index[0], index[-1])]
             for found in index:

@@ -104,7 +104,9 @@ def audit(histories: Histories, base: Run, results: Path) -> Drawing:
 def cifar10(histories: Histories, base: Run, results: Path) -> Drawing:
     """CIFAR-10 beside the published curves."""
     published = read_published(results / PUBLISHED)
-    own = _grouped_by_method(tables.finished(histories, experiments.cifar10(base)))
+    every = _grouped_by_method(tables.finished(histories, experiments.cifar10(base)))
+    own = {run: history for run, history in every.items() if run.rounds}
+    dense = {run: history for run, history in every.items() if not run.rounds}
     return (
         {
             f"{title(base)} accuracy": tables.accuracy_table({run: h for run, h in own.items() if run.source is None}),
@@ -114,6 +116,7 @@ def cifar10(histories: Histories, base: Run, results: Path) -> Drawing:
                 {r: h for r, h in own.items() if figures.describe(r) in METHODS}
             ),
             f"{title(base)} controls": control_table(_controls(own, "global")),
+            f"{title(base)} dense": dense_table(dense),
         },
         {"paper_cifar10.png": lambda path: draw_published(own, published, path)},
     )

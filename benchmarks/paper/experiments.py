@@ -42,6 +42,7 @@ RANDOM_ROUNDS = 21  # 0.8 ** 21 is less than 1 %
 NORMS = ((0.2, 1.0), (0.4, 1.0), (0.5, 1.0), (0.6, 1.0), (0.8, 1.0), (1.0, 1.5), (1.0, 2.0), (1.0, 4.0), (0.5, 2.0))
 RATIOS = (0.2, 0.5, 0.7)
 DENSE_EPOCHS = 12
+DENSE_WIDTHS = (16, 32)
 # p and q of the runs that have controls, by scope.
 CONTROLLED: dict[Scope, tuple[float, float]] = {"global": (1.0, 2.0), "layer": (0.5, 1.0)}
 DECAYS = (0.0, 5e-4)
@@ -112,13 +113,15 @@ def adaptive(base: Run = ADAPTIVE, seeds: Sequence[int] = SEEDS) -> list[Run]:
 def cifar10(base: Run = CIFAR10, seeds: Sequence[int] = FEWER_SEEDS) -> list[Run]:
     """Every method on CIFAR-10 in the first seed, SAP (1, 2) in all scopes; in the others it and Lottery Ticket.
 
-    In the global scope SAP (1, 2) is followed by its controls, a replay by that of another seed.
+    In the global scope SAP (1, 2) is followed by its controls, a replay by that of another seed. Dense training, in the
+    first seed, is that of two widths.
     """
     first = replace(base, seed=seeds[0])
     runs = [*figure2(base, seeds[:1]), replace(first, method="random"), *scopes(base, seeds[0]), *emp(base, seeds[:1])]
     runs += [run for run in figure2(base, seeds[1:]) if run.method == "lottery-ticket" or run.p == 1]
     followers = [run for seed in seeds for run in controls(base, seed, seeds)]
-    return [*runs, *(run for run in followers if run.scope == "global" and run.source is not None)]
+    runs += [run for run in followers if run.scope == "global" and run.source is not None]
+    return [*runs, *(run for width in DENSE_WIDTHS for run in dense(replace(base, width=width), seeds[:1]))]
 
 
 def settings(base: Run = ADAPTIVE, seeds: Sequence[int] = SEEDS) -> list[Run]:

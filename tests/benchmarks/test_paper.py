@@ -468,7 +468,7 @@ def test_a_page_shows_runs_before_all_are_finished(adaptive_runs, tmp_path):
     assert gaps[1] == ["0", "-", "-"]
     assert "-" not in gaps[0]
     whole = [run for run in experiments.cifar10() if run.source is None]
-    assert {run.method for run in whole} == {"sap", "lottery-ticket", "one-shot", "random"}
+    assert {run.method for run in whole} == {"sap", "lottery-ticket", "one-shot", "random", "plain"}
     assert "cnn16-cifar10-all-8x3-replay-1-2-0-1-global-of0-seed1" in {run.name for run in experiments.cifar10()}
 
 
