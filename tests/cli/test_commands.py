@@ -403,6 +403,7 @@ def test_in_a_process_of_its_own(folder):
 
 INTERRUPTED = """
 import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 os.kill(os.getpid(), signal.SIGINT)
 time.sleep(60)
 """

@@ -67,7 +67,7 @@ def test_committed_histories_stay_readable():
         assert History.from_json(path)[-1].density < 1
     for path in RESULTS.glob("paper/*.json.gz"):
         for run in json.loads(gzip.decompress(path.read_bytes()))["runs"][:2]:
-            assert History.from_dict(run["history"])[1].density < 1
+            assert History.from_dict(run["history"])[-1].density < 1 or run["config"]["rounds"] == 0
 
 
 @pytest.mark.parametrize(
