@@ -180,6 +180,7 @@ def test_a_real_run_of_another_library_finds_what_is_broken(monkeypatch):
     assert lifecycle.lifecycle("torch/Linear").failure == "the reloaded model computes something else"
 
 
+@pytest.mark.slow
 def test_the_command_line_of_other_libraries(tmp_path):
     assert zoo.main(["lifecycle", "--models", "torch/Linear", "--jobs", "1", "--out", str(tmp_path)]) == 0
     assert zoo.names_of("lifecycle", ["open_clip"])[0] == "open_clip/CLIP (ViT)"

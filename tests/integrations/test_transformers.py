@@ -177,6 +177,7 @@ def test_resumes_with_late_rewinding_and_without(tmp_path, rewind):
         assert_same(training(resume=path), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the loaded state_dict has plain weights:UserWarning")  # before we refuse that
 def test_resumes_in_the_same_process_with_the_same_trainer(tmp_path):
     class Interrupt(transformers.TrainerCallback):
@@ -200,6 +201,7 @@ def test_resumes_in_the_same_process_with_the_same_trainer(tmp_path):
         assert_same((training.model, callback), expected)
 
 
+@pytest.mark.slow
 def test_resumes_from_a_folder_that_was_moved(tmp_path):
     expected = run(tmp_path / "a", rounds=2, save_strategy="epoch")
     (tmp_path / "a").rename(tmp_path / "b")
@@ -213,6 +215,7 @@ def test_resumes_from_a_folder_that_was_moved(tmp_path):
         run(tmp_path / "a", rounds=2, resume=moved, save_strategy="epoch")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_over_is_made_longer(tmp_path):
     expected = run(tmp_path / "long", rounds=4, save_strategy="epoch")
     run(tmp_path / "short", rounds=3, save_strategy="epoch")
@@ -307,6 +310,7 @@ class Plain(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
 
+@pytest.mark.slow
 def test_a_module_that_is_no_model_of_transformers(tmp_path):
     expected = run(tmp_path, make=Plain, save_strategy="steps", save_steps=3)
     for path in checkpoints(tmp_path)[::3]:

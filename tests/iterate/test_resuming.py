@@ -194,6 +194,7 @@ def test_a_damaged_file_changes_nothing(key, value, match, tmp_path):
     assert after == before
 
 
+@pytest.mark.slow
 def test_processes_write_one_file_and_resume(tmp_path):
     processes = pytest.importorskip("processes")
     import distributed_resuming
