@@ -22,6 +22,15 @@ def save_table(text: str, path: Path) -> None:
         csv.writer(file, lineterminator="\n").writerows([rows[0], *rows[2:]])
 
 
+def save_rows(columns: Sequence[str], rows: Iterable[Mapping[str, object]], path: Path) -> None:
+    """Save a line a row as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def fill(page: str, parts: Mapping[str, str]) -> str:
     """Replace the parts of a page between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``."""
     for name, text in parts.items():

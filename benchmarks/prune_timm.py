@@ -33,7 +33,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
     from models import build, choose_device, set_threads
-    from style import COLORS, DPI, LINES, MARKERS, STYLE, WIDTH
+    from style import DPI, STYLE, WIDTH, look, percent_log
     from tqdm import tqdm
     from training import Recipe, evaluate, fit, seed_everything
 except ImportError as error:
@@ -140,14 +140,16 @@ def draw(histories: Histories, path: Path) -> None:
         figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         for number, (method, of_seeds) in enumerate(histories.items()):
-            style: dict[str, Any] = {"color": COLORS[number], "marker": MARKERS[number], "markersize": 4}
+            style = look(number)
             for history in of_seeds:
-                points = [remaining(found) for found in history], [accuracy(found) for found in history]
-                left.plot(*points, **style | {"markersize": 2.5}, linestyle="none", alpha=0.5)
-            share, effect = mean(of_seeds, remaining), mean(of_seeds, effective)
-            left.plot(share, mean(of_seeds, accuracy), **style, linestyle=LINES[number], label=method)
-            right.plot(share, **style, linestyle="-", label=f"{method}: remaining")
-            right.plot(effect, **style, linestyle=":", markerfacecolor="white", label=f"{method}: effective number")
+                points = [100 * remaining(found) for found in history], [accuracy(found) for found in history]
+                left.plot(*points, **style | {"linestyle": "none"}, alpha=0.5)
+            share, effect = 100 * mean(of_seeds, remaining), 100 * mean(of_seeds, effective)
+            style |= {"markersize": 4}
+            left.plot(share, mean(of_seeds, accuracy), **style, label=method)
+            right.plot(share, **style | {"linestyle": "-"}, label=f"{method}: remaining")
+            hollow = style | {"linestyle": ":", "markerfacecolor": "white"}
+            right.plot(effect, **hollow, label=f"{method}: effective number")
         dense = float(np.mean([mean(of_seeds, accuracy)[0] for of_seeds in histories.values()]))
         left.axhspan(dense - POINT, dense, color="gray", alpha=0.2, linewidth=0, label="within 1 point of dense")
         left.set_xscale("log")
@@ -159,18 +161,14 @@ def draw(histories: Histories, path: Path) -> None:
         right.set_ylim(bottom=right.get_ylim()[0] / 4)  # room for the legend
         right.set_xlabel("round")
         right.set_ylabel("share of the weights")
+        sparsest = min(100 * mean(of_seeds, remaining).min() for of_seeds in histories.values())
         for axis in (left.xaxis, right.yaxis):
-            axis.set_ticks([share for share in TICKS if share > 0.8 * min(left.get_xlim())])
-            axis.set_ticks([], minor=True)
-            axis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+            percent_log(axis, [sparsest, 100])
         left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         for axes in (left, right):
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small", loc="lower left")
         figure.savefig(path, dpi=DPI)
-
-
-TICKS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 
 
 def headline(arguments: argparse.Namespace, dataset: Dataset, device: torch.device) -> str:
@@ -205,7 +203,7 @@ def summary(histories: Histories) -> str:
     for method, of_seeds in histories.items():
         share, right = mean(of_seeds, remaining)[-1], mean(of_seeds, accuracy)
         against = [100 * (accuracy(history[-1]) - accuracy(history[0])) for history in of_seeds]
-        how = "which it counted itself" if method == "SAP" else "by a ratio that somebody chose"
+        how = "a number that it found itself" if method == "SAP" else "by a preset ratio"
         lines.append(
             f"{method} ends with {share:.1%} of the weights, {how}:\n"
             f"  {right[-1]:.1%} of the test images right, dense {right[0]:.1%} "

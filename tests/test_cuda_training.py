@@ -78,6 +78,20 @@ def test_automatic_mixed_precision(dtype):
     assert torch_sap.verify(model, batch()[0]).effective
 
 
+def captured(train):
+    """A CUDA graph of a training step that has been made three times on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            train()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train()
+    return graph
+
+
 def test_a_training_step_captured_in_a_cuda_graph_keeps_the_zeros():
     model = mlp().cuda()
     torch_sap.global_unstructured(model, eta_r=0.5)
@@ -89,15 +103,7 @@ def test_a_training_step_captured_in_a_cuda_graph_keeps_the_zeros():
         nn.functional.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            train()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        train()
+    graph = captured(train)
     before = model[0].weight.detach().clone()
     for _ in range(5):
         inputs.normal_()
@@ -119,15 +125,7 @@ def test_a_captured_step_does_not_need_the_tables_that_are_kept(set_to_none):
         model(inputs).square().mean().backward()
         optimizer.step()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            train()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        train()
+    graph = captured(train)
     zeros_cuda._table.cache_clear()
     others = [torch.full((1000,), 3.0, device="cuda") for _ in range(200)]
     for _ in range(5):

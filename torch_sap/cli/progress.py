@@ -21,8 +21,7 @@ def progress(text: str, total: int | None = None) -> Iterator[Callable[..., obje
     """Show a text with the seconds so far, and with a bar and the time left once a total is known.
 
     The block gets a function to call with what has been done since the last call, and with the total if that was not
-    known before. Nothing is shown unless stderr is a
-    terminal and tqdm is installed.
+    known before. Nothing is shown unless stderr is a terminal and tqdm is installed.
     """
     bar = _bar(text, total) if sys.stderr.isatty() else None
     if bar is None:

@@ -61,6 +61,15 @@ def _places(item, i):
 
 
 @triton.jit
+def _span(item, program, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """Entries of an item, the first one of a program, and how many blocks of them the program has."""
+    size = tl.load(item + _SIZES) * tl.load(item + _SIZES + 1) * tl.load(item + _SIZES + 2)
+    start = (program - tl.load(item + _FIRST)) * BLOCK * STEPS
+    steps = (tl.minimum(size - start, BLOCK * STEPS) + BLOCK - 1) // BLOCK
+    return size, start, steps.to(tl.int32)
+
+
+@triton.jit
 def _magnitude(key, KIND: tl.constexpr):
     """The float64 number that a key stands for."""
     if KIND == _FLOAT16:
@@ -245,10 +254,8 @@ def narrow(
         shift = (PASSES - 1 - done) * BITS
         if BITS == 8:
             counts = tl.zeros([256], tl.int32)
-        size = tl.load(item + _SIZES) * tl.load(item + _SIZES + 1) * tl.load(item + _SIZES + 2)
-        start = (tl.program_id(0) - tl.load(item + _FIRST)) * BLOCK * STEPS
-        steps = (tl.minimum(size - start, BLOCK * STEPS) + BLOCK - 1) // BLOCK
-        for step in range(steps.to(tl.int32)):
+        size, start, steps = _span(item, tl.program_id(0), BLOCK, STEPS)
+        for step in range(steps):
             i = start + step * BLOCK + tl.arange(0, BLOCK)
             a, b, c = _places(item, i)
             key, live = _entries(item, a, b, c, i < size, SOURCE, TARGET)
@@ -288,10 +295,8 @@ def write(
         low, left, equal = _narrowed(histograms, chosen, group, PASSES, PASSES, BITS)
         out = tl.load(item + _OUT).to(tl.pointer_type(tl.int8))
         stay, tied = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-        size = tl.load(item + _SIZES) * tl.load(item + _SIZES + 1) * tl.load(item + _SIZES + 2)
-        start = (tl.program_id(0) - tl.load(item + _FIRST)) * BLOCK * STEPS
-        steps = (tl.minimum(size - start, BLOCK * STEPS) + BLOCK - 1) // BLOCK
-        for step in range(steps.to(tl.int32)):
+        size, start, steps = _span(item, tl.program_id(0), BLOCK, STEPS)
+        for step in range(steps):
             i = start + step * BLOCK + tl.arange(0, BLOCK)
             a, b, c = _places(item, i)
             key, live = _entries(item, a, b, c, i < size, SOURCE, TARGET)
@@ -336,10 +341,8 @@ def take_ties(
             left -= tl.sum(before, 0)
             out = tl.load(item + _OUT).to(tl.pointer_type(tl.int8))
             tl.store(kept + program, tl.load(kept + program) - tl.minimum(left, here))
-            size = tl.load(item + _SIZES) * tl.load(item + _SIZES + 1) * tl.load(item + _SIZES + 2)
-            start = (program - tl.load(item + _FIRST)) * BLOCK * STEPS
-            steps = (tl.minimum(size - start, BLOCK * STEPS) + BLOCK - 1) // BLOCK
-            for step in range(steps.to(tl.int32)):
+            size, start, steps = _span(item, program, BLOCK, STEPS)
+            for step in range(steps):
                 i = start + step * BLOCK + tl.arange(0, BLOCK)
                 a, b, c = _places(item, i)
                 key, live = _entries(item, a, b, c, i < size, SOURCE, TARGET)

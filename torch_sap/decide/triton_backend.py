@@ -27,6 +27,8 @@ from torch_sap.decide.keys import INTEGER_OF, common_dtype, key_bits
 
 Int64 = NDArray[np.int64]
 
+_log = logging.getLogger(__name__)
+
 ROWS, WIDTH, STEPS = 16, 128, 16
 """A program measures up to this many rows, and columns in this many steps."""
 
@@ -47,9 +49,6 @@ class Counts(Protocol):
     @property
     def c(self) -> Int64:
         """Entries to prune."""
-
-
-_log = logging.getLogger(__name__)
 
 
 class Triton(Torch):

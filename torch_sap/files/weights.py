@@ -275,8 +275,8 @@ def prune_checkpoint(
     transposed convolutions. ``out``
     is a folder if ``path`` is a folder or an index; ``key`` names one of several state_dicts. Several files are pruned
     together, and none is renamed before all are complete. What else belongs to the model in a folder is copied
-    (:func:`torch_sap.files.folder.companions`). ``advance`` is called with the work done since the last
-    call, and with the total: entries to measure and to write.
+    (:func:`torch_sap.files.folder.companions`). ``advance`` is called with the work done since the last call, and
+    with the total: entries to measure and to write.
 
     Raises:
         OSError: if a file cannot be read or written.

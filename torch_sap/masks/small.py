@@ -21,6 +21,7 @@ SIZE, FEW, MANY = 2**10, 8, 2**7
 """Entries up to which a tensor is small, and how many of a shape and type are stacked at least, and at once."""
 
 Pair = tuple[Tensor, Tensor]
+"""A tensor and its bool mask."""
 
 _AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
 _AUTOGRAD = _AUTOGRAD | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)

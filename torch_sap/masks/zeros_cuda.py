@@ -15,14 +15,13 @@ from torch import Tensor
 
 from torch_sap.decide.keys import INTEGER_OF
 from torch_sap.decide.triton_backend import import_kernels, numbers, run, send, starts, usable
+from torch_sap.masks.small import Pair
 
 BLOCK = 2**11
 """Entries per program."""
 
 KEPT = 64
 """Tables that are kept: gradients and weights of some models, or of one whose gradients move."""
-
-Pair = tuple[Tensor, Tensor]
 
 
 class Table(NamedTuple):
