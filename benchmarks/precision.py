@@ -3,7 +3,7 @@
     python benchmarks/precision.py
 
 float32 norms of many entries drift with their number and with the number of threads that add them up; the number of
-entries to prune follows. Prints the table of docs/speed.md.
+entries to prune follows. Prints the figures of the table in docs/speed.md.
 """
 
 from __future__ import annotations
