@@ -21,6 +21,7 @@ import fashion_mnist
 import timm
 import train_timm
 import training
+from timm.scheduler import create_scheduler_v2
 
 EPOCHS = 2
 SMALL = ["--data", "digits", "--img-size", "16", "--train-num-samples", "256", "--epochs", str(EPOCHS)]
@@ -85,6 +86,23 @@ def test_a_resumed_run_ends_like_one_without_interruption(run, tmp_path, monkeyp
     assert [found.remaining for found in again] == [found.remaining for found in history]
     assert [found.metrics for found in again[1:]] == [found.metrics for found in history[1:]]
     assert rates(tmp_path) == rates(out)
+
+
+def test_the_cycles_of_timm_are_what_the_guide_says():
+    def rates_of_cycles(**settings):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=4, cycle_limit=3, **settings)
+        found = []
+        for epoch in range(epochs):
+            found.append(round(optimizer.param_groups[0]["lr"], 3))
+            scheduler.step(epoch + 1)
+        return [found[start : start + 4] for start in range(0, epochs, 4)]
+
+    cycle = [1.0, 0.854, 0.5, 0.146]
+    assert rates_of_cycles(cycle_decay=1.0) == [cycle] * 3
+    assert rates_of_cycles(cycle_decay=0.5) == [cycle, [0.5, 0.427, 0.25, 0.073], [0.25, 0.213, 0.125, 0.037]]
+    warm = rates_of_cycles(cycle_decay=1.0, warmup_epochs=2, warmup_lr=0.0)
+    assert warm == [[0.0, 0.5, 0.5, 0.146], cycle, cycle]
 
 
 @pytest.mark.slow
