@@ -14,6 +14,20 @@ from torch_sap import SAP, LotteryTicket, OneShot, iterative_sap, layer_unstruct
 
 SHAPE = (6, 6)
 STEPS = 6
+
+
+def one_after_the_other(optimizer):
+    """A SequentialLR. That of PyTorch 2.5 makes ``lr`` and ``initial_lr`` one tensor, and then moves both."""
+    parts = [
+        lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2),
+        lr_scheduler.CosineAnnealingLR(optimizer, T_max=4),
+    ]
+    scheduler = lr_scheduler.SequentialLR(optimizer, parts, milestones=[2])
+    for group in optimizer.param_groups:
+        group["lr"] = copy.deepcopy(group["lr"])
+    return scheduler
+
+
 SCHEDULERS = {
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=STEPS),
     "step": lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.5),
@@ -25,9 +39,7 @@ SCHEDULERS = {
     "warm-up, then cosine": lambda o: lr_scheduler.LambdaLR(  # transformers' get_cosine_schedule_with_warmup
         o, lambda step: step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / STEPS))
     ),
-    "one after the other": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, T_max=4)], milestones=[2]
-    ),
+    "one after the other": one_after_the_other,
     "chained": lambda o: lr_scheduler.ChainedScheduler(
         [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.ExponentialLR(o, 0.9)]
     ),

@@ -80,7 +80,7 @@ class Guard:
         found = [hook.attached(inner) for hook, inner in todo]
         restore_zeros_([pair for pair in found if pair is not None])
         if self.is_root and todo is self.held:
-            self._attached = known = Attached(hook for hook, inner in todo if hook.module is inner)
+            self._attached = known = Attached([hook for hook, inner in todo if hook.module is inner])
             done = set(known.keepers)
             self._others = [(hook, inner) for hook, inner in todo if hook not in done]
 
