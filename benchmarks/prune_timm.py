@@ -161,9 +161,10 @@ def draw(histories: Histories, path: Path) -> None:
         right.set_ylim(bottom=right.get_ylim()[0] / 4)  # room for the legend
         right.set_xlabel("round")
         right.set_ylabel("share of the weights")
-        sparsest = min(100 * mean(of_seeds, remaining).min() for of_seeds in histories.values())
-        for axis in (left.xaxis, right.yaxis):
-            percent_log(axis, [sparsest, 100])
+        shares = [100 * mean(of_seeds, remaining) for of_seeds in histories.values()]
+        effects = [100 * mean(of_seeds, effective) for of_seeds in histories.values()]
+        percent_log(left.xaxis, [np.min(shares), 100])
+        percent_log(right.yaxis, [np.min(effects), 100])
         left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         for axes in (left, right):
             axes.grid(alpha=0.3)

@@ -12,7 +12,7 @@ NARROW = 6.5  # of pictures with many panels: their text stays readable on a pho
 COLORS = ("C0", "C1", "C2", "C3", "C5")  # Okabe and Ito's, without C4, a yellow that white paper swallows
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v")
-WIDE = 20.0  # an axis that spans more than this factor has room for powers of ten only
+WIDE = 40.0  # an axis that spans more than this factor has room for powers of ten only
 
 
 def look(number: int) -> dict[str, Any]:
