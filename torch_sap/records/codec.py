@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
+from numpy.typing import NDArray
 
 Record = TypeVar("Record")
 _hints = cache(get_type_hints)
@@ -52,9 +53,9 @@ def _read(kind: Any, value: Any) -> Any:
         _check(value, Mapping)
         names, hints = [each.name for each in fields(kind)], _hints(kind)  # type: ignore[arg-type]
         return kind(**{name: _read(hints[name], value[name]) for name in names})  # type: ignore[operator]
-    if origin is np.ndarray:
+    if origin in (np.ndarray, NDArray):  # NDArray is a type of its own from NumPy 2.5 and Python 3.12 on
         _check(value, list)
-        (dtype,) = get_args(arguments[1])
+        dtype, *_ = get_args(arguments[-1]) or arguments
         return np.array([math.nan if item is None else item for item in value], dtype)
     if kind is float:
         return math.nan if value is None else float(value)
