@@ -49,14 +49,16 @@ def run_processes(size, folder, cases):
     while left := {name: case for name, case in cases.items() if name not in failures[0]}:
         attempt = Path(tempfile.mkdtemp(dir=folder))
         reason = run_once(size, attempt, left)
-        found = [pickle.loads(file.read_bytes()) if file.exists() else {} for file in files_of(attempt, size)]
+        files = [attempt / f"{rank}.pickle" for rank in range(size)]
+        found = [pickle.loads(file.read_bytes()) if file.exists() else {} for file in files]
         for name in left:
-            if not (all(name in one for one in found) or any(one.get(name) for one in found)):
+            of_all = [of_one.get(name) for of_one in found]
+            if None in of_all and not any(of_all):  # nobody failed, and somebody did not come to its end
                 break
-            for of_one, one in zip(failures, found, strict=True):
-                of_one[name] = one.get(name, "")
+            for of_one, text in zip(failures, of_all, strict=True):
+                of_one[name] = text or ""
         else:
-            continue
+            break
         if name == lost:
             for of_one in failures:
                 of_one[name] = f"processes were lost twice in this case: {reason}"
@@ -77,10 +79,6 @@ def run_once(size, folder, cases):
     except Exception as error:
         return str(error)
     return None
-
-
-def files_of(folder, size):
-    return [folder / f"{rank}.pickle" for rank in range(size)]
 
 
 def assert_passed(failures, case):
