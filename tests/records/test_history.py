@@ -182,3 +182,24 @@ def test_a_figure_comes_back_and_has_panels_only_for_what_was_measured(history):
     alone = SAP(mlp())
     alone.record({"loss": 1.0})
     assert titles_of(alone.history.plot()) == [["loss", "remaining weights (%)", "PQ Index"]]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "span"), [([0.977, 0.974, 0.979], 0.095), ([98.0, 98.0], 9.5), ([0.9, 0.2], 0.7)]
+)
+def test_noise_does_not_fill_a_panel(accuracies, span):
+    sap = SAP(mlp())
+    for accuracy in accuracies:
+        sap.record({"accuracy": accuracy})
+    low, high = sap.history.plot().subfigs[0].axes[0].get_ylim()
+    assert low <= min(accuracies) <= max(accuracies) <= high
+    assert span <= high - low <= 1.2 * span
+
+
+def test_noise_does_not_fill_a_panel_of_differences():
+    accuracies = iter([0.98, 0.978, 0.979, 0.981, 0.98])
+    history = iterative_sap(mlp(), lambda model: None, eval_fn=lambda model: next(accuracies), iterations=2)
+    axes = history.plot().subfigs[1].axes[1]
+    assert axes.get_title() == "metric, pruned - retrained"
+    low, high = axes.get_ylim()
+    assert 0.09 < high - low < 0.1

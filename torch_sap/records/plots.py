@@ -18,6 +18,8 @@ PHASE_COLORS = {"regularization": "#009E73", "compression": "#E69F00", "collapse
 OF_METRIC, OF_INDEX = ("#0072B2", "o", "-"), ("#D55E00", "^", "-.")
 OF_REMAINING, OF_GINI = ("#000000", "s", "--"), ("#009E73", "D", ":")
 """Color, marker and line style."""
+LEAST_SPAN = 0.1
+"""Of an axis, as a share of the largest value: half a point of noise in an accuracy of 98 % is no fall."""
 Panel = tuple[str, str, str, tuple[str, str, str]]
 """Title, column, column to subtract, and style."""
 
@@ -88,10 +90,14 @@ def _measured(rows: Sequence[Any], panel: Panel) -> list[tuple[int, float]]:
 
 
 def _draw(axes: Any, rows: Sequence[Any], panel: Panel) -> None:
-    title, _, _, (color, marker, line) = panel
+    title, column, _, (color, marker, line) = panel
     axes.set_title(title, fontsize="small")
     axes.set_xlabel("round", fontsize="small")
     axes.grid(alpha=0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlim(rows[0]["round"] - 0.5, rows[-1]["round"] + 0.5)
     axes.plot(*zip(*_measured(rows, panel), strict=True), color=color, marker=marker, linestyle=line, markersize=4)
+    low, high = axes.get_ylim()
+    missing = LEAST_SPAN * max(abs(row[column]) for row in rows if row.get(column) is not None) - (high - low)
+    if missing > 0:
+        axes.set_ylim(low - missing / 2, high + missing / 2)
