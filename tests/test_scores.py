@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FUNCTIONS, SCOPES, assert_unchanged, convnet, mlp, snapshot
+from helpers import FUNCTIONS, SCOPES, assert_unchanged, convnet, import_transformers, mlp, snapshot
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -180,7 +180,7 @@ def test_errors():
 
 @pytest.mark.parametrize("way", ["eager", "grouped_mm", "batched_mm"])
 def test_activations_of_a_mixture_of_experts(way):
-    transformers = pytest.importorskip("transformers")
+    transformers = import_transformers()
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     config = transformers.MixtralConfig(vocab_size=32, num_local_experts=4, **sizes)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import import_transformers
 from torch import nn
 
 import torch_sap
@@ -132,7 +133,7 @@ def test_a_module_of_torch_is_counted_again(path):
 
 @pytest.mark.parametrize("name", ["GPT2Config", "IBertConfig", "MixtralConfig", "XLNetConfig"])
 def test_an_architecture_of_transformers_is_counted_again(name):
-    pytest.importorskip("transformers")
+    import_transformers()
     (row,) = (row for row in COVERAGE if row["model"] == name)
     if row["made_with"].partition(",")[0] != libraries.LIBRARIES["transformers"].made_with().partition(",")[0]:
         pytest.skip("needs the package transformers in the version that the results were made with")
@@ -143,7 +144,7 @@ def test_an_architecture_of_transformers_is_counted_again(name):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["GPT2Config", "GptOssConfig", "T5Config"])
 def test_a_real_run_of_transformers_passes(name):
-    pytest.importorskip("transformers")
+    import_transformers()
     found = lifecycle.lifecycle(f"transformers/{name}")
     assert (found.failure, found.not_run, found.zeros_received, found.saved_difference) == ("", "", 1, 0)
 

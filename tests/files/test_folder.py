@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from checkpoints import shard, weights, write
+from helpers import import_transformers
 from torch import nn
 
 from torch_sap.decide.bounds import Hyperparameters
@@ -132,7 +133,7 @@ def test_nothing_is_left_of_a_failure(model, tmp_path, monkeypatch, where):
 @pytest.mark.parametrize("size", ["1GB", "20KB"], ids=["one file", "shards"])
 @pytest.mark.parametrize("scope", ["global", "neuron"])
 def test_from_pretrained(size, scope, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = import_transformers()
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.LlamaConfig(**sizes, vocab_size=64, tie_word_embeddings=False, torch_dtype="float32")

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import import_transformers
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import prune
@@ -15,7 +16,7 @@ import torch_sap
 from torch_sap.decide.bounds import Hyperparameters
 from torch_sap.files.weights import prune_checkpoint
 
-transformers = pytest.importorskip("transformers")
+transformers = import_transformers()
 IDS = torch.arange(1, 9)[None]
 
 

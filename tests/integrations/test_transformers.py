@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_held
+from helpers import assert_held, import_transformers
 from iterating import state_without_masks
 from torch import nn
 
 from torch_sap import remove
 from torch_sap.files.checkpoint import read
 
-transformers = pytest.importorskip("transformers")
+transformers = import_transformers()
 
 from language_models import BATCHES, LR, data, gpt2, llama, trainer  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402

@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from helpers import assert_held, convnet, masks_of, mlp
+from helpers import assert_held, convnet, import_transformers, masks_of, mlp
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -168,7 +168,7 @@ def test_one_row_is_not_broadcast():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_resized_embeddings(tied):
-    transformers = pytest.importorskip("transformers")
+    transformers = import_transformers()
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 24}
     config = transformers.LlamaConfig(
         **sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied, attn_implementation="eager"

@@ -11,7 +11,18 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FUNCTIONS, SCOPES, assert_held, assert_unchanged, fit, mask_of, snapshot, value_of, weight_names
+from helpers import (
+    FUNCTIONS,
+    SCOPES,
+    assert_held,
+    assert_unchanged,
+    fit,
+    import_transformers,
+    mask_of,
+    snapshot,
+    value_of,
+    weight_names,
+)
 from standardized_layers import ScaledStdConv2d, StdConv2d, by_hand, every_kind, images, layer, record
 from torch import nn
 from torch.nn.utils import prune
@@ -324,7 +335,7 @@ assert not any(name.partition(".")[0] == "timm" for name in sys.modules)
 
 
 def test_bit_of_transformers_holds_its_zeros(received):
-    transformers = pytest.importorskip("transformers")
+    transformers = import_transformers()
     config = transformers.BitConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=4, global_padding="SAME"
     )

@@ -1,5 +1,6 @@
 """Small models, training by hand, and exact comparison of model states: shared by the tests."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
@@ -13,6 +14,14 @@ FUNCTIONS = {
     "neuron": torch_sap.neuron_unstructured,
 }
 SCOPES = list(FUNCTIONS)
+
+
+def import_transformers():
+    """transformers; the test or module is skipped without it, or with a PyTorch that is too old for it."""
+    transformers = pytest.importorskip("transformers")
+    if not transformers.utils.is_torch_available():
+        pytest.skip("needs PyTorch 2.6 or newer, which transformers asks for", allow_module_level=True)
+    return transformers
 
 
 def mlp(dtype=torch.float32):

@@ -1,5 +1,6 @@
 """Standardized convolutions of timm and transformers, and what a masked one computes, written out."""
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -11,7 +12,7 @@ from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv
 from timm.layers.padding import pad_same
 
 KINDS = [StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame]
-if find_spec("transformers"):
+if find_spec("transformers") and import_module("transformers").utils.is_torch_available():
     from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
     class BitConv2d(WeightStandardizedConv2d):
