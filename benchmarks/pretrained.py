@@ -182,11 +182,12 @@ def compare(expected: Tensor, logits: Tensor) -> dict[str, float]:
 
 
 def table_line(rows: Sequence[Row]) -> str:
-    """Return a line of the page's table: SAP and the two others at its sparsity."""
+    """Return a line of the page's table, in percent: SAP and the two others at its sparsity."""
     first = rows[0]
-    cells = [f"{float(row['same']):.1%} ± {float(row['same_se']):.1%}" for row in rows]
-    pruned = f"{int(first['pruned']) / int(first['total']):.1%}"
-    return "| " + " | ".join([str(first["scope"]), str(first["eta_r"]), pruned, *cells]) + " |"
+    cells = [f"{100 * float(row['same']):.1f}" for row in rows]
+    pruned = f"{100 * int(first['pruned']) / int(first['total']):.1f}"
+    setting = f"{first['scope']}, `eta_r={first['eta_r']}`" if float(first["eta_r"]) else str(first["scope"])
+    return "| " + " | ".join([setting, pruned, *cells]) + " |"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -36,6 +36,7 @@ EFFECTIVE = (
     1.0,
 )  # p and q of the effective number; (1, 2) takes 90 % by activations or gradients, and all answers
 RATIOS = (0.18, 0.3, 0.5, 0.6)  # the first is what the effective number of the magnitudes takes of all weights
+SHOWN = RATIOS[:2]  # on the page: the others leave next to nothing
 BATCH = 32
 RESULTS = ("same", "same_se", "in_top5")
 COLUMNS = ("scope", "amount", "score", "pruned", "total", "images", "photographs", *RESULTS)
@@ -148,24 +149,13 @@ def named(amount: Amount) -> str:
 
 
 def scores_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return the page's table: agreement as it is, and beside the dense network if both are recalibrated."""
-    found = {(row["scope"], row["amount"], row["score"]): row for row in rows}
-    head = ["scope", "pruned", *SCORES, *(f"{score}, both recalibrated" for score in SCORES)]
+    """Return the page's table: agreement in percent, at the shares that leave some."""
+    same = {(row["scope"], row["amount"], row["score"]): 100 * float(str(row["same"])) for row in rows}
     lines = []
-    for scope, amount in itertools.product(SAP, map(named, (EFFECTIVE, *RATIOS))):
-        cells = [
-            _percent(found[scope, amount, score][column])
-            for column in ("same", "both_recalibrated_same")
-            for score in SCORES
-        ]
-        shares = [found[scope, amount, score] for score in SCORES]
-        each = ", ".join(f"{100 * int(str(row['pruned'])) / int(str(row['total'])):.0f} %" for row in shares)
-        lines.append([scope, f"effective number: {each}" if amount == named(EFFECTIVE) else amount, *cells])
-    return table(head, lines)
-
-
-def _percent(share: object) -> str:
-    return f"{100 * float(str(share)):.0f} %"
+    for scope, ratio in itertools.product(SAP, SHOWN):
+        agreement = [f"{same[scope, named(ratio), score]:.0f}" for score in SCORES]
+        lines.append([scope, f"{100 * ratio:.0f}", *agreement])
+    return table(["scope", "pruned, %", *SCORES], lines)
 
 
 def _parser() -> argparse.ArgumentParser:

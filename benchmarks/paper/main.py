@@ -5,7 +5,7 @@
 
 `run` does what is left of an experiment's runs (a killed one goes on where it was), shares them with the other
 experiments, and packs their histories into docs/results/paper. From there `draw` makes the figures of
-docs/does-it-work.md, the tables of that page and of docs/settings.md, and all tables in docs/results/paper/tables.
+docs/does-it-work.md, the table of docs/settings.md, and all tables in docs/results/paper/tables.
 Without further arguments both do what those pages show; with them the paper's own:
 
     python benchmarks/paper figure2 run --data cifar10 --model cnn --width 64 --rounds 30 --epochs 200 --device cuda

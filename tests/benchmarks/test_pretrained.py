@@ -69,6 +69,10 @@ def test_the_page_shows_the_committed_results():
     page = (DOCS / "pretrained.md").read_text().splitlines()
     for start in range(0, len(ROWS), 3):
         assert pretrained.table_line(ROWS[start : start + 3]) in page
+    for row in ROWS:  # the standard errors that the page gives in words
+        same, error = (100 * float(row[name]) for name in ("same", "same_se"))
+        lowest, highest = (2.5, 5) if same > 75 else (5, 10) if same > 20 else (0, 4.2)
+        assert lowest <= error <= highest
 
 
 @pytest.mark.slow

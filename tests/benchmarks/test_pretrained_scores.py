@@ -35,10 +35,36 @@ def test_what_the_page_says():
     dense, *rows = committed()
     page = " ".join(pretrained_scores.PAGE.read_text("utf-8").split())
     assert (
-        f"on these the dense network itself keeps {100 * float(dense['recalibrated_same']):.0f} % of its answers"
+        f"with these the dense network itself keeps {100 * float(dense['recalibrated_same']):.0f} % of its answers"
         in page
     )
-    same = {(row["scope"], row["amount"], row["score"]): 100 * float(row["same"]) for row in rows}
+    of = {(row["scope"], row["amount"], row["score"]): row for row in rows}
+    same = {key: 100 * float(row["same"]) for key, row in of.items()}
+    for *key, word in (("layer", "18 %", "magnitude", "magnitudes"), ("global", "18 %", "activations", "activations")):
+        recalibrated = 100 * float(of[tuple(key)]["both_recalibrated_same"])
+        figures = f"{key[0]} scope, {word}, {key[1]}: {recalibrated:.0f} % instead of {same[tuple(key)]:.0f} %"
+        assert figures in page
+    most = max(value for (_, amount, _), value in same.items() if amount in ("50 %", "60 %"))
+    assert f"any score leaves at most {most:.0f} % of the answers" in page
+    most = max(value for (*_, score), value in same.items() if score == "gradients")
+    assert f"Gradients keep at most {most:.0f} % of the answers" in page
+    photographs = [
+        " against ".join(
+            f"{100 * float(of['global', amount, score]['photographs_same']):.0f}"
+            for score in ("magnitude", "activations")
+        )
+        for amount in ("18 %", "30 %")
+    ]
+    assert f"{photographs[0]} % at 18 %, {photographs[1]} % at 30 %" in page
+    effective = [of["global", "p=0.5, q=1", score] for score in ("activations", "gradients")]
+    pruned, kept = (
+        " and ".join(f"{100 * share:.0f}" for share in shares)
+        for shares in (
+            [int(row["pruned"]) / int(row["total"]) for row in effective],
+            [float(row["same"]) for row in effective],
+        )
+    )
+    assert f"{pruned} % in the global scope, which leaves {kept} % of the answers" in page
     for scope, amount in (("global", "18 %"), ("global", "30 %"), ("layer", "18 %"), ("layer", "30 %")):
         assert same[scope, amount, "activations"] > same[scope, amount, "magnitude"]
         assert same[scope, amount, "activations"] > same[scope, amount, "gradients"]
