@@ -1,4 +1,4 @@
-"""The pictures and the tables of docs/maths.md, from torch_sap itself: nothing in them is drawn by hand.
+"""The pictures and the table of docs/maths.md, from torch_sap itself: nothing in them is drawn by hand.
 
 The weights are those of the pretrained network of pretrained.py, the rounds those of docs/results/paper. There is no
 training, no random number and no download; a second run writes the same bytes.
@@ -23,13 +23,12 @@ from matplotlib.ticker import PercentFormatter
 from pages import DOCS, fill, table
 from paper.figures import LOOKS, draw_curves, legend
 from paper.main import IMAGES, RESULTS
-from paper.results import Histories, mean_and_std, read
+from paper.results import Histories, read
 from pretrained import load_model
 from style import COLORS, DPI, LINES, STYLE, WIDTH, look, percent_log
 from torch import nn
 
 PAGE = DOCS / "maths.md"
-SHOWN_ROUNDS = (0, 1, 5, 10, 20, 29)
 
 Values = Mapping[str, Any]
 Draw = Callable[[Values], Figure]
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--images-dir", type=Path, default=IMAGES, help="folder of the pictures")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page whose tables are filled")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page whose table is filled")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = values_of(load_model(), read(RESULTS))
@@ -186,41 +185,25 @@ DRAW: dict[str, Draw] = {"measure": measure, "count": count, "choice": choice, "
 
 
 def tables_of(found: Mapping[str, Values]) -> dict[str, str]:
-    """The numbers of the pictures that the page's text speaks of."""
-    return {
-        "scopes": _scope_table(found["choice"]),
-        "rounds": _round_table(found["run"]),
-    }
+    """The numbers of the pictures that the page shows in a table."""
+    return {"scopes": _scope_table(found["choice"])}
 
 
 def _scope_table(values: Values) -> str:
-    head = ["scope", "d", "I", "r", "c", "largest gone", "smallest left", "share gone"]
+    head = ["scope", "d", "I", "share gone", "largest gone", "smallest left"]
     lines = []
     for scope in ("global", "layer", "neuron"):
         found = values[scope]
-        spans = [_span(found[key], places) for key, places in (("d", 0), ("index", 3), ("r", 1), ("c", 0))]
+        spans = [_span(found[key], places) for key, places in (("d", 0), ("index", 3))]
         ends = [f"{found[key]:.3f}" for key in ("largest that goes", "smallest that stays")]
         name = f"{scope}, {len(found['d'])} groups" if len(found["d"]) > 1 else scope
-        lines.append([name, *spans, *ends, f"{100 * found['share']:.1f} %"])
+        lines.append([name, *spans, f"{100 * found['share']:.1f} %", *ends])
     return table(head, lines)
 
 
 def _span(values: Sequence[float], places: int) -> str:
     low, high = (f"{end:,.{places}f}" for end in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
-
-
-def _round_table(values: Values) -> str:
-    remain, _, pruned, _ = [title for title in values if title != "stops"]
-    head = ["method", *(f"round {number}" for number in SHOWN_ROUNDS), "remain", "stopped"]
-    lines = []
-    for name, rows in values[pruned].items():
-        shares = np.array(rows).mean(0)
-        stops = [trainings - 1 for trainings, _ in values["stops"][name] if trainings < len(rows[0])]
-        end, _ = mean_and_std(row[-1] for row in values[remain][name])
-        ended = f"{len(stops)} of {len(rows)}" + (f", round {_span(stops, 0)}" if stops else "")
-        lines.append([name, *(f"{shares[number]:.1f} %" for number in SHOWN_ROUNDS), f"{end:.2f} %", ended])
-    return table(head, lines)
 
 
 if __name__ == "__main__":

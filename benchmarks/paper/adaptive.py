@@ -24,7 +24,7 @@ from torch_sap.records.round import Round
 
 SHOWN_EPOCHS = (1, 2, 4, 8, 12)
 SIZES = (0.5, 0.2)
-SHOWN_PRUNINGS = (0, 1, 2, 3, 5, 7, 15, 30)
+SHOWN_PRUNINGS = (0, 1, 3, 7, 30)
 TICKS = (1.0, 0.5, 0.2, 0.1, 0.05)
 
 
@@ -68,15 +68,16 @@ def by_tensor(histories: Histories, number: int) -> NDArray[np.float64]:
 
 
 def remaining_table(histories: Histories) -> str:
-    """Remaining weights and accuracy after some prunings, in each network."""
-    head = ["setting", "network", "epochs a round", *(f"{number}" for number in SHOWN_PRUNINGS)]
+    """Remaining weights and accuracy in percent after some prunings, in each network."""
+    head = ["SAP", "network, data, epochs", *(f"{number}" for number in SHOWN_PRUNINGS)]
     lines = []
     for members in grouped(histories, lambda run: f"{describe(run)} {run.model} {run.rounds}").values():
         run = next(iter(members))
         density = 100 * over_seeds(members, lambda found: found.density).mean(0)
         accuracy = 100 * over_seeds(members, lambda found: found.metrics["accuracy"]).mean(0)
-        at = [f"{density[n]:.3g} %, {accuracy[n]:.1f}" if n < len(density) else "-" for n in SHOWN_PRUNINGS]
-        lines.append([describe(run), f"{run.model}, {run.data}", f"{run.epochs}", f"{accuracy[0]:.1f}", *at[1:]])
+        at = [f"{density[n]:.3g}, {accuracy[n]:.1f}" if n < len(density) else "-" for n in SHOWN_PRUNINGS]
+        named = describe(run).removeprefix("SAP "), f"{run.model}, {run.data}, {run.epochs}"
+        lines.append([*named, f"{accuracy[0]:.1f}", *at[1:]])
     return table(head, lines)
 
 

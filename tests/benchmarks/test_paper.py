@@ -327,14 +327,14 @@ def test_the_first_round_of_each_network(adaptive_runs):
 def test_remaining_weights_after_prunings(adaptive_runs):
     sap = {run: history for run, history in adaptive_runs.items() if run.method == "sap"}
     head, _, *lines = rows_of(adaptive.remaining_table(sap))
-    assert [line[:3] for line in lines] == [
-        ["SAP global (p=1, q=2)", "mlp, digits", "1"],
-        ["SAP layer (p=0.5, q=1)", "mlp, digits", "1"],
+    assert [line[:2] for line in lines] == [
+        ["global (p=1, q=2)", "mlp, digits, 1"],
+        ["layer (p=0.5, q=1)", "mlp, digits, 1"],
     ]
     members = [history for run, history in sap.items() if run.scope == "global"]
-    density, accuracy = (np.mean([value(history[2]) for history in members]) for value in (density_of, accuracy_of))
-    assert lines[0][head.index("2")] == f"{100 * density:.3g} %, {100 * accuracy:.1f}"
-    assert lines[0][head.index("5")] == "-"
+    density, accuracy = (np.mean([value(history[1]) for history in members]) for value in (density_of, accuracy_of))
+    assert lines[0][head.index("1")] == f"{100 * density:.3g}, {100 * accuracy:.1f}"
+    assert lines[0][head.index("7")] == "-"
 
 
 def density_of(found):

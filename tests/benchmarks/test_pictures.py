@@ -50,7 +50,7 @@ def test_the_page_shows_these_values(found):
 @pytest.mark.slow
 def test_the_command_writes_pictures_and_fills_a_page(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("".join(f"<!-- begin {n} -->\nold\n<!-- end {n} -->\n" for n in ("scopes", "rounds")))
+    page.write_text("<!-- begin scopes -->\nold\n<!-- end scopes -->\n")
     pictures.main(["--images-dir", str(tmp_path), "--page", str(page)])
     expected = {f"maths_{name}.png" for name in NAMES} | {"headline.png"}
     assert {path.name for path in tmp_path.glob("*.png")} == expected
@@ -69,6 +69,9 @@ def test_what_the_page_says_of_the_runs(found):
     pruned, measured = found["run"]["share that the round prunes (%)"], found["run"]["PQ Index that the run measures"]
     default, other, ticket = pruned
     shares = {name: np.array(rows)[:, :-1].mean(0) for name, rows in pruned.items()}
+    first, last, first_other = (f"{share:.1f}" for share in (*shares[default][[0, -1]], shares[other][0]))
+    page = " ".join(pictures.PAGE.read_text("utf-8").split())
+    assert f"from {first} to {last} % with the defaults. With p=1, q=2 the share falls from {first_other} %" in page
     assert (np.diff(shares[default]) < 0.2).all()
     assert shares[default] == pytest.approx(100 * np.array(measured[default])[:, :-1].mean(0), rel=5e-3)
     assert np.ptp(shares[other][8:26]) < 3

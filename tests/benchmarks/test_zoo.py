@@ -161,6 +161,10 @@ def test_what_is_left_out_is_counted_and_named(monkeypatch):
     found = coverage.coverage("somebody/Unnamed")
     assert (found.entries, found.found, found.share, found.warned) == (80, 16, 0.2, "left out")
     assert found.left_out.startswith("table.weight (a lookup table), kernel (no ")
+    assert page.counted(found.left_out) == "kernel (name)"
+    assert page.counted("a (a vector), b (a part of a computed weight), c (a part of a computed weight)") == (
+        "b, c (computed)"
+    )
     assert coverage.coverage("torch/Nonsense").failure.startswith("AttributeError")
 
 
@@ -187,4 +191,6 @@ def test_the_command_line_of_other_libraries(tmp_path):
     assert zoo.names_of("lifecycle", ["open_clip"])[0] == "open_clip/CLIP (ViT)"
     (row,) = zoo.read(tmp_path / "zoo_lifecycle.csv")
     assert (row["library"], row["model"], row["failure"]) == ("torch", "Linear", "")
-    assert "| torch | 1 | 1 | 100% | 0 |  | 0 |" in page.lifecycle_table([row])
+    listed = {**row, "share": "1.0"}
+    assert f"| {row['made_with']} | 1 | 1 | 1 (100.0%) | 1 | 0 |" in page.library_table([listed], [row])
+    assert page.worst([row]).startswith("Pruned entries received as zeros, least share: 100%. ")
