@@ -131,6 +131,8 @@ ENGINES: dict[str, tuple[str, Callable[..., Exported]]] = {
     "Core ML, `DEFAULT_PRUNING`": ("coremltools", coreml_sparse),
 }
 """The package of each engine and what writes its file, by name."""
+ON_PAGE = ("PyTorch", "PyTorch, CSR weights", "ONNX Runtime", "OpenVINO", "Core ML, `DEFAULT_PRUNING`")
+"""Not those that differ from one of these in nothing but an option, nor save_sparse, which computes nothing."""
 
 
 def measure(names: Sequence[str], seconds: float, widths: Sequence[int] = WIDTHS) -> list[dict[str, Any]]:
@@ -168,14 +170,14 @@ def measure(names: Sequence[str], seconds: float, widths: Sequence[int] = WIDTHS
 
 def table_of(rows: Sequence[dict[str, str]]) -> str:
     """The table of the page: a line per engine, sizes at each sparsity, times of the dense model and at 90 %."""
-    head = ["engine", "MB dense", "50\u00a0%", "90\u00a0%", "ms, 1 input: dense, 90\u00a0%", "ms, 64 inputs", "version"]
+    head = ["engine", "MB: dense, 50\u00a0%, 90\u00a0%", "ms, 1 input: dense, 90\u00a0%", "ms, 64 inputs"]
     lines = []
-    for name in dict.fromkeys(row["engine"] for row in rows):
+    for name in ON_PAGE:
         dense, half, most = (row for row in rows if row["engine"] == name)
-        sizes = [f"{int(row['bytes']) / 1e6:.1f}" for row in (dense, half, most)]
+        sizes = [int(row["bytes"]) / 1e6 for row in (dense, half, most)]
         times = [[row[f"milliseconds_{batch}"] for row in (dense, most)] for batch in BATCHES]
-        shown = [",\u00a0".join(f"{float(value):.1f}" for value in found if value) for found in times]
-        lines.append([name, *sizes, *shown, dense["version"]])
+        shown = [",\u00a0".join(f"{float(value):.1f}" for value in found if value) for found in (sizes, *times)]
+        lines.append([name, *shown])
     return table(head, lines)
 
 
