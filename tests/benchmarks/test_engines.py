@@ -17,6 +17,8 @@ def test_the_page_shows_the_committed_results():
     assert {row["engine"] for row in rows} == set(engines.ENGINES)
     page = engines.PAGE.read_text(encoding="utf-8")
     assert fill(page, {"engines": engines.table_of(rows)}) == page
+    text = " ".join(page.split())
+    assert [row for row in rows if row["version"] not in text or row["date"] not in text] == []
 
 
 @torch.inference_mode()
