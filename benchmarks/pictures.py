@@ -190,7 +190,7 @@ def tables_of(found: Mapping[str, Values]) -> dict[str, str]:
 
 
 def _scope_table(values: Values) -> str:
-    head = ["scope", "d", "I", "share gone", "largest gone", "smallest left"]
+    head = ["scope", "d", "I", "share of the layer gone", "largest gone", "smallest left"]
     lines = []
     for scope in ("global", "layer", "neuron"):
         found = values[scope]

@@ -71,7 +71,8 @@ def test_what_the_page_says_of_the_runs(found):
     shares = {name: np.array(rows)[:, :-1].mean(0) for name, rows in pruned.items()}
     first, last, first_other = (f"{share:.1f}" for share in (*shares[default][[0, -1]], shares[other][0]))
     page = " ".join(pictures.PAGE.read_text("utf-8").split())
-    assert f"from {first} to {last} % with the defaults. With p=1, q=2 the share falls from {first_other} %" in page
+    assert f"from {first} to {last} % with p=0.5, q=1 in the global scope." in page
+    assert f"With p=1, q=2 the share falls from {first_other} %" in page
     assert (np.diff(shares[default]) < 0.2).all()
     assert shares[default] == pytest.approx(100 * np.array(measured[default])[:, :-1].mean(0), rel=5e-3)
     assert np.ptp(shares[other][8:26]) < 3
