@@ -28,7 +28,7 @@ def test_refused_by_name_and_nothing_is_changed(call, error, message, tmp_path):
     with pytest.raises(Exception) as caught:  # noqa: PT011  # its type and text are compared below
         eval(call, world)
     text = str(caught.value).replace(str(tmp_path), "FOLDER")
-    found = " ".join(text.split())  # PyTorch 2.5 has more blanks in one of its own
+    found = " ".join(text.split()).removeprefix("addmm: ")  # one of PyTorch's own differs from version to version
     assert (type(caught.value).__name__, found) == (error, message)
     after = state_of(world, tmp_path)
     for name, value in before.items():

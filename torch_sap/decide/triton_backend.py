@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import repeat
 from typing import Any, Protocol
@@ -37,6 +38,10 @@ BLOCK, BLOCKS = 2**11, 2**5
 
 ROW_BLOCK = 2**10
 """Entries of one row that a program works on at once."""
+
+
+OLDEST = (3, 5)
+"""Triton's version in PyTorch 2.9; that of 2.5 interprets and compiles the kernels otherwise."""
 
 
 class Counts(Protocol):
@@ -73,12 +78,15 @@ def backend_of(entries: Sequence[Entry]) -> Backend:
 
 @lru_cache
 def usable(device: torch.device) -> bool:
-    """Whether Triton's kernels run on a device. They need the package and, in most of its versions, a C compiler."""
+    """Whether Triton's kernels run on a device. They need the package, OLDEST or newer, and mostly a C compiler."""
     if not (device.type == "cuda" and torch.cuda.is_available() and find_spec("triton")):
         return False
     values = torch.ones(2, device=device)
     table = [[values.data_ptr(), torch.zeros(2, dtype=torch.bool, device=device).data_ptr(), 2, 4, 0]]
     try:
+        version = import_module("triton").__version__
+        if tuple(map(int, version.split(".")[:2])) < OLDEST:
+            raise ImportError(f"Triton {version} is older than those that are tested")
         kernels = import_kernels()
         run(kernels.store_zeros, 1, *send([np.array(table), np.zeros(1, np.int32)], device), BLOCK=BLOCK)
         return not values.any()
