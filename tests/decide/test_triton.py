@@ -37,7 +37,7 @@ def run_apart(command, **environment):
 def test_the_kernels_give_what_the_cpu_gives(part):
     skip_without_triton()
     cases = SUPPORT / "triton_cases.py"
-    done = run_apart(["-m", "pytest", "-n", "0", "-q", "-k", part, str(cases)], TRITON_INTERPRET="1")
+    done = run_apart(["-m", "pytest", "-o", "addopts=", "-q", "-k", part, str(cases)], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " skipped" not in done.stdout
 
