@@ -249,3 +249,50 @@ def test_a_pruner_is_read_at_a_glance():
     sap.step()
     assert repr(sap).endswith(" remaining after 2 rounds>")
     assert repr(LotteryTicket(mlp())).startswith("<LotteryTicket of Sequential: layer scope, p=0.5, q=1, ratio=0.2; ")
+
+
+class Observed(nn.Module):
+    """A layer with buffers that get their shapes from the data, as observers of quantization have."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.layer, self.unobserved = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.register_buffer("seen", torch.full(start, 7.0))
+        self.again = nn.Module()
+        self.again.register_buffer("seen", self.seen)
+
+    def forward(self, x):
+        self.seen = self.again.seen = x.detach().amax(1)
+        return self.unobserved(self.layer(x))
+
+
+@pytest.mark.parametrize("start", [(0,), (1,), (3, 1)])
+def test_buffers_whose_shape_changes_are_rewound(start):
+    model = Observed(start)
+    sap = SAP(model)
+    for _ in range(2):
+        model(torch.randn(5, 6))
+        assert model.seen.shape == (5,)
+        sap.step()
+        assert torch.equal(model.seen, torch.full(start, 7.0))
+        assert model.seen is model.again.seen
+    assert model.layer.weight_mask.sum() < 36
+
+    def failing(model):
+        model(torch.randn(5, 6))
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        iterative_sap(sap, failing, iterations=5)
+    assert torch.equal(model.seen, torch.full(start, 7.0))
+
+
+def test_a_parameter_of_another_shape_is_named_and_nothing_is_changed():
+    model = Observed((1,))
+    sap = SAP(model)
+    model.layer.bias = nn.Parameter(torch.zeros(1))
+    before = saved(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"layer\.bias must keep its shape \(6,\) to be set back"):
+        sap.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not sap.history

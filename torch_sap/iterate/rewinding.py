@@ -31,14 +31,31 @@ def copier(
     """Prepare to give a model masks, with zeros at pruned entries, and a state (None: leave its values).
 
     Everything that can fail happens here. The function that is returned only copies: pass it to ``mask.finish``.
+    A buffer of another shape than in the state, as of an observer that has met its first data, is replaced.
+
+    Raises:
+        RuntimeError: if a parameter has another shape than in the state.
     """
     with torch.no_grad():
         whole = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]
-    pairs = [(tensor, state[name]) for name, tensor in tensors_of(model).items() if name in state] if state else []
+    pairs = (
+        {name: (tensor, state[name]) for name, tensor in tensors_of(model).items() if name in state} if state else {}
+    )
+    resized = {name: pairs.pop(name) for name, (tensor, value) in list(pairs.items()) if tensor.shape != value.shape}
+    for name, (tensor, value) in resized.items():
+        if isinstance(tensor, nn.Parameter):
+            raise RuntimeError(
+                f"{name} must keep its shape {tuple(value.shape)} to be set back to its start, but has "
+                f"{tuple(tensor.shape)} now; make a new pruner after resizing a parameter"
+            )
+    new = {id(tensor): value.to(tensor.device, tensor.dtype, copy=True) for tensor, value in resized.values()}
+    places = [(m._buffers, key, new[id(b)]) for m in model.modules() for key, b in m._buffers.items() if id(b) in new]
 
     def copy() -> None:
+        for buffers, key, value in places:
+            buffers[key] = value
         with torch.no_grad():
-            for tensor, value in pairs:
+            for tensor, value in pairs.values():
                 tensor.copy_(value)
             hold_masks(prunables, whole)  # restores the zeros of what was copied, too
 
