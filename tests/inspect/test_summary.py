@@ -179,3 +179,11 @@ def test_what_is_refused():
         model[0].weight[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"0.weight of shape \(9, 6\) has NaN entries"):
         summary(model)
+
+
+def test_a_layer_without_entries_costs_nothing():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1), nn.Linear(1, 2))
+    model[1].weight, model[1].bias = nn.Parameter(torch.ones(0, 3)), nn.Parameter(torch.ones(0))
+    model[2].weight = nn.Parameter(torch.ones(2, 0))
+    found = summary(model, torch.ones(1, 4))
+    assert [tensor.macs for tensor in found.tensors] == [12, 0, 0]
