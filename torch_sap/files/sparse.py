@@ -76,7 +76,7 @@ def save_sparse(model: nn.Module, path: PathLike, *, what: What = "model") -> No
             found = {"shape": list(kept.shape), "remaining": count_true(kept), "masked": masked}
             about["tensors"][held.name] = {"prefix": prefix, **found}
             bits, offsets = pack(kept)
-            parts = [bits, torch.tensor(matrix_shape(kept.shape))]
+            parts = [bits, torch.tensor(matrix_shape(kept.shape), device="cpu")]
             if what == "model":
                 parts += [offsets, gather_values(held.tensor.detach().cpu(), kept)]
             pieces += [(f"{prefix}.{part}", tensor) for part, tensor in zip(PARTS, parts, strict=False)]
