@@ -296,3 +296,37 @@ def test_a_parameter_of_another_shape_is_named_and_nothing_is_changed():
         sap.step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not sap.history
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_extra_states_in_a_state_dict_to_rewind_to_are_left_out():
+    model = nn.Sequential(WithExtraState(6, 6))
+    start = model[0].weight.detach().clone()
+    sap = SAP(model, rewind=model.state_dict())
+    with torch.no_grad():
+        model[0].weight += 1
+    sap.step()
+    assert torch.equal(model[0].weight, start * model[0].weight_mask)
+    with pytest.raises(TypeError, match=r"a state_dict of tensors, got a str for '0\.bias'"):
+        SAP(model, rewind={**model.state_dict(), "0.bias": "zero"})
+
+
+def test_expanded_tensors_are_rewound():
+    model = nn.Sequential(nn.Linear(6, 6))
+    model.register_buffer("position", torch.arange(6).expand(3, 6))
+    model.register_parameter("scale", nn.Parameter(torch.ones(1).expand(6), requires_grad=False))
+    sap = SAP(model)
+    model.position = torch.zeros(6).expand(3, 6)
+    sap.step()
+    assert model.position.tolist() == [list(range(6))] * 3
+    assert model.scale.tolist() == [1.0] * 6
+    model.position.add_(1)
+    sap.step()
+    assert model.position.tolist() == [list(range(6))] * 3

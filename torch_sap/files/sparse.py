@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torch_sap.arguments import check_choice, check_model, check_path, needs, some
-from torch_sap.decide.keys import INTEGER_OF, check_dtype, count_true
+from torch_sap.decide.keys import INTEGER_OF, check_dtype, count_true, is_expanded
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.files.atomic import replacing
@@ -318,6 +318,11 @@ def _pair(
         if there.value is not None and there.value.dtype is not dtype:
             advice = "convert the model first, as by model.to(dtype)"
             raise ValueError(f"{rule} type {dtype}, but is {there.value.dtype} in {path}; {advice}")
+        if what == "model" and is_expanded(one.tensor):
+            raise ValueError(
+                f"{there.name} must have memory of its own for each entry to load {path}, but it is expanded in the "
+                "model; replace it by its clone()"
+            )
         if there.shape != shape:
             raise ValueError(f"{rule} shape {shape}, but has {there.shape} in {path}")
     return list(pairs.values())

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from torch_sap.arguments import check_model, some
 from torch_sap.decide.groups import Entry
-from torch_sap.decide.keys import check_dtype
+from torch_sap.decide.keys import check_dtype, is_expanded
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import local, part_of, place, wrap
@@ -186,7 +186,7 @@ def _check_memory(prunables: Sequence[Prunable], *, masked: bool) -> None:
     spans = []
     for prunable in prunables:
         tensor = local(prunable.weight.detach())
-        if not masked and torch._debug_has_internal_overlap(tensor) == 1:
+        if not masked and is_expanded(tensor):
             raise ValueError(
                 f"{prunable.name} must have memory of its own for each entry, but it is expanded; use "
                 "nn.Parameter(weight.clone()), or exclude it"
