@@ -330,3 +330,19 @@ def test_expanded_tensors_are_rewound():
     model.position.add_(1)
     sap.step()
     assert model.position.tolist() == [list(range(6))] * 3
+
+
+def test_a_model_whose_masks_were_removed_is_not_pruned_by_its_old_pruner():
+    model = mlp()
+    sap = SAP(model, **ARGUMENTS)
+    sap.step()
+    torch_sap.remove(model)
+    before = saved(model.state_dict())
+    for call in (sap.step, sap.record):
+        with pytest.raises(
+            RuntimeError, match=r"0\.weight must have the mask that this SAP gave it, but it was removed"
+        ):
+            call()
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert len(sap.history) == 1

@@ -195,6 +195,7 @@ class Pruner:
 
         Raises:
             ValueError: if a weight is NaN or infinite; the parameter is named and nothing is changed.
+            RuntimeError: if a mask was removed since the pruner was made; nothing is changed.
             TypeError: if the metrics are neither None, a number nor a mapping of numbers; nothing is changed.
             Exception: any error of eval_fn; the round is then complete, in the history without pruned_metrics.
         """
@@ -290,7 +291,9 @@ class Pruner:
         self._ended = time.perf_counter() - state["seconds"]
 
     def _settings(self) -> dict[str, Any]:
+        scores = self.importance_scores
         return {
+            **({} if scores is None else {"importance_scores": "a callable" if callable(scores) else "a dict"}),
             "class": type(self).__name__,
             "scope": self.scope,
             **self.rule.to_dict(),
@@ -319,6 +322,11 @@ class Pruner:
 
     def _measure(self, metrics: Metrics = None, *, prune: bool) -> tuple[Measured, StepResult | None]:
         """Measure the trained model and decide what to prune, changing nothing; arguments and errors as of step."""
+        if lost := next((prunable.name for prunable in self.prunables if prunable.mask is None), None):
+            raise RuntimeError(
+                f"{lost} must have the mask that this {type(self).__name__} gave it, but it was removed since; make a "
+                "new one to prune the model further"
+            )
         recorded, entries, p, q = as_metrics(metrics, "metrics"), self._entries(), self.rule.p, self.rule.q
         with torch.no_grad():
             ranked = self.rank(entries) if prune or not callable(self.importance_scores) else entries
