@@ -187,3 +187,10 @@ def test_a_layer_without_entries_costs_nothing():
     model[2].weight = nn.Parameter(torch.ones(2, 0))
     found = summary(model, torch.ones(1, 4))
     assert [tensor.macs for tensor in found.tensors] == [12, 0, 0]
+
+
+def test_inference_mode_makes_no_difference():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    expected = summary(model, torch.ones(2, 3, 8)).macs
+    with torch.inference_mode():
+        assert summary(model, torch.ones(2, 3, 8)).macs == expected > 0
