@@ -346,3 +346,48 @@ def test_a_model_whose_masks_were_removed_is_not_pruned_by_its_old_pruner():
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert len(sap.history) == 1
+
+
+class Filled(nn.Linear):
+    """A layer whose buffer is None until it has met data."""
+
+    def __init__(self):
+        super().__init__(6, 6)
+        self.register_buffer("seen", None)
+
+    def forward(self, x):
+        self.seen = x.detach() if self.seen is None else self.seen + x.detach()
+        return super().forward(x)
+
+
+def test_buffers_that_were_none_are_none_again():
+    model = nn.Sequential(Filled())
+    sap = SAP(model)
+    for _ in range(2):
+        model(torch.ones(1, 6))
+        sap.step()
+        assert model[0].seen is None
+
+    def failing(model):
+        model(torch.ones(1, 6))
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        iterative_sap(sap, failing, iterations=5)
+    assert model[0].seen is None
+
+    model(torch.ones(1, 6))
+    sap.set_rewind_point()
+    model(torch.ones(1, 6))
+    sap.step()
+    assert model[0].seen.tolist() == [[1.0] * 6]
+
+    model = nn.Sequential(nn.Linear(6, 6), Filled())
+    sap = SAP(model, exclude="1")
+    model[1] = nn.Identity()
+    sap.step()
+
+    trained = SAP(nn.Sequential(Filled()), rewind="none")
+    trained.model(torch.ones(1, 6))
+    trained.step()
+    assert trained.model[0].seen is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -27,14 +27,29 @@ def snapshot(model: nn.Module) -> State:
         return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
 
 
+def empty_buffers(model: nn.Module) -> set[str]:
+    """List the buffers that are None, which no state holds."""
+    return {name for name, buffers, key in _places_of_buffers(model) if buffers[key] is None}
+
+
+def _places_of_buffers(model: nn.Module) -> list[tuple[str, dict[str, Tensor | None], str]]:
+    modules = unwrap(model).named_modules()
+    return [(f"{path}.{key}".removeprefix("."), m._buffers, key) for path, m in modules for key in m._buffers]
+
+
 def copier(
-    model: nn.Module, state: Mapping[str, Tensor] | None, prunables: Sequence[Prunable], masks: Sequence[Tensor | None]
+    model: nn.Module,
+    state: Mapping[str, Tensor] | None,
+    prunables: Sequence[Prunable],
+    masks: Sequence[Tensor | None],
+    empty: Collection[str] = (),
 ) -> Callable[[], None]:
     """Prepare to give a model masks, with zeros at pruned entries, and a state (None: leave its values).
 
     Everything that can fail happens here. The function that is returned only copies: pass it to ``mask.finish``.
     A buffer of another shape than in the state, as of an observer that has met its first data, is replaced, and so is
-    an expanded one, into which nothing can be copied.
+    an expanded one, into which nothing can be copied. Those named in ``empty`` are None again, unless the state has
+    them.
 
     Raises:
         RuntimeError: if a parameter has another shape than in the state.
@@ -55,11 +70,15 @@ def copier(
                 f"{name} must keep its shape {tuple(value.shape)} to be set back to its start, but has "
                 f"{tuple(tensor.shape)} now; make a new pruner after resizing a parameter"
             )
-    places = [(m._buffers, key, new[id(b)]) for m in model.modules() for key, b in m._buffers.items() if id(b) in new]
+    places = [(of, key, new[id(of[key])]) for _, of, key in _places_of_buffers(model) if id(of[key]) in new]
+
+    filled = [place for place in _places_of_buffers(model) if place[0] in empty and place[0] not in (state or {})]
 
     def copy() -> None:
         for buffers, key, value in places:
             buffers[key] = value
+        for _, buffers, key in filled:
+            buffers[key] = None
         with torch.no_grad():
             for tensor, value in copied:
                 tensor.copy_(value)
