@@ -363,3 +363,18 @@ def test_an_expanded_buffer_is_refused_and_nothing_is_changed(tmp_path):
     assert list(other.state_dict()) == ["position", "0.weight", "0.bias"]
     other.position = other.position.clone()
     assert torch.equal(load_sparse(other, tmp_path / "file.safetensors")[0].weight, model[0].weight)
+
+
+class OwnMask(nn.Linear):
+    weight_mask = None
+
+
+def test_a_layer_with_its_own_mask_is_refused_and_nothing_is_changed(tmp_path):
+    model, other = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), nn.Sequential(nn.Linear(6, 6), OwnMask(6, 6))
+    torch_sap.layer_unstructured(model)
+    save_sparse(model, tmp_path / "file.safetensors")
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"1\.weight needs the names weight_orig and weight_mask in its layer"):
+        load_sparse(other, tmp_path / "file.safetensors")
+    assert_unchanged(other, before)
+    other(torch.ones(1, 6))

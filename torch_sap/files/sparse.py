@@ -23,7 +23,7 @@ from torch_sap.files.atomic import replacing
 from torch_sap.files.bitmask import gather_values, matrix_shape, not_zero, pack, row_offsets, scatter_values, unpack
 from torch_sap.masks.guards import guard
 from torch_sap.masks.mask import finish, hold_masks
-from torch_sap.masks.parameters import Pair, Prunable
+from torch_sap.masks.parameters import Pair, Prunable, check_names
 
 PathLike = str | os.PathLike[str]
 Model = TypeVar("Model", bound=nn.Module)
@@ -314,6 +314,7 @@ def _pair(
             check_dtype(one.tensor, there.name)
             if one.prunable is None:
                 raise ValueError(f"{there.name} has a mask in {path}, but is no parameter of the model")
+            check_names(one.prunable)
         dtype, shape, rule = one.tensor.dtype, tuple(one.tensor.shape), f"{there.name} must have the model's"
         if there.value is not None and there.value.dtype is not dtype:
             advice = "convert the model first, as by model.to(dtype)"

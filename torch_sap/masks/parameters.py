@@ -164,12 +164,12 @@ def resolve(
             raise ValueError(f"{prunable.name} must have values, but it is on the meta device or not initialized yet")
         check_dtype(weight, prunable.name)
         if not masked:
-            _check_names(prunable)
+            check_names(prunable)
     _check_memory(found.prunables, masked=masked)
     return found
 
 
-def _check_names(prunable: Prunable) -> None:
+def check_names(prunable: Prunable) -> None:
     """Raise a ValueError if a layer has something else under the names that a pruned tensor needs."""
     for module, name in prunable.holders:
         if not has_mask(module, name) and (
