@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from helpers import FUNCTIONS, SCOPES, Mixed, assert_held, masks_of, mlp, snapsh
 from torch import nn
 from torch.nn.utils import prune
 
+import torch_sap
 from torch_sap import layer_unstructured, remove
 
 each_scope = pytest.mark.parametrize("scope", SCOPES)
@@ -108,3 +113,45 @@ def test_a_step_from_the_same_weights_is_the_same(scope):
         FUNCTIONS[scope](model, eta_r=0.3)
     for name, mask in masks_of(first).items():
         assert torch.equal(mask, masks_of(second)[name])
+
+
+DEFAULT_DEVICE = """
+import torch
+
+torch.set_default_device("meta")  # as people set "cuda"; what is made there by mistake has no values
+import torch_sap
+from torch import nn
+
+x = torch.linspace(-1, 1, 40, device="cpu").reshape(5, 8)
+
+
+def model():
+    return nn.Sequential(*[nn.Linear(8, 8, device="cpu") for _ in range(12)])
+
+
+def train(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(x).pow(2).mean().backward()
+        optimizer.step()
+    return {"accuracy": 0.5}
+
+
+for scope in ("global", "layer", "neuron"):
+    pruned = model()
+    history = torch_sap.iterative_sap(pruned, train, iterations=2, scope=scope, gini=True, checkpoint=scope)
+    assert history[-1].remaining < history[-1].total
+    assert torch_sap.verify(pruned, x).effective
+    assert torch_sap.summary(pruned, x).remaining == history[-1].remaining
+    torch_sap.save_sparse(pruned, "sparse.safetensors")
+    assert torch.equal(torch_sap.load_sparse(model(), "sparse.safetensors")(x), pruned(x))
+assert torch_sap.pq_index(x) > 0 and torch_sap.gini_index(x) > 0
+"""
+
+
+def test_the_default_device_does_not_matter(tmp_path):
+    root = Path(torch_sap.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", DEFAULT_DEVICE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

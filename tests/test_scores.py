@@ -28,6 +28,16 @@ def by_definition(module, name, batches):
     return (weight * squares.sqrt()).abs()
 
 
+def test_inference_mode_makes_no_difference():
+    model, x = mlp(), torch.randn(8, 6)
+    for score in (scores.activations([x]), scores.gradients([x], lambda model, batch: model(batch).square().mean())):
+        expected = score(model)
+        with torch.inference_mode():
+            found = score(model)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[pair], expected[pair]) for pair in expected)
+
+
 @pytest.mark.parametrize(
     ("make", "shape"),
     [

@@ -102,12 +102,12 @@ def gradients(batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor
         prunables = whole_weights(unwrap(model), "scores.gradients")
         weights = [prunable.weight for prunable in prunables]
         frozen = [weight for weight in weights if not weight.requires_grad]
-        sums = [torch.zeros_like(weight, dtype=_wide(weight), requires_grad=False) for weight in weights]
         met = [False] * len(weights)
         try:
             for weight in frozen:
                 weight.requires_grad_(True)
             with as_it_was(unwrap(model)), torch.enable_grad():
+                sums = [torch.zeros_like(weight, dtype=_wide(weight), requires_grad=False) for weight in weights]
                 for batch in _some(batches):
                     loss = loss_fn(unwrap(model), batch)
                     if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -346,3 +346,35 @@ def test_files_have_the_usual_permissions(tmp_path):
     save_sparse(mlp(), tmp_path / "model.safetensors")
     (tmp_path / "plain").touch()
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_expanded_buffer_is_refused_and_nothing_is_changed(tmp_path):
+    def make():
+        model = nn.Sequential(nn.Linear(6, 6))
+        model.register_buffer("position", torch.arange(6).expand(3, 6))
+        return model
+
+    model = make()
+    torch_sap.layer_unstructured(model)
+    save_sparse(model, tmp_path / "file.safetensors")
+    other = make()
+    with pytest.raises(ValueError, match="position must have memory of its own for each entry"):
+        load_sparse(other, tmp_path / "file.safetensors")
+    assert list(other.state_dict()) == ["position", "0.weight", "0.bias"]
+    other.position = other.position.clone()
+    assert torch.equal(load_sparse(other, tmp_path / "file.safetensors")[0].weight, model[0].weight)
+
+
+class OwnMask(nn.Linear):
+    weight_mask = None
+
+
+def test_a_layer_with_its_own_mask_is_refused_and_nothing_is_changed(tmp_path):
+    model, other = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), nn.Sequential(nn.Linear(6, 6), OwnMask(6, 6))
+    torch_sap.layer_unstructured(model)
+    save_sparse(model, tmp_path / "file.safetensors")
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"1\.weight needs the names weight_orig and weight_mask in its layer"):
+        load_sparse(other, tmp_path / "file.safetensors")
+    assert_unchanged(other, before)
+    other(torch.ones(1, 6))

@@ -20,10 +20,13 @@ class Restless(nn.Module):
         self.linear, self.norm, self.dropout = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout()
         self.register_buffer("calls", torch.zeros(1))
         self.register_buffer("latest", torch.full((1,), float("nan")))
+        self.register_buffer("late", None)
         self.cache = None
 
     def forward(self, x):
         self.calls += 1
+        self.late = x.mean(0)
+        self.register_buffer("new", x.mean(1))
         self.latest = x.mean().view(1)
         self.cache = x
         return self.dropout(self.norm(self.linear(x))) + torch.rand_like(x)
@@ -36,7 +39,8 @@ def test_the_model_is_left_exactly_as_it_was(check, fails):
     model.dropout.eval()
     torch_sap.layer_unstructured(model)
     model(vector()).sum().backward()
-    model.cache = None
+    model.cache = model.late = None
+    del model.new
     gradients = [bits(parameter.grad) for parameter in model.parameters()]
     before, calls, rng = snapshot(model), model.calls, torch.get_rng_state()
     if fails:
@@ -46,7 +50,8 @@ def test_the_model_is_left_exactly_as_it_was(check, fails):
         check(model, torch.ones(3, 8))
     assert torch.equal(torch.get_rng_state(), rng)
     assert_unchanged(model, before)
-    assert model.cache is None
+    assert model.cache is model.late is None
+    assert not hasattr(model, "new")
     assert model.calls is calls
     assert all(torch.equal(bits(p.grad), g) for p, g in zip(model.parameters(), gradients, strict=True))
     assert torch.backends.mha.get_fastpath_enabled()

@@ -179,3 +179,18 @@ def test_what_is_refused():
         model[0].weight[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"0.weight of shape \(9, 6\) has NaN entries"):
         summary(model)
+
+
+def test_a_layer_without_entries_costs_nothing():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1), nn.Linear(1, 2))
+    model[1].weight, model[1].bias = nn.Parameter(torch.ones(0, 3)), nn.Parameter(torch.ones(0))
+    model[2].weight = nn.Parameter(torch.ones(2, 0))
+    found = summary(model, torch.ones(1, 4))
+    assert [tensor.macs for tensor in found.tensors] == [12, 0, 0]
+
+
+def test_inference_mode_makes_no_difference():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    expected = summary(model, torch.ones(2, 3, 8)).macs
+    with torch.inference_mode():
+        assert summary(model, torch.ones(2, 3, 8)).macs == expected > 0

@@ -249,3 +249,145 @@ def test_a_pruner_is_read_at_a_glance():
     sap.step()
     assert repr(sap).endswith(" remaining after 2 rounds>")
     assert repr(LotteryTicket(mlp())).startswith("<LotteryTicket of Sequential: layer scope, p=0.5, q=1, ratio=0.2; ")
+
+
+class Observed(nn.Module):
+    """A layer with buffers that get their shapes from the data, as observers of quantization have."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.layer, self.unobserved = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.register_buffer("seen", torch.full(start, 7.0))
+        self.again = nn.Module()
+        self.again.register_buffer("seen", self.seen)
+
+    def forward(self, x):
+        self.seen = self.again.seen = x.detach().amax(1)
+        return self.unobserved(self.layer(x))
+
+
+@pytest.mark.parametrize("start", [(0,), (1,), (3, 1)])
+def test_buffers_whose_shape_changes_are_rewound(start):
+    model = Observed(start)
+    sap = SAP(model)
+    for _ in range(2):
+        model(torch.randn(5, 6))
+        assert model.seen.shape == (5,)
+        sap.step()
+        assert torch.equal(model.seen, torch.full(start, 7.0))
+        assert model.seen is model.again.seen
+    assert model.layer.weight_mask.sum() < 36
+
+    def failing(model):
+        model(torch.randn(5, 6))
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        iterative_sap(sap, failing, iterations=5)
+    assert torch.equal(model.seen, torch.full(start, 7.0))
+
+
+def test_a_parameter_of_another_shape_is_named_and_nothing_is_changed():
+    model = Observed((1,))
+    sap = SAP(model)
+    model.layer.bias = nn.Parameter(torch.zeros(1))
+    before = saved(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"layer\.bias must keep its shape \(6,\) to be set back"):
+        sap.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not sap.history
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_extra_states_in_a_state_dict_to_rewind_to_are_left_out():
+    model = nn.Sequential(WithExtraState(6, 6))
+    start = model[0].weight.detach().clone()
+    sap = SAP(model, rewind=model.state_dict())
+    with torch.no_grad():
+        model[0].weight += 1
+    sap.step()
+    assert torch.equal(model[0].weight, start * model[0].weight_mask)
+    with pytest.raises(TypeError, match=r"a state_dict of tensors, got a str for '0\.bias'"):
+        SAP(model, rewind={**model.state_dict(), "0.bias": "zero"})
+
+
+def test_expanded_tensors_are_rewound():
+    model = nn.Sequential(nn.Linear(6, 6))
+    model.register_buffer("position", torch.arange(6).expand(3, 6))
+    model.register_parameter("scale", nn.Parameter(torch.ones(1).expand(6), requires_grad=False))
+    sap = SAP(model)
+    model.position = torch.zeros(6).expand(3, 6)
+    sap.step()
+    assert model.position.tolist() == [list(range(6))] * 3
+    assert model.scale.tolist() == [1.0] * 6
+    model.position.add_(1)
+    sap.step()
+    assert model.position.tolist() == [list(range(6))] * 3
+
+
+def test_a_model_whose_masks_were_removed_is_not_pruned_by_its_old_pruner():
+    model = mlp()
+    sap = SAP(model, **ARGUMENTS)
+    sap.step()
+    torch_sap.remove(model)
+    before = saved(model.state_dict())
+    for call in (sap.step, sap.record):
+        with pytest.raises(
+            RuntimeError, match=r"0\.weight must have the mask that this SAP gave it, but it was removed"
+        ):
+            call()
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert len(sap.history) == 1
+
+
+class Filled(nn.Linear):
+    """A layer whose buffer is None until it has met data."""
+
+    def __init__(self):
+        super().__init__(6, 6)
+        self.register_buffer("seen", None)
+
+    def forward(self, x):
+        self.seen = x.detach() if self.seen is None else self.seen + x.detach()
+        return super().forward(x)
+
+
+def test_buffers_that_were_none_are_none_again():
+    model = nn.Sequential(Filled())
+    sap = SAP(model)
+    for _ in range(2):
+        model(torch.ones(1, 6))
+        sap.step()
+        assert model[0].seen is None
+
+    def failing(model):
+        model(torch.ones(1, 6))
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        iterative_sap(sap, failing, iterations=5)
+    assert model[0].seen is None
+
+    model(torch.ones(1, 6))
+    sap.set_rewind_point()
+    model(torch.ones(1, 6))
+    sap.step()
+    assert model[0].seen.tolist() == [[1.0] * 6]
+
+    model = nn.Sequential(nn.Linear(6, 6), Filled())
+    sap = SAP(model, exclude="1")
+    model[1] = nn.Identity()
+    sap.step()
+
+    trained = SAP(nn.Sequential(Filled()), rewind="none")
+    trained.model(torch.ones(1, 6))
+    trained.step()
+    assert trained.model[0].seen is not None

@@ -12,7 +12,7 @@ from helpers import assert_unchanged, fit, mlp, snapshot
 from iterating import ARGUMENTS, trainer
 from torch import nn
 
-from torch_sap import SAP, LotteryTicket, OneShot, iterative_sap
+from torch_sap import SAP, LotteryTicket, OneShot, iterative_sap, prunable_parameters
 from torch_sap.files import checkpoint
 from torch_sap.iterate.randomness import random_state
 from torch_sap.stopping import WithinTolerance
@@ -237,3 +237,17 @@ def test_killed_at_each_step_of_each_writing(tmp_path):
     assert_equal(found, 8 * 9)
     assert sum(found["places"].values()) == 8 * 9
     print(found["places"])
+
+
+def test_a_run_with_other_scores_is_another_run(tmp_path):
+    def score(model):
+        return {(module, name): getattr(module, name) ** 2 for module, name in prunable_parameters(model)}
+
+    with_scores, without = tmp_path / "scores.ckpt", tmp_path / "none.ckpt"
+    iterative_sap(mlp(), trainer(SHAPE), iterations=1, checkpoint=with_scores, importance_scores=score)
+    iterative_sap(mlp(), trainer(SHAPE), iterations=1, checkpoint=without)
+    with pytest.raises(ValueError, match="importance_scores: nothing here, 'a callable' in the file"):
+        iterative_sap(mlp(), trainer(SHAPE), iterations=2, checkpoint=with_scores)
+    with pytest.raises(ValueError, match="importance_scores: 'a callable' here, nothing in the file"):
+        iterative_sap(mlp(), trainer(SHAPE), iterations=2, checkpoint=without, importance_scores=score)
+    assert len(iterative_sap(mlp(), trainer(SHAPE), iterations=2, checkpoint=with_scores, importance_scores=score)) == 3

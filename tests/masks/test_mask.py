@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from torch_sap import layer_unstructured, remove
+from torch_sap import SAP, layer_unstructured, remove
 
 each_model = pytest.mark.parametrize("kind", TRAINABLE)
 
@@ -299,3 +299,19 @@ def test_a_whole_model_function_is_whole_or_not_at_all(scope, error, again):
     assert len(left) > 10
     assert set(left) == {"before", "after"} or (again and set(left) == {"before"})
     assert state_of(twin) == before
+
+
+@pytest.mark.parametrize("first", [layer_unstructured, SAP])
+def test_masks_made_in_inference_mode_can_be_trained_with_and_pruned_further(first):
+    model = mlp()
+    with torch.inference_mode():
+        pruner = first(model)
+    optimizer = momentum(model)
+    fit(model, optimizer, (5, 6))
+    layer_unstructured(model)
+    if first is SAP:
+        with torch.inference_mode():
+            pruner.step()
+    model.load_state_dict(copy.deepcopy(model).state_dict())
+    fit(model, optimizer, (5, 6))
+    assert_held(model)

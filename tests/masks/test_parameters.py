@@ -1,10 +1,11 @@
-"""Which tensors of a model are pruned: the paper's rule, exclude, pairs."""
+"""Which tensors of a model are pruned: the paper's rule, exclude, pairs, and what cannot be."""
 
 import pytest
 import torch
 from helpers import FUNCTIONS, SCOPES, Mixed, masks_of, mlp, weight_names, zoo
+from torch import nn
 
-from torch_sap import layer_unstructured, prunable_parameters
+from torch_sap import SAP, layer_unstructured, prunable_parameters, summary
 
 each_scope = pytest.mark.parametrize("scope", SCOPES)
 
@@ -64,3 +65,45 @@ def test_a_pair_may_name_a_bias_or_a_norm_scale():
     assert report.pruned > 0
     assert "bias_mask" in dict(model[0].named_buffers())
     assert [tensor.total for tensor in report.tensors] == [54, 9]
+
+
+class OwnBuffer(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 6)
+        self.register_buffer("weight_mask", torch.ones(6, 6).tril())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.weight_mask, self.bias)
+
+
+class OwnAttribute(nn.Linear):
+    weight_orig = None
+
+    def __init__(self):
+        super().__init__(6, 6)
+
+
+@pytest.mark.parametrize("kind", [OwnBuffer, OwnAttribute])
+def test_names_that_a_layer_has_already_are_refused_and_nothing_is_changed(kind):
+    model = nn.Sequential(nn.Linear(6, 6), kind())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for prune in (layer_unstructured, SAP):
+        with pytest.raises(ValueError, match=r"1\.weight needs the names weight_orig and weight_mask in its layer"):
+            prune(model)
+        assert {name: tensor.tolist() for name, tensor in model.state_dict().items()} == {
+            name: tensor.tolist() for name, tensor in before.items()
+        }
+    assert len(prunable_parameters(model)) == 2
+    assert summary(model).total == 72
+    layer_unstructured(model, exclude="1")
+    model(torch.ones(2, 6))
+
+
+def test_an_expanded_parameter_is_refused_and_nothing_is_changed():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = nn.Parameter(torch.randn(1, 6).expand(6, 6))
+    for prune in (layer_unstructured, SAP):
+        with pytest.raises(ValueError, match=r"1\.weight must have memory of its own for each entry"):
+            prune(model)
+        assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    layer_unstructured(model, exclude="1")

@@ -3,11 +3,13 @@
 The hooks of the outermost module are a graph of their own, which PyTorch runs before that of the module's forward.
 """
 
+import contextlib
+import copy
 import shutil
 
 import pytest
 import torch
-from helpers import assert_held, masks_of, value_of
+from helpers import assert_held, masks_of, mlp, value_of
 from timm_training import SHAPE, Hand, batches, each_kind_some_slow, loss_of, make, momentum, plain_step, twins
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -105,3 +107,24 @@ def test_inductor(kind):
                 if theirs.grad is not None:
                     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=1e-3, msg=name)
         layer_unstructured(model, eta_r=0.1)
+
+
+def test_gradients_of_compiled_autograd_are_masked():
+    model = mlp()
+    layer_unstructured(model, eta_r=0.2)
+    twin, x = copy.deepcopy(model), torch.randn(5, 6)
+    optimizers = momentum(model), momentum(twin)
+    for number in range(3):
+        for each, optimizer in zip((model, twin), optimizers, strict=True):
+            context = torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
+            with context if each is model else contextlib.nullcontext():
+                optimizer.zero_grad()
+                each(x).pow(2).mean().backward()
+            for module in (each[0], each[-1]):
+                assert not module.weight.grad[~module.weight_mask].any()
+            optimizer.step()
+        if number == 1:
+            for each in (model, twin):
+                layer_unstructured(each, eta_r=0.2)
+    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(own, other)

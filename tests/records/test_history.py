@@ -203,3 +203,15 @@ def test_noise_does_not_fill_a_panel_of_differences():
     assert axes.get_title() == "metric, pruned - retrained"
     low, high = axes.get_ylim()
     assert 0.09 < high - low < 0.1
+
+
+def test_a_metric_with_the_name_of_a_column_hides_nothing():
+    sap = SAP(mlp())
+    found = sap.step(
+        {"pqi": 9.0, "seconds": 8.0, "accuracy": 0.5, "pruned_loss": 7.0}, eval_fn=lambda model: {"loss": 6.0}
+    )
+    row = found.row()
+    assert row["pqi"] == found.pqi
+    assert row["seconds"] == found.seconds
+    assert (row["metric_pqi"], row["metric_seconds"], row["accuracy"]) == (9.0, 8.0, 0.5)
+    assert (row["pruned_loss"], row["metric_pruned_loss"]) == (7.0, 6.0)

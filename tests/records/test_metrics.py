@@ -1,8 +1,9 @@
 """One rule chooses the metric for figures, labels and stopping rules."""
 
 import pytest
+import torch
 
-from torch_sap.records.metrics import choose_metric
+from torch_sap.records.metrics import as_metrics, choose_metric
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,11 @@ def test_choice_of_the_metric(names, shown, largest, smallest):
                 choose_metric(names, judge=judge)
         else:
             assert choose_metric(names, judge=judge) == expected
+
+
+def test_tensors_of_one_real_number_are_metrics():
+    tensors = {"loss": torch.tensor(0.5, requires_grad=True), "accuracy": torch.tensor([0.25], dtype=torch.bfloat16)}
+    assert as_metrics(tensors, "train_fn") == {"loss": 0.5, "accuracy": 0.25}
+    for wrong in (torch.tensor(1j), torch.ones(2)):
+        with pytest.raises(TypeError, match="train_fn must give None, a number or a mapping"):
+            as_metrics(wrong, "train_fn")

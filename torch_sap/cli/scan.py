@@ -146,7 +146,7 @@ class Histogram(NamedTuple):
     def together(cls, histograms: Sequence[Histogram]) -> Histogram:
         """Add up the histograms of several tensors, of one type or more."""
         values, places = torch.cat([one.values for one in histograms]).unique(return_inverse=True)
-        counts = torch.zeros(len(values), dtype=torch.int64)
+        counts = torch.zeros(len(values), dtype=torch.int64, device="cpu")
         return cls(values, counts.index_add_(0, places, torch.cat([one.counts for one in histograms])))
 
     def smallest(self, count: int) -> tuple[float, float]:

@@ -234,7 +234,7 @@ class Torch:
         return torch.cat(list(keys))
 
     def numbers(self, values: Any, like: Any) -> Any:
-        return torch.as_tensor(values, dtype=torch.int64).to(like.device, non_blocking=True)
+        return torch.as_tensor(values, dtype=torch.int64, device="cpu").to(like.device, non_blocking=True)
 
     def histogram(self, keys: Any, mask: Any, low: Any, shift: int) -> Any:
         bins = 2**self.bin_bits

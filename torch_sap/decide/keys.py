@@ -82,3 +82,8 @@ def as_array(tensor: Tensor) -> NDArray[Any]:
 def count_true(mask: Tensor) -> int:
     """How many entries of a bool mask are True."""
     return int(np.count_nonzero(mask.numpy())) if mask.is_cpu else int(mask.sum())
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several entries of a tensor are one place in memory, so that PyTorch writes none of them."""
+    return bool(torch._debug_has_internal_overlap(tensor) == 1)

@@ -186,7 +186,7 @@ def _merged(entries: Sequence[Entry], tables: list[Float64]) -> list[Float64]:
     merged = list(tables)
     for part in distinct([entry.part for entry in entries]):
         here = [i for i, entry in enumerate(entries) if entry.part is not None and part.same_processes(entry.part)]
-        widths = part.gather(torch.tensor([[tables[i].shape[1] for i in here]]))
+        widths = part.gather(torch.tensor([[tables[i].shape[1] for i in here]], device="cpu"))
         values = part.gather(torch.from_numpy(np.hstack([tables[i] for i in here])))
         cut = [v.split(row[0].tolist(), 1) for v, row in zip(values, widths, strict=True)]
         for i, of_entry in zip(here, zip(*cut, strict=True), strict=True):
@@ -245,7 +245,7 @@ def check_finite(entries: Sequence[Entry]) -> None:
     ]
 
     def is_bad(i: int, dtype: torch.dtype, piece: Piece) -> Any:
-        infinity = int(torch.tensor(torch.inf, dtype=dtype).view(INTEGER_OF[dtype]))
+        infinity = int(torch.tensor(torch.inf, dtype=dtype, device="cpu").view(INTEGER_OF[dtype]))
         return backend.keys(piece.scores, piece.mask, dtype).max() >= infinity
 
     bad = np.zeros((1, len(entries)))
@@ -261,7 +261,7 @@ def check_finite(entries: Sequence[Entry]) -> None:
 def count_remaining(entries: Sequence[Entry]) -> list[int]:
     """Unpruned entries of each whole tensor, from the masks alone."""
     here = [entry.scores.numel() if entry.mask is None else int(entry.mask.sum()) for entry in entries]
-    counts = torch.tensor([here], dtype=torch.int64)
+    counts = torch.tensor([here], dtype=torch.int64, device="cpu")
     for part in distinct([entry.part for entry in entries]):
         cut = [i for i, entry in enumerate(entries) if entry.part is not None and part.same_processes(entry.part)]
         counts[:, cut] = part.add_up(counts[:, cut])

@@ -189,7 +189,7 @@ def narrow(
     ``histogram(low, shift)`` counts the keys from ``low`` on in 2^bin_bits bins of 2^shift keys. The results are int64
     tensors of one entry on the device of the histograms, which is not waited for.
     """
-    low: Any = torch.zeros((), dtype=torch.int64)
+    low: Any = torch.zeros((), dtype=torch.int64, device="cpu")
     below: Any = 0
     for shift in range((bits - 1) // bin_bits * bin_bits, -1, -bin_bits):
         bins = histogram(low, shift)
@@ -244,7 +244,10 @@ def _shares(
         By the id of the entry, the ties that go here; and, for those whose parts interleave in that order, the ties
         that go of the whole (none of them is to go here for now).
     """
-    own = torch.tensor([[sum(int(n) for o, n in zip(owners, ties, strict=True) if o is e) for e in group.entries]])
+    own = torch.tensor(
+        [[sum(int(n) for o, n in zip(owners, ties, strict=True) if o is e) for e in group.entries]],
+        device="cpu",
+    )
     every = torch.cat(part.gather(own))
     shares, interleaved = {}, {}
     for number, entry in enumerate(group.entries):

@@ -113,7 +113,7 @@ class Part:  # a decide.groups.Shard
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all processes, in order of rank; their last dimension may differ."""
         width = tensor.shape[-1]
-        widths = [int(found) for found in self._all_gather(torch.tensor([width]))]
+        widths = [int(found) for found in self._all_gather(torch.tensor([width], device="cpu"))]
         padded = torch.nn.functional.pad(tensor, (0, max(widths) - width))
         return [found[..., :own] for found, own in zip(self._all_gather(padded), widths, strict=True)]
 

@@ -53,7 +53,7 @@ def gather_values(tensor: Tensor, mask: Tensor) -> Tensor:
 
 def scatter_values(values: Tensor, mask: Tensor) -> Tensor:
     """Scatter values to where a mask is True, in order, bit for bit, with +0.0 elsewhere."""
-    bits = torch.zeros(mask.shape, dtype=INTEGER_OF[values.dtype])
+    bits = torch.zeros(mask.shape, dtype=INTEGER_OF[values.dtype], device="cpu")
     bits.numpy()[mask.numpy()] = _bits_of(values).numpy()  # twice as fast as PyTorch on one thread
     return bits.view(values.dtype)
 

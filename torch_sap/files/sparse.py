@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torch_sap.arguments import check_choice, check_model, check_path, needs, some
-from torch_sap.decide.keys import INTEGER_OF, check_dtype, count_true
+from torch_sap.decide.keys import INTEGER_OF, check_dtype, count_true, is_expanded
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.files.atomic import replacing
 from torch_sap.files.bitmask import gather_values, matrix_shape, not_zero, pack, row_offsets, scatter_values, unpack
 from torch_sap.masks.guards import guard
 from torch_sap.masks.mask import finish, hold_masks
-from torch_sap.masks.parameters import Pair, Prunable
+from torch_sap.masks.parameters import Pair, Prunable, check_names
 
 PathLike = str | os.PathLike[str]
 Model = TypeVar("Model", bound=nn.Module)
@@ -76,7 +76,7 @@ def save_sparse(model: nn.Module, path: PathLike, *, what: What = "model") -> No
             found = {"shape": list(kept.shape), "remaining": count_true(kept), "masked": masked}
             about["tensors"][held.name] = {"prefix": prefix, **found}
             bits, offsets = pack(kept)
-            parts = [bits, torch.tensor(matrix_shape(kept.shape))]
+            parts = [bits, torch.tensor(matrix_shape(kept.shape), device="cpu")]
             if what == "model":
                 parts += [offsets, gather_values(held.tensor.detach().cpu(), kept)]
             pieces += [(f"{prefix}.{part}", tensor) for part, tensor in zip(PARTS, parts, strict=False)]
@@ -314,10 +314,16 @@ def _pair(
             check_dtype(one.tensor, there.name)
             if one.prunable is None:
                 raise ValueError(f"{there.name} has a mask in {path}, but is no parameter of the model")
+            check_names(one.prunable)
         dtype, shape, rule = one.tensor.dtype, tuple(one.tensor.shape), f"{there.name} must have the model's"
         if there.value is not None and there.value.dtype is not dtype:
             advice = "convert the model first, as by model.to(dtype)"
             raise ValueError(f"{rule} type {dtype}, but is {there.value.dtype} in {path}; {advice}")
+        if what == "model" and is_expanded(one.tensor):
+            raise ValueError(
+                f"{there.name} must have memory of its own for each entry to load {path}, but it is expanded in the "
+                "model; replace it by its clone()"
+            )
         if there.shape != shape:
             raise ValueError(f"{rule} shape {shape}, but has {there.shape} in {path}")
     return list(pairs.values())

@@ -188,7 +188,7 @@ class MappedFile:
         if kind is None:
             return None
         if 0 in shape:
-            return torch.empty(shape, dtype=kind)
+            return torch.empty(shape, dtype=kind, device="cpu")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable")
             size = data_offsets[1] - data_offsets[0]

@@ -41,14 +41,18 @@ def tensors_of(example: Any) -> list[Tensor]:
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode, and afterwards restore modes, attributes, buffers, and random number generators."""
+    """Switch to eval mode, and afterwards restore modes, attributes, buffers, and random number generators.
+
+    Inference mode is off inside: in it a linear layer is one operation, of which neither MACs nor gradients are known.
+    """
     modules = list(model.modules())
     modes = [module.training for module in modules]  # not in vars() of TorchScript modules
     attributes = [dict(vars(module)) for module in modules]
-    buffers = [{name: (b, b.clone()) for name, b in m._buffers.items() if b is not None} for m in modules]
+    buffers = [{name: (b, None if b is None else b.clone()) for name, b in m._buffers.items()} for m in modules]
     accelerators = sorted({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
     kind = accelerators[0].type if accelerators else "cuda"
-    with torch.random.fork_rng([device.index for device in accelerators], device_type=kind):
+    indices = [device.index for device in accelerators]
+    with torch.inference_mode(False), torch.random.fork_rng(indices, device_type=kind):
         try:
             for module in modules:
                 module.training = False
@@ -58,7 +62,9 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
                 vars(module).clear()
                 vars(module).update(own)
                 module.training = mode
+                for name in [name for name, _ in module._buffers.items() if name not in held]:
+                    del module._buffers[name]
                 for name, (buffer, before) in held.items():
                     module._buffers[name] = buffer
-                    if not torch.equal(buffer, before):
+                    if buffer is not None and before is not None and not torch.equal(buffer, before):
                         buffer.copy_(before)

@@ -44,7 +44,7 @@ class _Count(Follow):
         """Share of each weight in the received operands."""
         shares: dict[int, float] = defaultdict(float)
         for operand, origin in self._operands:
-            shares[origin.source] += float((origin.places != NOT_OURS).sum()) / operand.numel()
+            shares[origin.source] += float((origin.places != NOT_OURS).sum()) / max(operand.numel(), 1)
         whole = max(1.0, sum(shares.values()))  # above 1 where an operation multiplies weights by weights
         return {source: share / whole for source, share in shares.items()}
 

@@ -29,7 +29,17 @@ from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import share, wrapper_of
 from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.files.checkpoint import differences
-from torch_sap.iterate.rewinding import Rewind, State, check_state, copier, masks_of, modes_of, set_modes, snapshot
+from torch_sap.iterate.rewinding import (
+    Rewind,
+    State,
+    check_state,
+    copier,
+    empty_buffers,
+    masks_of,
+    modes_of,
+    set_modes,
+    snapshot,
+)
 from torch_sap.iterate.starts import Starts, Stateful, as_schedulers, is_starts
 from torch_sap.masks.guards import guard, unguard
 from torch_sap.masks.mask import check_copies, finish, hold_masks, hooks_of
@@ -154,6 +164,7 @@ class Pruner:
         if rewind != "none":
             self._rewind_point = snapshot(model) if rewind == "init" else check_state(model, rewind)
         self._at_rewind_point = rewind == "init"
+        self._empty = empty_buffers(model) if rewind == "init" else set()
         self._at_start = self._counts(count_remaining(entries))
         self.starts = Starts(optimizer, schedulers)
         self._new = [prunable for prunable in self.prunables if prunable.mask is None]
@@ -195,6 +206,7 @@ class Pruner:
 
         Raises:
             ValueError: if a weight is NaN or infinite; the parameter is named and nothing is changed.
+            RuntimeError: if a mask was removed since the pruner was made; nothing is changed.
             TypeError: if the metrics are neither None, a number nor a mapping of numbers; nothing is changed.
             Exception: any error of eval_fn; the round is then complete, in the history without pruned_metrics.
         """
@@ -238,7 +250,7 @@ class Pruner:
         """
         if self._rewind_point is None:
             raise ValueError('rewind must not be "none" for set_rewind_point')
-        self._rewind_point = snapshot(self.model)
+        self._rewind_point, self._empty = snapshot(self.model), empty_buffers(self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Collect what the states of model and optimizer do not hold, as plain values and tensors."""
@@ -290,7 +302,9 @@ class Pruner:
         self._ended = time.perf_counter() - state["seconds"]
 
     def _settings(self) -> dict[str, Any]:
+        scores = self.importance_scores
         return {
+            **({} if scores is None else {"importance_scores": "a callable" if callable(scores) else "a dict"}),
             "class": type(self).__name__,
             "scope": self.scope,
             **self.rule.to_dict(),
@@ -319,6 +333,11 @@ class Pruner:
 
     def _measure(self, metrics: Metrics = None, *, prune: bool) -> tuple[Measured, StepResult | None]:
         """Measure the trained model and decide what to prune, changing nothing; arguments and errors as of step."""
+        if lost := next((prunable.name for prunable in self.prunables if prunable.mask is None), None):
+            raise RuntimeError(
+                f"{lost} must have the mask that this {type(self).__name__} gave it, but it was removed since; make a "
+                "new one to prune the model further"
+            )
         recorded, entries, p, q = as_metrics(metrics, "metrics"), self._entries(), self.rule.p, self.rule.q
         with torch.no_grad():
             ranked = self.rank(entries) if prune or not callable(self.importance_scores) else entries
@@ -352,7 +371,7 @@ class Pruner:
             pruned = Sparsity.of(power_sums(left, self.rule.p, self.rule.q), left if self.gini else None)
         after = tensor_records(self.prunables, pruning.remaining)
         starts = [] if point is None else self.starts.resetters()
-        changes = [copier(self.model, point, self.prunables, masks), *starts]
+        changes = [copier(self.model, point, self.prunables, masks, self._empty), *starts]
         try:
             if eval_fn is not None:  # else masks and rewound values come together, and zeros are restored once
                 hold_masks(self.prunables, masks)
@@ -394,12 +413,13 @@ class Pruner:
     def _unchanged_on_error(self) -> Iterator[None]:
         """Restore the model's present values and modes if the training inside fails."""
         start, modes = self._rewind_point if self._at_rewind_point else snapshot(self.model), modes_of(self.model)
+        empty = empty_buffers(self.model)
         self._at_rewind_point = False
         try:
             yield
         except BaseException:
             set_modes(modes)
-            finish(copier(self.model, start, self.prunables, masks_of(self.prunables)))
+            finish(copier(self.model, start, self.prunables, masks_of(self.prunables), empty))
             raise
 
     def _remove_masks(self) -> None:

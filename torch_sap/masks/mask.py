@@ -515,6 +515,9 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor, path: str, known: list
         rename_parameter(module, name, name + "_orig")
     hook = InPlaceMask(module, name, path)
     module.__dict__.pop(name, None)
+    if mask.is_inference():  # which training could not use, nor a later pruning change
+        with torch.inference_mode(False):
+            mask = mask.clone()
     module.register_buffer(name + "_mask", mask)
     hook.number = module.register_forward_pre_hook(hook).id
     before_load: Any = module.register_load_state_dict_pre_hook

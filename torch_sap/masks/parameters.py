@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from torch_sap.arguments import check_model, some
 from torch_sap.decide.groups import Entry
-from torch_sap.decide.keys import check_dtype
+from torch_sap.decide.keys import check_dtype, is_expanded
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import local, part_of, place, wrap
@@ -48,7 +48,7 @@ class Prunable:
         """Bool mask of what all holders leave unpruned, sharded like the weight; None before any pruning."""
         mask = None
         for module, name in self.holders:
-            if (here := module._buffers.get(name + "_mask")) is not None:
+            if has_mask(module, name) and (here := module._buffers[name + "_mask"]) is not None:
                 here = place(here if here.dtype is torch.bool else here != 0, like=self.weight)
                 mask = here if mask is None or mask is here else mask & here
         return mask
@@ -163,15 +163,34 @@ def resolve(
         if is_lazy(weight) or weight.is_meta:
             raise ValueError(f"{prunable.name} must have values, but it is on the meta device or not initialized yet")
         check_dtype(weight, prunable.name)
-    _check_memory(found.prunables)
+        if not masked:
+            check_names(prunable)
+    _check_memory(found.prunables, masked=masked)
     return found
 
 
-def _check_memory(prunables: Sequence[Prunable]) -> None:
-    """Raise a ValueError if two Parameters share entries: a mask of one would prune the other behind its back."""
+def check_names(prunable: Prunable) -> None:
+    """Raise a ValueError if a layer has something else under the names that a pruned tensor needs."""
+    for module, name in prunable.holders:
+        if not has_mask(module, name) and (
+            taken := next((new for new in (name + "_orig", name + "_mask") if hasattr(module, new)), None)
+        ):
+            raise ValueError(
+                f"{prunable.name} needs the names {name}_orig and {name}_mask in its layer, but "
+                f"{type(module).__name__} has its own {taken}; rename it, or exclude {prunable.name}"
+            )
+
+
+def _check_memory(prunables: Sequence[Prunable], *, masked: bool) -> None:
+    """Raise a ValueError if entries share memory: a mask of one would prune the other behind its back."""
     spans = []
     for prunable in prunables:
         tensor = local(prunable.weight.detach())
+        if not masked and is_expanded(tensor):
+            raise ValueError(
+                f"{prunable.name} must have memory of its own for each entry, but it is expanded; use "
+                "nn.Parameter(weight.clone()), or exclude it"
+            )
         if tensor.numel():
             length = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
             start = tensor.data_ptr()
@@ -189,7 +208,7 @@ def _share_entries(first: Tensor, second: Tensor) -> bool:
     """Whether two overlapping tensors have an entry in common; columns of one matrix have none."""
     if first.dtype != second.dtype or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
         return True
-    used = torch.zeros(first.untyped_storage().nbytes() // first.itemsize, dtype=torch.bool)
+    used = torch.zeros(first.untyped_storage().nbytes() // first.itemsize, dtype=torch.bool, device="cpu")
     used.as_strided(first.shape, first.stride(), first.storage_offset()).fill_(True)
     return bool(used.as_strided(second.shape, second.stride(), second.storage_offset()).any())
 
@@ -251,10 +270,14 @@ def entries_of(
     return [prunable.entry(chosen.get(prunable.name)) for prunable in prunables]
 
 
+def has_mask(module: nn.Module, name: str) -> bool:
+    """Whether a parameter has a mask; a buffer of such a name alone is a layer's own."""
+    return name + "_mask" in module._buffers and name + "_orig" in module._parameters
+
+
 def _parameter(module: nn.Module, name: str) -> tuple[str, nn.Parameter]:
     """The present name of a parameter, and the parameter."""
-    pruned = name + "_mask" in module._buffers
-    now = name + "_orig" if pruned else name
+    now = name + "_orig" if has_mask(module, name) else name
     parameter = module._parameters.get(now)
     if parameter is None:
         raise ValueError(f"name must be a parameter of the module, got {name!r} for {type(module).__name__}")
@@ -270,14 +293,14 @@ def _in_model(model: nn.Module, exclude: Patterns, include: Patterns, *, masked:
         for now, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            name = now.removesuffix("_orig") if now.removesuffix("_orig") + "_mask" in module._buffers else now
+            name = plain if has_mask(module, plain := now.removesuffix("_orig")) else now
             holders.setdefault(id(parameter), []).append((module, name))
             paths.setdefault(id(parameter), []).append(f"{path}.{name}".removeprefix("."))
             shapes[id(parameter)] = (2, 2) if is_lazy(parameter) else tuple(parameter.shape)
     kinds = {key: [kind_of(*pair, shapes[key]) for pair in pairs] for key, pairs in holders.items()}
     weights = {key for key, found in kinds.items() if any(isinstance(kind, Axes) for kind in found)}
     if masked:
-        weights |= {key for key, pairs in holders.items() if any(name + "_mask" in m._buffers for m, name in pairs)}
+        weights |= {key for key, pairs in holders.items() if any(has_mask(*pair) for pair in pairs)}
     matrices = {key: names for key, names in paths.items() if len(shapes[key]) > 1}
     weights |= matching("include", matrices, include)
     excluded = matching("exclude", matrices, exclude)

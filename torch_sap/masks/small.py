@@ -26,7 +26,7 @@ Pair = tuple[Tensor, Tensor]
 _AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
 _AUTOGRAD = _AUTOGRAD | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
-_ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in INTEGER_OF}
+_ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in INTEGER_OF}
 
 
 def restore_small_(pairs: Sequence[Pair]) -> None:

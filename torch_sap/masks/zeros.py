@@ -10,6 +10,7 @@ There is no record of what still is zero: a check that misses one kind of write 
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -245,6 +246,9 @@ class MaskedGradient:
         if task == -1:
             _mask_one_by_one([self])
             return
+        if _in_compiled_backward():
+            torch.compiler.disable(_mask_one_by_one)([self])
+            return
         if (arrived := _arrived.get(task)) is not None:
             arrived.append(self)
             return
@@ -253,6 +257,12 @@ class MaskedGradient:
         arrived.append(self)
         if arrived is new:
             _queue_callback(lambda: _queue_callback(lambda: _mask_gradients(_arrived.pop(task, []))))
+
+
+def _in_compiled_backward() -> bool:
+    """Whether this backward runs in a graph of compiled autograd, which forgets the callbacks that are queued in it."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and bool(module.in_compiled_autograd_region)
 
 
 def _mask_gradients(arrived: Sequence[MaskedGradient]) -> None:

@@ -28,10 +28,11 @@ def as_metrics(value: Metrics, source: str, name: str = "metric") -> dict[str, f
     items = value.items() if isinstance(value, Mapping) else [(name, value)]
     metrics = {}
     for key, number in items:
-        scalar = number.numel() == 1 if isinstance(number, Tensor) else isinstance(number, Real)
+        tensor = number.detach() if isinstance(number, Tensor) else None
+        scalar = isinstance(number, Real) if tensor is None else tensor.numel() == 1 and not tensor.is_complex()
         if not scalar or not isinstance(key, str):
             raise TypeError(f"{source} must give None, a number or a mapping from names to numbers, got {value!r}")
-        metrics[key] = float(number)
+        metrics[key] = float(number if tensor is None else tensor)
     return metrics
 
 

@@ -100,7 +100,10 @@ class Round(Measured):
     seconds: float
 
     def row(self) -> dict[str, Any]:
-        """Give the round as one row of a table; metrics of the pruned model have the prefix ``pruned_``."""
+        """Give the round as one row of a table; metrics of the pruned model have the prefix ``pruned_``.
+
+        A metric with the name of another column has the prefix ``metric_``.
+        """
         row: dict[str, Any] = {
             "round": self.number,
             "scope": self.scope,
@@ -116,10 +119,10 @@ class Round(Measured):
                     row[f"{prefix}pqi_{scope}_mean"] = mean_defined(sparsity.pqi[scope])
                 if sparsity.gini is not None:
                     row[prefix + "gini"] = float(sparsity.gini["global"]["global"][0])
-        row.update(self.metrics)
-        row.update({"pruned_" + key: value for key, value in self.pruned_metrics.items()})
-        row["seconds"] = self.seconds
-        return row
+        seconds = {"seconds": self.seconds}
+        for metrics in (self.metrics, {"pruned_" + key: value for key, value in self.pruned_metrics.items()}):
+            row |= {"metric_" + key if key in row | seconds else key: value for key, value in metrics.items()}
+        return row | seconds
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to values that JSON can hold."""
