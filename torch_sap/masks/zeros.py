@@ -246,11 +246,11 @@ class MaskedGradient:
         if task == -1:
             _mask_one_by_one([self])
             return
-        if _in_compiled_backward():
-            torch.compiler.disable(_mask_one_by_one)([self])
-            return
         if (arrived := _arrived.get(task)) is not None:
             arrived.append(self)
+            return
+        if _in_compiled_backward():
+            torch.compiler.disable(_mask_one_by_one)([self])
             return
         new: list[MaskedGradient] = []
         arrived = _arrived.setdefault(task, new)  # several threads may work for one backward
@@ -262,7 +262,7 @@ class MaskedGradient:
 def _in_compiled_backward() -> bool:
     """Whether this backward runs in a graph of compiled autograd, which forgets the callbacks that are queued in it."""
     module = sys.modules.get("torch._dynamo.compiled_autograd")
-    return module is not None and bool(module.in_compiled_autograd_region)
+    return bool(getattr(module, "in_compiled_autograd_region", False))
 
 
 def _mask_gradients(arrived: Sequence[MaskedGradient]) -> None:
