@@ -144,6 +144,53 @@ def test_buffers_modes_and_extra_state_are_restored(tmp_path):
     assert torch.equal(again[2].weight, model[2].weight)
 
 
+class Observing(nn.Module):
+    """Buffers that get another shape, a value, and none in training, as observers and caches do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("widest", torch.tensor([]))
+        self.register_buffer("last", None)
+        self.register_buffer("first", torch.ones(2))
+
+    def forward(self, inputs):
+        self.widest = inputs.detach().amax(0) if len(self.widest) == 0 else inputs.detach().amax(0).maximum(self.widest)
+        self.last, self.first = inputs.detach().clone(), None
+        return inputs + self.widest
+
+
+@pytest.mark.parametrize("kill", [None, 2, 3])
+def test_buffers_that_change_their_shape_in_training(kill, tmp_path):
+    """Every round starts with those of the start, and a run that was killed after a training resumes."""
+    starts, killed = [], []
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 9), Observing(), nn.Linear(9, 4))
+
+    def train(model):
+        starts.append((model[1].widest.tolist(), model[1].last, model[1].first.tolist()))
+        trainer(SHAPE)(model)
+        assert model[1].widest.shape == (9,)
+
+    def evaluate(model):
+        if len(starts) == kill and not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+        return 1.0
+
+    path = None if kill is None else tmp_path / "run.ckpt"
+    model = make()
+    arguments = {"iterations": 2, "eval_fn": evaluate, **ARGUMENTS}
+    if kill is not None:
+        with pytest.raises(KeyboardInterrupt):
+            iterative_sap(model, train, checkpoint=path, **arguments)
+        model = make()
+    iterative_sap(model, train, checkpoint=path, **arguments)
+    assert starts == [([], None, [1.0, 1.0])] * 3
+    assert (model[1].widest.shape, model[1].last.shape, model[1].first) == ((9,), (SHAPE[0], 9), None)
+
+
 def refused(path, match, make=mlp, **settings):
     model = make()
     before = snapshot(model)

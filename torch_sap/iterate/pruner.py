@@ -34,7 +34,6 @@ from torch_sap.iterate.rewinding import (
     State,
     check_state,
     copier,
-    empty_buffers,
     masks_of,
     modes_of,
     set_modes,
@@ -164,7 +163,6 @@ class Pruner:
         if rewind != "none":
             self._rewind_point = snapshot(model) if rewind == "init" else check_state(model, rewind)
         self._at_rewind_point = rewind == "init"
-        self._empty = empty_buffers(model) if rewind == "init" else set()
         self._at_start = self._counts(count_remaining(entries))
         self.starts = Starts(optimizer, schedulers)
         self._new = [prunable for prunable in self.prunables if prunable.mask is None]
@@ -250,7 +248,7 @@ class Pruner:
         """
         if self._rewind_point is None:
             raise ValueError('rewind must not be "none" for set_rewind_point')
-        self._rewind_point, self._empty = snapshot(self.model), empty_buffers(self.model)
+        self._rewind_point = snapshot(self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Collect what the states of model and optimizer do not hold, as plain values and tensors."""
@@ -366,12 +364,12 @@ class Pruner:
         with torch.no_grad():
             copies = wrapper_of(self.model)
             check_copies(copies, self.prunables, masks)
-            share(copies, point or {})
+            share(copies, {name: value for name, value in (point or {}).items() if value is not None})
             left = [replace(entry, mask=mask) for entry, mask in zip(self._entries(), masks, strict=True)]
             pruned = Sparsity.of(power_sums(left, self.rule.p, self.rule.q), left if self.gini else None)
         after = tensor_records(self.prunables, pruning.remaining)
         starts = [] if point is None else self.starts.resetters()
-        changes = [copier(self.model, point, self.prunables, masks, self._empty), *starts]
+        changes = [copier(self.model, point, self.prunables, masks), *starts]
         try:
             if eval_fn is not None:  # else masks and rewound values come together, and zeros are restored once
                 hold_masks(self.prunables, masks)
@@ -413,13 +411,12 @@ class Pruner:
     def _unchanged_on_error(self) -> Iterator[None]:
         """Restore the model's present values and modes if the training inside fails."""
         start, modes = self._rewind_point if self._at_rewind_point else snapshot(self.model), modes_of(self.model)
-        empty = empty_buffers(self.model)
         self._at_rewind_point = False
         try:
             yield
         except BaseException:
             set_modes(modes)
-            finish(copier(self.model, start, self.prunables, masks_of(self.prunables), empty))
+            finish(copier(self.model, start, self.prunables, masks_of(self.prunables)))
             raise
 
     def _remove_masks(self) -> None:

@@ -21,7 +21,7 @@ from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.files.checkpoint import as_plain, differences, read, unreadable, write
 from torch_sap.iterate.pruner import Pruner
 from torch_sap.iterate.randomness import random_state, set_random_state
-from torch_sap.iterate.rewinding import copier, masks_of, modes_of, set_modes, tensors_of
+from torch_sap.iterate.rewinding import copier, masks_of, modes_of, places_of_buffers, set_modes, state_of, tensors_of
 from torch_sap.iterate.starts import resetter, start_of
 from torch_sap.masks.mask import finish
 from torch_sap.masks.parameters import entries_of
@@ -93,7 +93,7 @@ class Run:
             "trained": self._trained,
             "finished": self.finished,
             "pruner": of_pruner,
-            "model": tensors_of(model),
+            "model": state_of(model),
             "masks": masks_of(pruner.prunables),
             "modes": list(modes_of(model).values()),
             "extra": {name: module.get_extra_state() for name, module in _with_extra_state(model).items()},
@@ -118,8 +118,9 @@ class Run:
             trained = None if state["trained"] is None else as_metrics(state["trained"], "the file")
             weights = [prunable.weight for prunable in pruner.prunables]
             masks = [m.to(w.device, torch.bool) for w, m in zip(weights, state["masks"], strict=True)]
-            shapes = [mask.shape for mask in masks] == [weight.shape for weight in weights]
-            if _table(state["model"]) != state["settings"]["model"] or not shapes:
+            shapes = {name: parameter.shape for name, parameter in _parameters(model).items()}
+            in_file = {name: value.shape for name, value in state["model"].items() if name in shapes}
+            if in_file != shapes or [mask.shape for mask in masks] != [weight.shape for weight in weights]:
                 raise ValueError("its tensors are not those of its settings")
             restore = copier(model, state["model"], pruner.prunables, masks)
             if not state["finished"] or extended:
@@ -174,7 +175,7 @@ class Run:
         return {
             **of_pruner["settings"],
             "tensors": dict.fromkeys(of_pruner["settings"]["tensors"], "pruned"),
-            "model": _table(tensors_of(self._pruner.model)),
+            "model": _table(unwrap(self._pruner.model)),
             "optimizer": {} if optimizer is None else {"class": type(optimizer).__name__, "groups": groups},
             "schedulers": {
                 str(number): {"class": type(each).__name__, **as_plain(start)}
@@ -192,9 +193,16 @@ def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module).get_extra_state is not own}
 
 
-def _table(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Describe the dtype and shape of each tensor."""
-    return {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()}
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors_of(model).items() if isinstance(tensor, nn.Parameter)}
+
+
+def _table(model: nn.Module) -> dict[str, str]:
+    """Describe the dtype and shape of each parameter, and list the buffers, whose shapes may change in training."""
+    parameters = {
+        name: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}" for name, p in _parameters(model).items()
+    }
+    return {**parameters, **dict.fromkeys(places_of_buffers(model), "a buffer")}
 
 
 def _about_rule(rule: StoppingRule) -> dict[str, Any]:
