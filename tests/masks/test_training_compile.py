@@ -110,13 +110,15 @@ def test_inductor(kind):
 
 
 def test_gradients_of_compiled_autograd_are_masked():
+    module = torch._dynamo.compiled_autograd
+    enable = getattr(module, "_enable", None) or module.enable  # PyTorch 2.5
     model = mlp()
     layer_unstructured(model, eta_r=0.2)
     twin, x = copy.deepcopy(model), torch.randn(5, 6)
     optimizers = momentum(model), momentum(twin)
     for number in range(3):
         for each, optimizer in zip((model, twin), optimizers, strict=True):
-            context = torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
+            context = enable(torch.compile(backend="eager"))
             with context if each is model else contextlib.nullcontext():
                 optimizer.zero_grad()
                 each(x).pow(2).mean().backward()
