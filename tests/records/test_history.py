@@ -205,6 +205,15 @@ def test_noise_does_not_fill_a_panel_of_differences():
     assert 0.09 < high - low < 0.1
 
 
+@pytest.mark.parametrize("losses", [[math.nan, math.nan], [0.5, math.inf], [math.nan, 0.5, 0.5]])
+def test_a_metric_that_is_not_finite_is_drawn(losses, tmp_path):
+    sap = SAP(mlp())
+    for loss in losses:
+        sap.record({"loss": loss})
+    sap.history.plot(tmp_path / "history.png")
+    assert (tmp_path / "history.png").stat().st_size > 0
+
+
 def test_a_metric_with_the_name_of_a_column_hides_nothing():
     sap = SAP(mlp())
     found = sap.step(

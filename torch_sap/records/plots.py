@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ OF_METRIC, OF_INDEX = ("#0072B2", "o", "-"), ("#D55E00", "^", "-.")
 OF_REMAINING, OF_GINI = ("#000000", "s", "--"), ("#009E73", "D", ":")
 """Color, marker and line style."""
 LEAST_SPAN = 0.1
-"""Of an axis, as a share of the largest value: half a point of noise in an accuracy of 98 % is no fall."""
+"""Span of an axis, as a share of the largest value: half a point of noise in an accuracy of 98 % is not a drop."""
 Panel = tuple[str, str, str, tuple[str, str, str]]
 """Title, column, column to subtract, and style."""
 
@@ -98,6 +99,7 @@ def _draw(axes: Any, rows: Sequence[Any], panel: Panel) -> None:
     axes.set_xlim(rows[0]["round"] - 0.5, rows[-1]["round"] + 0.5)
     axes.plot(*zip(*_measured(rows, panel), strict=True), color=color, marker=marker, linestyle=line, markersize=4)
     low, high = axes.get_ylim()
-    missing = LEAST_SPAN * max(abs(row[column]) for row in rows if row.get(column) is not None) - (high - low)
+    sizes = [abs(row[column]) for row in rows if row.get(column) is not None and math.isfinite(row[column])]
+    missing = LEAST_SPAN * max(sizes, default=0.0) - (high - low)
     if missing > 0:
         axes.set_ylim(low - missing / 2, high + missing / 2)
