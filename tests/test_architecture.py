@@ -1,4 +1,4 @@
-"""Imports only go down: a line per layer, and no cycle."""
+"""Imports only go down: a line per layer, and no cycle. Public names have docstrings, new tensors a device."""
 
 import ast
 from pathlib import Path
@@ -70,3 +70,15 @@ def test_public_names_are_documented_and_few():
     assert len(torch_sap.__all__) <= 25
     for name in torch_sap.__all__:
         assert getattr(torch_sap, name).__doc__, name
+
+
+FACTORIES = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"}
+FACTORIES |= {"tensor", "zeros"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_new_tensor_names_its_device(name):
+    """Otherwise torch.set_default_device decides where it is."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{factory}" for factory in FACTORIES}:
+            assert "device" in {keyword.arg for keyword in node.keywords}, ast.unparse(node)

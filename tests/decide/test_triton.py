@@ -21,7 +21,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 
 def skip_without_triton():
     triton = pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < triton_backend.OLDEST:
+    if triton_backend.is_too_old(triton.__version__):
         pytest.skip("needs PyTorch 2.9 or newer, whose Triton the kernels are written for")
 
 

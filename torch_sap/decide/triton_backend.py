@@ -41,7 +41,7 @@ ROW_BLOCK = 2**10
 
 
 OLDEST = (3, 5)
-"""Triton's version in PyTorch 2.9; that of 2.5 interprets and compiles the kernels otherwise."""
+"""The oldest Triton that the kernels are tested with, that of PyTorch 2.9; they fail their tests with PyTorch 2.5's."""
 
 
 class Counts(Protocol):
@@ -78,14 +78,13 @@ def backend_of(entries: Sequence[Entry]) -> Backend:
 
 @lru_cache
 def usable(device: torch.device) -> bool:
-    """Whether Triton's kernels run on a device. They need the package, OLDEST or newer, and mostly a C compiler."""
+    """Whether Triton's kernels run on a device. They need the package, OLDEST or newer, and usually a C compiler."""
     if not (device.type == "cuda" and torch.cuda.is_available() and find_spec("triton")):
         return False
     values = torch.ones(2, device=device)
     table = [[values.data_ptr(), torch.zeros(2, dtype=torch.bool, device=device).data_ptr(), 2, 4, 0]]
     try:
-        version = import_module("triton").__version__
-        if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        if is_too_old(version := import_module("triton").__version__):
             raise ImportError(f"Triton {version} is older than those that are tested")
         kernels = import_kernels()
         run(kernels.store_zeros, 1, *send([np.array(table), np.zeros(1, np.int32)], device), BLOCK=BLOCK)
@@ -93,6 +92,11 @@ def usable(device: torch.device) -> bool:
     except Exception as error:  # of many kinds: an old GPU, no compiler, a driver that does not fit
         _log.info("Triton does not run on %s, PyTorch's operations take its place: %s", device, error)
         return False
+
+
+def is_too_old(version: str) -> bool:
+    """Whether a version of Triton is older than OLDEST."""
+    return tuple(map(int, version.split(".")[:2])) < OLDEST
 
 
 def import_kernels() -> Any:

@@ -62,7 +62,9 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
                 vars(module).clear()
                 vars(module).update(own)
                 module.training = mode
-                for name in [name for name, _ in module._buffers.items() if name not in held]:
+                for name in [
+                    name for name, _ in module._buffers.items() if name not in held
+                ]:  # TorchScript's has items only
                     del module._buffers[name]
                 for name, (buffer, before) in held.items():
                     module._buffers[name] = buffer

@@ -147,7 +147,7 @@ class _Reader:
     module: Any
     positions: Tensor  # its inputs that belong to the channels
     channels: Tensor  # the channel of each position
-    constants: Tensor = field(default_factory=lambda: torch.zeros(0))  # what arrives at each position; NaN: it varies
+    constants: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))  # what arrives; NaN: it varies
 
     def observe_(self, seen: Tensor) -> None:
         """Keep the constant that arrives at each position, if the bias can absorb it."""
@@ -181,7 +181,7 @@ class _Chain:
     module: Any
     graph: Any  # Torch-Pruning's dependency graph of the model
     readers: list[_Reader] = field(default_factory=list)
-    removable: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    removable: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu"))
     why: str = ""  # why the other empty channels stay
 
     @property
@@ -266,7 +266,8 @@ def _follow(chain: _Chain, outputs: Sequence[Any], shared: Sequence[Any]) -> str
         elif problem := _unfit(node.module, graph, shared):
             return f"{path} {problem}"
         else:
-            chain.readers.append(_Reader(path, node.module, torch.tensor(item.idxs), torch.tensor(item.root_idxs)))
+            positions, channels = (torch.tensor(found, device="cpu") for found in (item.idxs, item.root_idxs))
+            chain.readers.append(_Reader(path, node.module, positions, channels))
     return "" if chain.readers else "they are outputs of the model"
 
 

@@ -349,7 +349,7 @@ class SAPCallback(TrainerCallback, ExportableState):
 
 def _schedule(args: TrainingArguments, scheduler: LambdaLR, steps: int) -> list[Any]:
     """The functions of the schedule that the arguments give for so many steps."""
-    groups = [{"params": [nn.Parameter(torch.zeros(()))], "lr": base} for base in scheduler.base_lrs]
+    groups = [{"params": [nn.Parameter(torch.zeros((), device="cpu"))], "lr": base} for base in scheduler.base_lrs]
     stand_in, warmup, more = SGD(groups, lr=args.learning_rate), args.get_warmup_steps(steps), args.lr_scheduler_kwargs
     made: Any = get_scheduler(args.lr_scheduler_type, stand_in, warmup, steps, more)  # type: ignore[arg-type]
     return list(getattr(made, "lr_lambdas", ()))

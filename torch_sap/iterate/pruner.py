@@ -29,16 +29,7 @@ from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import share, wrapper_of
 from torch_sap.distributed.sharded import is_dtensor
 from torch_sap.files.checkpoint import differences
-from torch_sap.iterate.rewinding import (
-    Rewind,
-    State,
-    check_state,
-    copier,
-    masks_of,
-    modes_of,
-    set_modes,
-    snapshot,
-)
+from torch_sap.iterate.rewinding import Rewind, State, check_state, copier, masks_of, modes_of, set_modes, snapshot
 from torch_sap.iterate.starts import Starts, Stateful, as_schedulers, is_starts
 from torch_sap.masks.guards import guard, unguard
 from torch_sap.masks.mask import check_copies, finish, hold_masks, hooks_of

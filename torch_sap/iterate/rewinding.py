@@ -15,7 +15,7 @@ from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import local, place
 from torch_sap.masks.mask import hold_masks
-from torch_sap.masks.parameters import Prunable
+from torch_sap.masks.parameters import Prunable, has_mask
 
 State = dict[str, Tensor | None]
 """Parameters and buffers; a buffer may be None."""
@@ -59,7 +59,7 @@ def copier(
     """
     with torch.no_grad():
         whole = [prunable.whole(mask) for prunable, mask in zip(prunables, masks, strict=True)]
-    present, places = tensors_of(model), places_of_buffers(model)
+    present, places, device = tensors_of(model), places_of_buffers(model), prunables[0].weight.device
     copied = []
     new: dict[int, Tensor] = {}  # by the identity of what it replaces: several modules may have one buffer
     replaced: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
@@ -67,7 +67,7 @@ def copier(
         tensor = present.get(name)
         if value is None or tensor is None:
             if name in places:
-                replaced.append((*places[name], value))
+                replaced.append((*places[name], None if value is None else value.to(device, copy=True)))
         elif tensor.shape == value.shape and not is_expanded(local(tensor)):
             copied.append((tensor, value))
         elif not isinstance(tensor, nn.Parameter):
@@ -77,8 +77,6 @@ def copier(
                 f"{name} must keep its shape {tuple(value.shape)} to be set back to its start, but has "
                 f"{tuple(tensor.shape)} now; make a new pruner after resizing a parameter"
             )
-    device = prunables[0].weight.device
-    replaced = [(of, key, None if value is None else value.to(device, copy=True)) for of, key, value in replaced]
     replaced += [(buffers, key, new[id(buffers[key])]) for buffers, key in places.values() if id(buffers[key]) in new]
 
     def copy() -> None:
@@ -172,6 +170,6 @@ def _plain_name(model: nn.Module, name: str) -> str | None:
         module = model.get_submodule(path)
     except AttributeError:  # an entry of a custom state_dict, not a tensor of a module
         return name
-    if last.endswith("_mask") and last[:-5] + "_orig" in module._parameters:
+    if last.endswith("_mask") and has_mask(module, last[:-5]):
         return None
-    return name[:-5] if last.endswith("_orig") and last[:-5] + "_mask" in module._buffers else name
+    return name[:-5] if last.endswith("_orig") and has_mask(module, last[:-5]) else name

@@ -23,6 +23,7 @@ from torch_sap.arguments import check_model
 from torch_sap.distributed.fsdp import reshard
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import place
+from torch_sap.masks.parameters import has_mask
 from torch_sap.masks.standardized import centered, is_masked
 from torch_sap.masks.zeros import restore_zeros_
 
@@ -157,7 +158,7 @@ class _Plain:
 
 def _pruned_names(module: nn.Module) -> list[str]:
     names = [key.removesuffix("_orig") for key, parameter in module._parameters.items() if parameter is not None]
-    return [name for name in names if name + "_orig" in module._parameters and name + "_mask" in module._buffers]
+    return [name for name in names if has_mask(module, name)]
 
 
 def _masked(module: nn.Module, name: str, weight: Tensor, value: Tensor) -> Tensor:
