@@ -8,7 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed_copies import data_parallel, processes_disagree, scores_of_all_batches, wrapped_after_sap
+from distributed_copies import (
+    a_wrapper_is_gone_with_its_function,
+    data_parallel,
+    processes_disagree,
+    scores_of_all_batches,
+    wrapped_after_sap,
+)
 from distributed_models import assert_same_model, assert_same_report, data, full_state, mine, mlp, shard, step_alike
 from distributed_standardized import standardized_convolutions
 from fully_sharded import MixedPrecisionPolicy, fully_shard
@@ -338,6 +344,7 @@ CASES = {
             processes_disagree,
             scores_of_all_batches,
             wrapped_after_sap,
+            a_wrapper_is_gone_with_its_function,
         )
     },
 }

@@ -1,6 +1,8 @@
 """Cases of test_distributed.py for DistributedDataParallel, and for copies that differ."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -55,6 +57,28 @@ def scores_of_all_batches():
         assert alone.history[0].pruned_count > 0
         function = FUNCTIONS[scope]
         assert function(mlp(), eta_r=0.3, importance_scores=score([data()])).pruned == alone.history[0].pruned_count
+
+
+def a_wrapper_is_gone_with_its_function():
+    """Without the collector: a wrapper that lives on keeps gloo's threads, which can abort a process that ends."""
+
+    def train():
+        model = DistributedDataParallel(mlp())
+        sap = torch_sap.SAP(model)
+        for _ in range(2):
+            optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+            model(mine(data())).square().mean().backward()
+            optimizer.step()
+            sap.step()
+        sap.record()
+        return weakref.ref(model), weakref.ref(model.module[0].weight)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert [reference() for reference in train()] == [None, None]
+    finally:
+        gc.enable()
 
 
 def processes_disagree():
