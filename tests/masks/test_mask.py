@@ -269,6 +269,24 @@ def test_a_saved_module_trained_in_a_new_process_keeps_its_zeros(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+AT_THE_END = """
+import sys
+import torch
+from torch import nn
+torch.main = sys.modules["__main__"]  # as dill does where it is installed: the script's globals go late
+import torch_sap
+model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+torch_sap.layer_unstructured(model)
+"""
+
+
+def test_a_model_that_outlives_the_globals_of_modules_ends_quietly():
+    command = [sys.executable, "-W", "ignore", "-c", AT_THE_END]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def small_model(again):
     model = tiny_convnet()
     if again:

@@ -125,11 +125,16 @@ BACKWARDS = 2**6
 """Different backwards that are remembered."""
 
 
-def forget(_: Any = None) -> None:
-    """Look all keepers up anew: one has come or gone, or found another weight."""
-    Changes.count += 1
-    _stepped.clear()
-    _of_gradients.clear()
+def forget(
+    _: Any = None, *, changes: type[Changes] = Changes, known: Sequence[Any] = (_stepped, _of_gradients)
+) -> None:
+    """Look all keepers up anew: one has come or gone, or found another weight.
+
+    The defaults stay when the interpreter ends and globals are None; a model may live longer.
+    """
+    changes.count += 1
+    for each in known:
+        each.clear()
 
 
 _small_eps: weakref.WeakKeyDictionary[Optimizer, list[tuple[dict[str, Any], float]]] = weakref.WeakKeyDictionary()
