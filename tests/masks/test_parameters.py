@@ -83,6 +83,19 @@ class OwnAttribute(nn.Linear):
         super().__init__(6, 6)
 
 
+def test_a_dotted_name_is_refused_and_nothing_is_changed():
+    """That nn.Module does not take, but torchrl's losses give."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Module())
+    model[1]._parameters["net.0.weight"] = nn.Parameter(torch.ones(3, 3))
+    names = list(model.state_dict())
+    for prune in (layer_unstructured, SAP):
+        with pytest.raises(ValueError, match=r"1\.net\.0\.weight must belong to a layer, but Module keeps it under a"):
+            prune(model)
+        assert list(model.state_dict()) == names
+    layer_unstructured(model, exclude="1")
+    model[0](torch.ones(2, 6))
+
+
 @pytest.mark.parametrize("kind", [OwnBuffer, OwnAttribute])
 def test_names_that_a_layer_has_already_are_refused_and_nothing_is_changed(kind):
     model = nn.Sequential(nn.Linear(6, 6), kind())

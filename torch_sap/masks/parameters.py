@@ -170,8 +170,13 @@ def resolve(
 
 
 def check_names(prunable: Prunable) -> None:
-    """Raise a ValueError if a layer has something else under the names that a pruned tensor needs."""
+    """Raise a ValueError if a layer has something else under the names that a pruned tensor needs, or takes none."""
     for module, name in prunable.holders:
+        if "." in name:
+            raise ValueError(
+                f"{prunable.name} must belong to a layer, but {type(module).__name__} keeps it under a dotted name, "
+                "as torchrl's losses do; prune the network that was given to it, or exclude it"
+            )
         if not has_mask(module, name) and (
             taken := next((new for new in (name + "_orig", name + "_mask") if hasattr(module, new)), None)
         ):
