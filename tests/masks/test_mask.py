@@ -304,19 +304,20 @@ def state_of(model):
 def test_a_whole_model_function_is_whole_or_not_at_all(scope, error, again):
     """At whichever operation an error comes, the model is as before the call or as after it."""
     model = small_model(again)
-    twin, before = copy.deepcopy(model), state_of(model)
+    before, twin = state_of(model), copy.deepcopy(model)  # which is asked whether it has changed
     with RaiseAt(0, error) as counting:
         FUNCTIONS[scope](model)
     after, left = state_of(model), []
     for number in range(1, counting.count + 1):
         model = small_model(again)
+        twin = copy.deepcopy(model)
         with RaiseAt(number, error), pytest.raises(type(error)):
             FUNCTIONS[scope](model)
+        assert state_of(twin) == before
         left.append("before" if state_of(model) == before else "after" if state_of(model) == after else "between")
     assert before != after
     assert len(left) > 10
     assert set(left) == {"before", "after"} or (again and set(left) == {"before"})
-    assert state_of(twin) == before
 
 
 @pytest.mark.parametrize("first", [layer_unstructured, SAP])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import assert_held, mask_of, masked_by_hand, masks_of, value_of, weight_names
 from timm_training import SHAPE, Hand, batches, each_kind, make, momentum, plain_step, timm, twins
+from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from torch_sap import SAP, layer_unstructured, remove
@@ -234,14 +235,35 @@ def test_another_average_warns_when_it_is_used_with_old_masks(make_average):
     assert_held(average)
 
 
-@pytest.mark.parametrize("use", ["kept", "trained", "loaded", "pruned"])
+@pytest.mark.parametrize("pruned", ["everything", "the last layer", "everything, twice"])
+@pytest.mark.parametrize("make_average", OTHERS.values(), ids=OTHERS)
+def test_another_average_warns_when_it_is_first_used_at_the_end(make_average, pruned):
+    model = make("vit")
+    layer_unstructured(model, eta_r=0.2)
+    average, optimizer = make_average(model), momentum(model)
+    train(model, average, Hand(model), optimizer, 0)
+    if pruned == "the last layer":
+        layer_unstructured([(model.head, "weight")], eta_r=0.2)
+    else:
+        layer_unstructured(model, eta_r=0.2)
+    train(model, average, Hand(model), optimizer, 1)
+    if pruned == "everything, twice":
+        layer_unstructured(model, eta_r=0.2)
+        train(model, average, Hand(model), optimizer, 2)
+    with pytest.warns(UserWarning, match="If it is an average"):
+        average.module(torch.ones(SHAPE))
+
+
+@pytest.mark.parametrize("use", ["kept", "trained", "fine-tuned", "loaded", "pruned", "converted", "called"])
 def test_a_copy_that_is_no_average_does_not_warn(use):
     model = make("vit")
     layer_unstructured(model, eta_r=0.2)
     copied = copy.deepcopy(model)
     masks = masks_of(copied)
     for number in range(3):
-        if use == "trained":
+        if use in ("trained", "fine-tuned"):
+            copied.requires_grad_(use == "trained")
+            copied.head.requires_grad_(True)
             plain_step(copied, momentum(copied), batches(1)[0], Hand(copied))
         elif use == "loaded" and number == 0:
             copied.load_state_dict(model.state_dict())
@@ -249,7 +271,12 @@ def test_a_copy_that_is_no_average_does_not_warn(use):
             layer_unstructured(copied, eta_r=0.1)
             masks = masks_of(copied)
         layer_unstructured(model, eta_r=0.2)
-        copied(torch.ones(SHAPE))
+        if use == "converted":
+            copied.double() if number == 1 else copied.float()
+        inputs = torch.ones(SHAPE, dtype=next(copied.parameters()).dtype)
+        if use == "called":
+            functional_call(copied, {name: value.detach() * 2 for name, value in copied.named_parameters()}, inputs)
+        copied(inputs)
         assert all(torch.equal(mask_of(copied, name), mask) for name, mask in masks.items())
 
 

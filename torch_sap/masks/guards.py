@@ -20,7 +20,7 @@ from torch_sap.arguments import some
 from torch_sap.distributed.fsdp import is_fsdp
 from torch_sap.distributed.replicas import unwrap
 from torch_sap.distributed.sharded import local
-from torch_sap.masks.mask import InPlaceMask, is_replica, runs_eagerly
+from torch_sap.masks.mask import InPlaceMask, is_replica, runs_eagerly, writes
 from torch_sap.masks.small import Attached
 from torch_sap.masks.zeros import restore_zeros_
 
@@ -108,11 +108,8 @@ class Guard:
         if tuple(map(dict.get, parents, names)) != children:
             check_layers(module, self)
             self.held, self.tree, self._attached = _held(module, {}), _tree(module), None
-        first = self.held[0][0] if self.held else None
-        if first is not None and first.copied_from is not None:
-            source = first.copied_from()
-            if source is None or source.prunings != first.seen:
-                warn_of_average(self.held)
+        if self.held and self.held[0][0].copied_from is not None:
+            warn_of_average(self.held)
 
     def _come_first(self, module: nn.Module) -> None:
         """Restore zeros before FSDP gathers the weights, though fully_shard came after the guard."""
@@ -215,20 +212,16 @@ def warn_of_average(held: Held) -> None:
     Whoever averages weights writes into a copy that is neither trained by an optimizer nor pruned nor loaded.
     """
     for hook, _ in held:
-        source = hook.copied_from() if hook.copied_from is not None else None
-        if source is None or (own := hook.find()) is None or (other := source.find()) is None:
-            hook.copied_from = None
+        if hook.outdated is None or hook.copied_from is None or (source := hook.copied_from()) is None:
             continue
-        now = source.prunings, 0 if own[0].is_inference() else own[0]._version  # which our own zeros do not count up
-        if source.prunings == hook.seen or now == hook.noted:
+        own, other = hook.find(), source.find()
+        if own is None or other is None or not isinstance(own[0], nn.Parameter) or writes(own[0]) == hook.outdated:
             continue
         if torch.equal(local(own[1]), local(other[1]).to(own[1].device)):
-            hook.seen = source.prunings
-        elif hook.noted is None or hook.noted[0] != source.prunings:  # the average may be updated later
-            hook.noted = now
+            hook.outdated = None
         else:
             for each, _ in held:
-                each.copied_from = None
+                each.copied_from = each.outdated = None
             warnings.warn(
                 f"{hook.path} of a copy of a pruned model was changed, but has the mask from before the model's last "
                 "pruning. If it is an average of weights, it is not pruned where the model is: after each update add "

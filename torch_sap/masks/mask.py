@@ -55,10 +55,9 @@ class InPlaceMask(prune.BasePruningMethod):
         self._mark: int | None = None  # of the Parameter, when the gradient's hook was registered
         self._lent: Tensor | None = None  # the Parameter, while a traced forward computes with a product
         self._managed = False  # by FSDP, as far as is known
-        self.prunings = 0  # how often the mask was set
+        self._copies: list[weakref.ref[InPlaceMask]] = []
         self.copied_from: Callable[[], InPlaceMask | None] | None = None  # until the copy is used on its own
-        self.seen = 0  # prunings of that hook whose mask this one is known to have
-        self.noted: tuple[int, int] | None = None  # prunings of that hook, and writes here, when the masks differed
+        self.outdated: int | None = None  # how often the copy had been written to when the original was pruned again
         watch(self)
         save_plainly()
 
@@ -73,8 +72,15 @@ class InPlaceMask(prune.BasePruningMethod):
     def __deepcopy__(self, memo: dict[int, Any]) -> InPlaceMask:
         copied = memo[id(self)] = InPlaceMask.__new__(InPlaceMask)
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        copied.copied_from, copied.seen = weakref.ref(self), self.prunings
+        copied.copied_from = weakref.ref(self)
+        self._copies = [*(alive for alive in self._copies if alive() is not None), weakref.ref(copied)]
         return copied
+
+    def outdate_copies(self) -> None:
+        """Note how often each copy has been written to; one that is written to later is an average with old masks."""
+        for reference in self._copies:
+            if (copied := reference()) is not None and (found := copied.find()) is not None:
+                copied.outdated = writes(found[0])
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """Return the mask as it is: what to prune is decided elsewhere, for all tensors together."""
@@ -363,6 +369,11 @@ def is_replica(module: nn.Module) -> bool:
     return bool(module.__dict__.get("_is_replica", False))
 
 
+def writes(weight: Tensor) -> int:
+    """How often a weight was written to, not counting zeros that we restore."""
+    return 0 if weight.is_inference() else weight._version
+
+
 def runs_eagerly() -> bool:
     """Whether the forward runs eagerly, not in a trace."""
     return not (torch.compiler.is_compiling() or torch._C._is_tracing())
@@ -503,8 +514,8 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor, path: str, known: list
             buffer.copy_(mask)
         else:
             known.append((buffer, mask))
-        ours[0].prunings += 1
         ours[0].copied_from = None
+        ours[0].outdate_copies()
         return ours[0]
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook in hooks]:
         del module._forward_pre_hooks[key]
