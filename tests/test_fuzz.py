@@ -154,7 +154,8 @@ class Sequences(RuleBasedStateMachine):
     def nothing_grows(self):
         for path, (module, _, weight, _) in weights_of(self.model).items():
             tensors = len(list(module.named_parameters(recurse=False, remove_duplicate=False)))
-            for kind in ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_forward_pre_hooks"):
+            of_module = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_state_dict_hooks")
+            for kind in (*of_module, "_forward_pre_hooks"):
                 assert len(getattr(module, kind)) <= tensors + 1, (path, kind)
             assert len(module._forward_hooks) <= 1
             for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):

@@ -207,6 +207,41 @@ def test_a_plain_state_is_loaded_into_the_pruned_model(kind, assign):
         other.load_state_dict(state, assign=assign)
 
 
+class SavesItself(nn.Linear):
+    """Writes its state with code of its own, as PyTorch Geometric's Linear does."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+        destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+
+@pytest.mark.parametrize("keep_vars", [False, True])
+def test_a_layer_that_saves_a_plain_weight_is_saved_with_its_mask(keep_vars):
+    def make():
+        return nn.Sequential(SavesItself(6, 5), nn.ReLU(), SavesItself(5, 2))
+
+    model, other = make(), make()
+    torch_sap.layer_unstructured(model, eta_r=0.5)
+    torch_sap.layer_unstructured(other, gamma=0)
+    state = copy.deepcopy(model).state_dict(prefix="net.", keep_vars=keep_vars)
+    assert sorted(state) == sorted(
+        f"net.{layer}.{key}" for layer in (0, 2) for key in ("weight_orig", "weight_mask", "bias")
+    )
+    assert isinstance(state["net.0.weight_orig"], nn.Parameter) is keep_vars
+    other.load_state_dict(model.state_dict())
+    for layer in (0, 2):
+        assert torch.equal(other[layer].weight_mask, model[layer].weight_mask)
+        assert not model[layer].weight_mask.all()
+    assert_held(other)
+    assert list(dense_state_dict(model)) == list(make().state_dict())
+    assert_plain_again(torch_sap.remove(model), make())
+
+
+def assert_plain_again(model, fresh):
+    assert list(model.state_dict()) == list(fresh.state_dict())
+    assert not any(module._state_dict_hooks for module in model.modules())
+
+
 def test_a_plain_state_that_does_not_fit_the_masks_is_pruned_with_a_warning():
     model = mlp()
     torch_sap.layer_unstructured(model)

@@ -322,6 +322,17 @@ class InPlaceMask(prune.BasePruningMethod):
         self.copied_from = None
         self.hold(module)
 
+    def after_save(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        """state_dict hook: where a plain weight was saved, make it ``weight_orig`` and add the mask.
+
+        A layer with code of its own for that (PyTorch Geometric's) saves it so, and one whose weight functional_call
+        has put back under the name that it was called by.
+        """
+        plain, mask = prefix + self._tensor_name, module._buffers.get(self._mask_key)
+        if plain in state and mask is not None and self._find(module) and "_save_to_state_dict" not in module.__dict__:
+            state[prefix + self._weight_key] = state.pop(plain)
+            state.setdefault(prefix + self._mask_key, mask)
+
     def hold(self, module: nn.Module) -> None:
         """Restore the zeros now."""
         self.covered = False
@@ -352,7 +363,12 @@ class InPlaceMask(prune.BasePruningMethod):
             self.weight.__dict__.pop(MARK, None)
         self.weight = None
         unwatch(self)
-        for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks, module._forward_hooks):
+        for hooks in (
+            module._state_dict_hooks,
+            module._load_state_dict_pre_hooks,
+            module._load_state_dict_post_hooks,
+            module._forward_hooks,
+        ):
             for key, hook in list(hooks.items()):
                 if getattr(getattr(hook, "hook", hook), "__self__", None) is self:  # PyTorch wraps pre-hooks
                     del hooks[key]
@@ -535,6 +551,8 @@ def hold_mask(module: nn.Module, name: str, mask: Tensor, path: str, known: list
     before_load(hook.before_load)
     after_load: Any = module.register_load_state_dict_post_hook
     after_load(hook.after_load)
+    after_save: Any = module._register_state_dict_hook  # the public one takes functions only
+    after_save(hook.after_save)
     hook.attached(module)
     return hook
 
