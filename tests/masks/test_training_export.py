@@ -1,5 +1,6 @@
 """torch.export, ONNX, torch.jit.trace and torch.func of timm models, pruned and after remove."""
 
+import copy
 import io
 
 import pytest
@@ -109,8 +110,30 @@ def renamed(tensors, masks):
     return {name + "_orig" * (name in masks): tensor for name, tensor in tensors.items()}
 
 
+def by_present_names(model, given, inputs):
+    return functional_call(model, renamed(given, masks_of(model)), inputs)
+
+
+def by_instance_attributes(model, given, inputs):
+    """Plain tensors in the dict of a module, and no Parameter of the name: what tensordict's to_module does."""
+    places = [lookup(model, name) for name in renamed(given, masks_of(model))]
+    kept = [module._parameters.pop(own) for module, own in places]
+    for (module, own), value in zip(places, given.values(), strict=True):
+        module.__dict__[own] = value
+    try:
+        return model(inputs)
+    finally:
+        for (module, own), parameter in zip(places, kept, strict=True):
+            del module.__dict__[own]
+            module._parameters[own] = parameter
+
+
+each_call = pytest.mark.parametrize("call", [by_present_names, by_instance_attributes])
+
+
 @each_kind
-def test_functional_call_computes_with_the_given_tensors_where_the_masks_are_true(kind):
+@each_call
+def test_a_call_computes_with_the_given_tensors_where_the_masks_are_true(kind, call):
     model, dense = twins(kind)
     model.eval(), dense.eval()
     layer_unstructured(model, eta_r=0.3)
@@ -118,10 +141,115 @@ def test_functional_call_computes_with_the_given_tensors_where_the_masks_are_tru
     given = {name: torch.randn_like(value) / 10 for name, value in dense.named_parameters()}
     masked = {name: value * masks.get(name, torch.ones(())) for name, value in given.items()}
     before = {name: value.clone() for name, value in given.items()}
-    assert torch.equal(functional_call(model, renamed(given, masks), inputs), functional_call(dense, masked, inputs))
+    names = list(model.state_dict())
+    assert torch.equal(call(model, given, inputs), functional_call(dense, masked, inputs))
     assert all(torch.equal(value, before[name]) for name, value in given.items()), "they are left as they are"
     assert_linked(model)
+    assert sorted(model.state_dict()) == sorted(names)
     assert torch.equal(model(inputs), masked_by_hand(dense, masks)(inputs))
+
+
+@each_kind
+@pytest.mark.parametrize("pairs", [False, True])
+def test_tensors_under_the_names_of_before_are_refused(kind, pairs):
+    """They would be left out silently: a state kept from before the pruning, or a torchrl loss made before it."""
+    model, inputs = make(kind).eval(), torch.randn(SHAPE)
+    given = {name: value.detach() * 2 for name, value in model.named_parameters()}
+    layer_unstructured(prunable_parameters(model) if pairs else model, eta_r=0.3)
+    expected, names = model(inputs), weight_names(model)
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"must not be replaced by a plain tensor .* tensordict .*weight_orig, its name"
+        ):
+            functional_call(model, given, inputs)
+        with pytest.raises(RuntimeError, match="must not be replaced by a plain tensor"):
+            functional_call(model, given, inputs)
+        assert torch.equal(model(inputs), expected)
+        assert_linked(model)
+    with pytest.raises(RuntimeError, match="must not be replaced by a plain tensor"):
+        functional_call(model, given, inputs)
+    model.load_state_dict(copy.deepcopy(model).state_dict())
+    assert torch.equal(model(inputs), expected)
+    remove(model)
+    assert weight_names(model) == names
+    functional_call(model, given, inputs)
+
+
+def test_a_plain_tensor_left_in_a_pruned_layer_is_removed():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8))
+    layer_unstructured(model, eta_r=0.3)
+    mask = model[0].weight_mask.clone()
+    model[0].weight = torch.ones(8, 6)
+    with pytest.raises(RuntimeError, match=r"0\.weight must not be replaced by a plain tensor"):
+        model(torch.ones(1, 6))
+    remove(model)
+    assert torch.equal(model[0].weight != 0, mask)
+
+
+class Student(torch.nn.Module):
+    """Calls its part with the values of a teacher, then with its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        self.teacher = None
+
+    def forward(self, inputs):
+        return torch.stack([functional_call(self.part, self.teacher, inputs), self.part(inputs)])
+
+
+def eager(model, inputs):
+    return model(inputs)
+
+
+def with_given_values(model, inputs):
+    return functional_call(model, {name: value.detach() for name, value in model.named_parameters()}, inputs)
+
+
+def compiled(model, inputs):
+    return torch.compile(model, backend="eager")(inputs)
+
+
+def exported(model, inputs):
+    return torch.export.export(model, (inputs,), strict=False).module()(inputs)
+
+
+@pytest.mark.parametrize("around", [eager, with_given_values, compiled, exported])
+@pytest.mark.parametrize("root", ["model", "part"])
+@pytest.mark.filterwarnings("ignore:The tensor attribute")  # torch.export, of the teacher's
+def test_a_call_inside_of_a_forward(around, root):
+    model, inputs = Student(), torch.randn(4, 6)
+    dense = copy.deepcopy(model)
+    layer_unstructured(model if root == "model" else model.part, eta_r=0.3)
+    masks = masks_of(model.part)
+    assert not any(mask.all() for mask in masks.values())
+    model.teacher = {name: torch.randn_like(value) for name, value in model.part.named_parameters()}
+    given = {name: value.clone() for name, value in model.teacher.items()}
+    masked_by_hand(dense.part, masks)
+    dense.teacher = {}
+    for name, value in given.items():
+        plain = name.removesuffix("_orig")
+        dense.teacher[plain] = value * masks.get(plain, torch.ones(()))
+    expected = dense(inputs)
+    for _ in range(2):
+        torch.testing.assert_close(around(model, inputs), expected)
+        assert_linked(model.part)
+        assert torch.equal(model(inputs), expected)
+        assert all(torch.equal(value, given[name]) for name, value in model.teacher.items()), (
+            "they are left as they are"
+        )
+
+
+def test_compiled_calls_with_given_tensors():
+    model, inputs = torch.nn.Sequential(torch.nn.Linear(6, 8)), torch.randn(4, 6)
+    layer_unstructured(model, eta_r=0.3)
+    given = {name: torch.randn_like(value) for name, value in model.named_parameters()}
+    weight = given["0.weight_orig"].clone()
+    call = torch.compile(lambda given, inputs: functional_call(model, given, inputs), backend="eager")
+    expected = inputs @ (weight * model[0].weight_mask).T + given["0.bias"]
+    torch.testing.assert_close(call(given, inputs), expected)
+    assert torch.equal(given["0.weight_orig"], weight)
+    assert_linked(model)
 
 
 @each_kind

@@ -29,6 +29,9 @@ from torch_sap.masks.small import Pair
 from torch_sap.masks.standardized import fold_, mask_standardized
 from torch_sap.masks.zeros import MARK, MaskedGradient, forget, renew_hooks, restore_zeros_, unwatch, watch
 
+PRODUCT = "_torch_sap_product"
+"""Attribute of a weight times its mask, with which a layer computes one call."""
+
 OFFLOADED = "call accelerate.hooks.remove_hook_from_submodules(model), then torch_sap.remove(model)"
 """What to do about a pruned model that accelerate has offloaded."""
 
@@ -53,7 +56,8 @@ class InPlaceMask(prune.BasePruningMethod):
         self.sharded = False  # the mask is a DTensor
         self._gradient: MaskedGradient | None = None
         self._mark: int | None = None  # of the Parameter, when the gradient's hook was registered
-        self._lent: Tensor | None = None  # the Parameter, while a traced forward computes with a product
+        # While calls compute with products, of each: what it is the product of, and what was in its place before
+        self._lent: list[tuple[Tensor, Any]] = []
         self._managed = False  # by FSDP, as far as is known
         self._copies: list[weakref.ref[InPlaceMask]] = []
         self.copied_from: Callable[[], InPlaceMask | None] | None = None  # until the copy is used on its own
@@ -97,6 +101,8 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def _find(self, module: nn.Module) -> Pair | None:
         weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
+        if weight is None:
+            weight = module.__dict__.get(self._weight_key)  # a plain tensor, put there for one call by tensordict
         hook: Any = module._forward_pre_hooks.get(self.number)
         if weight is None or mask is None or hook is not self:
             return None
@@ -118,13 +124,14 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def _attach(self, module: nn.Module) -> Pair | None:
         self._take_replacement(module)
-        self._lent = None  # left by a torch.export that failed
         found = self._find(module)
         if found is None:
             return None
+        self._check_link(module)
         if not isinstance(found[0], nn.Parameter):  # given to functional_call
             self._lend(module)
             return None
+        self._lent.clear()  # left by a torch.export that failed
         weight, mask = found[0], self._place_mask(module)
         shard = None if self.sharded else sharded_parameter(module, self._weight_key)
         if shard is not None:  # fully_shard came after the pruning, and has gathered the weight for its first forward
@@ -150,7 +157,8 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def _take_replacement(self, module: nn.Module) -> None:
         """Prune the parameter that somebody has put in the place of ours."""
-        if self._tensor_name in module._parameters and self._weight_key in module._parameters:
+        replacement = module._parameters.get(self._tensor_name)
+        if isinstance(replacement, nn.Parameter) and self._weight_key in module._parameters:
             module._parameters[self._weight_key] = module._parameters.pop(self._tensor_name)
 
     def check(self) -> None:
@@ -196,7 +204,7 @@ class InPlaceMask(prune.BasePruningMethod):
     @property
     def changes(self) -> bool:
         """Whether ``module.weight`` is another tensor during a forward than after it."""
-        return self.sharded or self._lent is not None
+        return self.sharded or bool(self._lent)
 
     def relink(self, module: nn.Module) -> None:
         """Point ``module.weight`` at the current tensor: FSDP swaps it for a forward and a backward."""
@@ -206,15 +214,19 @@ class InPlaceMask(prune.BasePruningMethod):
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
         weight = module._parameters.get(self._weight_key)
-        if self.covered and weight is self.weight is not None:
+        if self.covered and weight is self.weight is not None and weight is module.__dict__.get(self._tensor_name):
             return
         if is_replica(module):
             self.link_replica(module)
             return
         if weight is None:
-            self.adopt(module)(module, inputs)
-            return
-        if self.covered and (self._lent is not None or not runs_eagerly()):
+            given = module.__dict__.get(self._weight_key)
+            if given is None:
+                self.adopt(module)(module, inputs)
+                return
+        else:
+            given = None if isinstance(weight, nn.Parameter) else weight
+        if self.covered and ((self._lent and self._lent[-1][0] is given) or (given is None and not runs_eagerly())):
             return
         if self.covered and self.sharded and isinstance(weight, nn.Parameter):  # gathered by FSDP
             link(module, self._tensor_name, weight)
@@ -223,7 +235,7 @@ class InPlaceMask(prune.BasePruningMethod):
             self.trace(module)
         elif (pair := self.attached(module)) is not None:
             restore_zeros_([pair])
-        if self._lent is not None and self.give_back not in module._forward_hooks.values():
+        if self._lent and self.give_back not in module._forward_hooks.values():
             module.register_forward_hook(self.give_back, always_call=True)
 
     def adopt(self, module: nn.Module) -> InPlaceMask:
@@ -264,8 +276,12 @@ class InPlaceMask(prune.BasePruningMethod):
 
     def trace(self, module: nn.Module) -> None:
         """Make the zeros a part of the graph of a traced forward."""
-        weight, mask = module._parameters.get(self._weight_key), module._buffers.get(self._mask_key)
-        if torch.compiler.is_dynamo_compiling() and weight is not None and mask is not None:
+        found = self._find(module)
+        if found is None:
+            return
+        self._check_link(module)
+        weight, mask = found
+        if torch.compiler.is_dynamo_compiling() and isinstance(weight, nn.Parameter):
             with torch.no_grad():  # where ``.data`` is not allowed
                 weight.masked_fill_(~mask, 0)
         else:
@@ -275,14 +291,26 @@ class InPlaceMask(prune.BasePruningMethod):
         """Compute one call with weight * mask: tensors given by functional_call or torch.export are not written to."""
         found, own = self._find(module), module.__dict__.get(self._tensor_name)
         if found is not None and own is not None:
-            self._lent = own
-            link(module, self._tensor_name, found[0] * found[1])
+            product = found[0] * found[1]
+            self._lent.append((found[0], own))
+            if not torch.compiler.is_dynamo_compiling():
+                product.__dict__[PRODUCT] = True
+            link(module, self._tensor_name, product)
+
+    def _check_link(self, module: nn.Module) -> None:
+        """Raise a RuntimeError if somebody has put a plain tensor in the place of ``module.weight``."""
+        own = module._parameters.get(self._tensor_name)  # where functional_call has put back the Parameter before
+        own = module.__dict__.get(self._tensor_name) if own is None else own
+        if isinstance(own, Tensor) and not (isinstance(own, nn.Parameter) or self.sharded or PRODUCT in own.__dict__):
+            raise RuntimeError(
+                f"{self.path} must not be replaced by a plain tensor while it is pruned; give functional_call and "
+                f"tensordict {self.path}_orig, its name since the first pruning (make torchrl's losses after it)"
+            )
 
     def give_back(self, module: nn.Module, *_: Any) -> None:
-        """Forward hook that points ``module.weight`` back at the Parameter."""
-        if self._lent is not None:
-            link(module, self._tensor_name, self._lent)
-            self._lent = None
+        """Forward hook that points ``module.weight`` back at the Parameter, or at the product of a call around it."""
+        if self._lent:
+            link(module, self._tensor_name, self._lent.pop()[1])
 
     def link_replica(self, module: nn.Module) -> None:
         """Make a module that DataParallel has copied to a device compute with that device's weight times its mask.
@@ -300,6 +328,7 @@ class InPlaceMask(prune.BasePruningMethod):
         Without that, ``strict=False`` would skip the weight silently. A sharded mask can only be copied into one that
         is sharded too.
         """
+        self._take_replacement(module)
         if not self._find(module):
             return
         mask = self._place_mask(module)
@@ -342,6 +371,7 @@ class InPlaceMask(prune.BasePruningMethod):
     def remove(self, module: nn.Module) -> None:
         """Make the pruning permanent, for prune.remove: the same Parameter under its old name in its old place."""
         if self._fits(module):
+            module.__dict__.pop(self._tensor_name, None)  # whatever was put there
             self.hold(module)
             fold_(module)
         self.release(module)
