@@ -56,7 +56,9 @@ class Guard:
             self._come_first(module)
         if self.is_root and not compiling:
             self._look(module)
-        todo = self.held if self.is_root else [pair for pair in self.held if not pair[0].covered]
+        todo = self.held
+        if not self.is_root:
+            todo = [(hook, inner) for hook, inner in todo if not hook.covered or hook.given(inner) is not None]
         if todo:
             if runs_eagerly():
                 self._restore(todo)

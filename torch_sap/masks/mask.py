@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,17 @@ OFFLOADED = "call accelerate.hooks.remove_hook_from_submodules(model), then torc
 """What to do about a pruned model that accelerate has offloaded."""
 
 
+class Lent(NamedTuple):
+    """A product with which a layer computes one call."""
+
+    source: Tensor
+    """What it is the product of: a given tensor, or the Parameter in a trace."""
+    before: Any
+    """What ``module.weight`` was before; None if it was not linked."""
+    by_layer: bool
+    """Whether the layer's own hook lent it, and gives it back, not one around."""
+
+
 class InPlaceMask(prune.BasePruningMethod):
     """The hook of a tensor that torch_sap prunes: ``{name}_orig`` and ``{name}_mask`` of one module."""
 
@@ -56,8 +67,7 @@ class InPlaceMask(prune.BasePruningMethod):
         self.sharded = False  # the mask is a DTensor
         self._gradient: MaskedGradient | None = None
         self._mark: int | None = None  # of the Parameter, when the gradient's hook was registered
-        # While calls compute with products, of each: what it is the product of, and what was in its place before
-        self._lent: list[tuple[Tensor, Any]] = []
+        self._lent: list[Lent] = []
         self._managed = False  # by FSDP, as far as is known
         self._copies: list[weakref.ref[InPlaceMask]] = []
         self.copied_from: Callable[[], InPlaceMask | None] | None = None  # until the copy is used on its own
@@ -219,24 +229,32 @@ class InPlaceMask(prune.BasePruningMethod):
         if is_replica(module):
             self.link_replica(module)
             return
-        if weight is None:
-            given = module.__dict__.get(self._weight_key)
-            if given is None:
-                self.adopt(module)(module, inputs)
-                return
-        else:
-            given = None if isinstance(weight, nn.Parameter) else weight
-        if self.covered and ((self._lent and self._lent[-1][0] is given) or (given is None and not runs_eagerly())):
+        if weight is None and self._weight_key not in module.__dict__:
+            self.adopt(module)(module, inputs)
+            return
+        if self.covered and self.given(module) is None and not (isinstance(weight, nn.Parameter) and runs_eagerly()):
             return
         if self.covered and self.sharded and isinstance(weight, nn.Parameter):  # gathered by FSDP
             link(module, self._tensor_name, weight)
             return
+        around = len(self._lent)
         if not runs_eagerly():
             self.trace(module)
         elif (pair := self.attached(module)) is not None:
             restore_zeros_([pair])
-        if self._lent and self.give_back not in module._forward_hooks.values():
-            module.register_forward_hook(self.give_back, always_call=True)
+        if len(self._lent) > around:
+            self._lent[-1] = Lent(self._lent[-1].source, self._lent[-1].before, by_layer=True)
+            if self.give_back not in module._forward_hooks.values():
+                module.register_forward_hook(self.give_back, always_call=True)
+
+    def given(self, module: nn.Module) -> Tensor | None:
+        """The plain tensor that a call has been given for the weight, unless one around has lent its product."""
+        weight = module._parameters.get(self._weight_key)
+        if weight is None:
+            weight = module.__dict__.get(self._weight_key)
+        if weight is self.weight or weight is None or isinstance(weight, nn.Parameter):
+            return None
+        return None if self._lent and self._lent[-1].source is weight else weight
 
     def adopt(self, module: nn.Module) -> InPlaceMask:
         """Prune the layer that has taken the place of ours, and our hook and Parameter (as prepare_qat makes them).
@@ -290,9 +308,9 @@ class InPlaceMask(prune.BasePruningMethod):
     def _lend(self, module: nn.Module) -> None:
         """Compute one call with weight * mask: tensors given by functional_call or torch.export are not written to."""
         found, own = self._find(module), module.__dict__.get(self._tensor_name)
-        if found is not None and own is not None:
+        if found is not None:
             product = found[0] * found[1]
-            self._lent.append((found[0], own))
+            self._lent.append(Lent(found[0], own, by_layer=False))
             if not torch.compiler.is_dynamo_compiling():
                 product.__dict__[PRODUCT] = True
             link(module, self._tensor_name, product)
@@ -300,6 +318,8 @@ class InPlaceMask(prune.BasePruningMethod):
     def _check_link(self, module: nn.Module) -> None:
         """Raise a RuntimeError if somebody has put a plain tensor in the place of ``module.weight``."""
         own = module._parameters.get(self._tensor_name)  # where functional_call has put back the Parameter before
+        if own is not None and own is module._parameters.get(self._weight_key):
+            return  # given under both names
         own = module.__dict__.get(self._tensor_name) if own is None else own
         if isinstance(own, Tensor) and not (isinstance(own, nn.Parameter) or self.sharded or PRODUCT in own.__dict__):
             raise RuntimeError(
@@ -307,10 +327,15 @@ class InPlaceMask(prune.BasePruningMethod):
                 f"tensordict {self.path}_orig, its name since the first pruning (make torchrl's losses after it)"
             )
 
-    def give_back(self, module: nn.Module, *_: Any) -> None:
-        """Forward hook that points ``module.weight`` back at the Parameter, or at the product of a call around it."""
-        if self._lent:
-            link(module, self._tensor_name, self._lent.pop()[1])
+    def give_back(self, module: nn.Module, *of_hook: Any) -> None:
+        """Point ``module.weight`` back at the Parameter, or at the product of a call around; also a forward hook."""
+        if not self._lent or self._lent[-1].by_layer != bool(of_hook):
+            return
+        before = self._lent.pop().before
+        if before is None:
+            module.__dict__.pop(self._tensor_name, None)
+        else:
+            link(module, self._tensor_name, before)
 
     def link_replica(self, module: nn.Module) -> None:
         """Make a module that DataParallel has copied to a device compute with that device's weight times its mask.
